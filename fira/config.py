@@ -1,0 +1,165 @@
+"""Typed, frozen configuration: a preset file plus dotted overrides, checked in one place.
+
+A component declares its settings beside its code as a `Config` subclass; a stage composes them into one
+schema. Every mistake a user can make here ends as one `ConfigError` line with value, rule and remedy.
+"""
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class ConfigError(ValueError):
+    """A setting the user can correct; the command line shows the line and exits with 2."""
+
+
+class Config(BaseModel):
+    """Base of every settings class: immutable, no unknown keys, no silent type conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+def parse(schema: type[Config], data: dict[str, Any]) -> Any:
+    """Check `data` against `schema`. Raises ConfigError, one line, on the first thing that is wrong."""
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(schema, error.errors()[0])) from None
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that travel with the package."""
+    files = resources.files("fira.presets").iterdir()
+    return sorted(file.name[:-5] for file in files if file.name.endswith(".toml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Read a preset by name, or from a path ending in .toml, as nested plain data."""
+    if name.endswith(".toml"):
+        if not Path(name).is_file():
+            raise ConfigError(f"preset file {name} does not exist; give a .toml file or one of: "
+                              f"{', '.join(preset_names())}")
+        text = Path(name).read_text(encoding="utf-8")
+    elif name in preset_names():
+        text = resources.files("fira.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(f"unknown preset {name!r}{_nearest(name, preset_names())}; "
+                          f"presets: {', '.join(preset_names())}")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"preset {name} is not valid TOML: {error}") from None
+
+
+def override(data: dict[str, Any], settings: typing.Iterable[str]) -> dict[str, Any]:
+    """Return a copy of nested `data` with `section.key=value` settings laid over it.
+
+    Values are read as JSON (1e-3, true, null, [1, 2]); anything else is taken as text.
+    """
+    result = json.loads(json.dumps(data))
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{setting!r} is not an override; write section.key=value, "
+                              "for example train.steps=500")
+        *sections, leaf = key.split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{key}: {section} is a value, not a section; "
+                                  "write section.key=value")
+        place[leaf] = _value(text)
+    return result
+
+
+def resolve(schema: type[Config], preset: str, settings: typing.Iterable[str] = ()) -> Any:
+    """The checked configuration of `preset` with `settings` laid over it."""
+    return parse(schema, override(load_preset(preset), settings))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, in declaration order."""
+    rows: dict[str, Any] = {}
+    for name, value in config:
+        if isinstance(value, Config):
+            rows.update({f"{name}.{key}": inner for key, inner in flatten(value).items()})
+        else:
+            rows[name] = value
+    return rows
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _keys(schema: Any) -> list[str]:
+    """Every dotted key a schema accepts, through nested sections and unions of them."""
+    if isinstance(schema, type) and issubclass(schema, Config):
+        keys = []
+        for name, field in schema.model_fields.items():
+            inner = _keys(field.annotation)
+            keys += [f"{name}.{key}" for key in inner] or [name]
+        return keys
+    return [key for part in typing.get_args(schema) for key in _keys(part)]
+
+
+def _nearest(word: str, candidates: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explain(schema: type[Config], error: Any) -> str:
+    """One line for one pydantic error: the key, the value, the rule, what to write instead."""
+    keys = _keys(schema)
+    parts = [str(part) for part in error["loc"]]
+    key = ".".join(parts)
+    if key not in keys and len(parts) > 2:  # a tagged union adds its tag to the path
+        key = ".".join(parts[:1] + parts[2:])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(key, keys)}"
+    if error["type"] == "missing":
+        return f"{key} is missing; give it in the preset or as {key}=VALUE"
+    if error["type"].startswith("union_tag"):
+        tags = error["ctx"].get("expected_tags", "'fira', 'fira2'")
+        return f"{key}.architecture must be one of {tags}"
+    rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if error["type"] == "value_error":  # our validators already write value, rule and remedy
+        return f"{key}: {rule}" if key and key not in rule else rule
+    given = error["input"] if not isinstance(error["input"], (dict, list)) else "that value"
+    return f"{key}={given}: {rule}{_remedy(schema, key)}"
+
+
+def _remedy(schema: type[Config], key: str) -> str:
+    """What to write instead: the field's meaning and, where there is one, its default."""
+    for name, field in _fields(schema):
+        if name == key:
+            meaning = f" ({field.description})" if field.description else ""
+            default = "" if field.is_required() else f"; the default is {key}={field.default}"
+            return meaning + default
+    return ""
+
+
+def _fields(schema: Any, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    if isinstance(schema, type) and issubclass(schema, Config):
+        for name, field in schema.model_fields.items():
+            yield prefix + name, field
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+    else:
+        for part in typing.get_args(schema):
+            yield from _fields(part, prefix)

@@ -1,0 +1,132 @@
+"""The same ids as `tokenizers`, several times faster: tiktoken with the same merges.
+
+`tokenizers` is the reference. tiktoken replaces it only where the two provably agree:
+
+- the pre-tokenizer is one of PATTERNS (both regex engines agree on every code point there, see
+  tests/data/test_fast.py) and nothing rewrites the text first;
+- merging is a function of the token formed. tiktoken joins two neighbors whenever their bytes
+  are a token, lowest rank first; `tokenizers` only by listed merges, first listed first. If every
+  token, taken alone, is merged to itself, neighbors that form a token can only be the last pair
+  of that very merge (whatever happened inside their span happens alone too), so ranking each
+  token by its last merge makes both take the same step each time.
+"""
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+import tiktoken
+from tokenizers import Tokenizer as Reference
+
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORDS}|\p{{N}}|{_REST}"
+LLAMA3 = rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PATTERNS = {QWEN2: "qwen2", LLAMA3: "llama-bpe", GPT2: "gpt-2"}  # pattern -> llama.cpp's name
+
+
+class Fast(NamedTuple):
+    """tiktoken's encoder, and the id each of its ranks stands for (None where they are equal)."""
+
+    encoder: tiktoken.Encoding
+    ids: np.ndarray | None
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text` as uint32, special tokens' names read as ordinary text."""
+        ranks = np.array(self.encoder._core_bpe.encode_ordinary(text), np.uint32)
+        return ranks if self.ids is None else self.ids[ranks]
+
+
+def pattern_of(description: dict[str, Any]) -> str | None:
+    """The regex that splits text before merging, if the pre-tokenizer is just that, byte-level."""
+    steps = description.get("pre_tokenizer") or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    *splits, last = steps
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if not splits:
+        return GPT2 if last.get("use_regex", True) else None
+    split = splits[0]
+    plain = (len(splits) == 1 and split.get("type") == "Split" and not split.get("invert")
+             and split.get("behavior") == "Isolated" and not last.get("use_regex", True))
+    return split["pattern"].get("Regex") if plain else None
+
+
+def byte_of_char() -> dict[str, int]:
+    """The printable character with which byte-level vocabularies write each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{chr(byte): byte for byte in printable},
+            **{chr(256 + index): byte for index, byte in enumerate(others)}}
+
+
+def build(description: dict[str, Any]) -> tuple[Fast | None, str]:
+    """The fast encoder of a tokenizer.json, or None and the reason why there is none."""
+    model = description["model"]
+    pattern = pattern_of(description)
+    if reason := _obstacle(description, pattern):
+        return None, reason
+    special = {token["content"] for token in description["added_tokens"]}
+    vocabulary = {token: id for token, id in model["vocab"].items() if token not in special}
+    order = _merge_order(vocabulary, model["merges"])
+    if isinstance(order, str):
+        return None, order
+    chars = byte_of_char()
+    ranks = {bytes(chars[char] for char in token): rank for rank, token in enumerate(order)}
+    ids = np.array([vocabulary[token] for token in order], np.uint32)
+    encoder = tiktoken.Encoding("fira", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    straight = bool((ids == np.arange(len(ids))).all())
+    return Fast(encoder, None if straight else ids), ""
+
+
+def _obstacle(description: dict[str, Any], pattern: str | None) -> str:
+    model = description["model"]
+    if pattern not in PATTERNS:
+        return "its pre-tokenizer is not one of " + ", ".join(PATTERNS.values())
+    if description.get("normalizer"):
+        return "it has a normalizer"
+    if any(not token["special"] for token in description["added_tokens"]):
+        return "it has added tokens that ordinary text may contain"
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            return f"its model uses {name}"
+    return ""
+
+
+def _merge_order(vocabulary: dict[str, int], merges: list) -> list[str] | str:
+    """Tokens by the merge that forms them, single bytes first; or why there is no such order."""
+    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    rank = {pair: index for index, pair in reversed(list(enumerate(pairs)))}
+    makers: dict[str, list[int]] = {}
+    for pair, index in rank.items():
+        makers.setdefault(pair[0] + pair[1], []).append(index)
+    plain = Reference.from_str(_bare(vocabulary, pairs))
+    last: dict[str, int] = {}
+    for token in vocabulary:
+        if len(token) == 1:
+            last[token] = -1
+            continue
+        if len(plain.model.tokenize(token)) != 1:
+            return f"its token {token!r} is not reached by its merges"
+        last[token] = makers[token][0] if len(makers[token]) == 1 else _last_merge(token, rank)
+    return sorted(vocabulary, key=lambda token: (last[token], vocabulary[token]))
+
+
+def _last_merge(token: str, rank: dict[tuple, int]) -> int:
+    """Which merge comes last when `token` alone is merged: the definition of byte-pair encoding."""
+    parts, used = list(token), -1
+    while len(parts) > 1:
+        found = [rank.get((left, right), len(rank)) for left, right in zip(parts[:-1], parts[1:], strict=True)]
+        used = min(found)
+        at = found.index(used)
+        parts[at:at + 2] = [parts[at] + parts[at + 1]]
+    return used
+
+
+def _bare(vocabulary: dict[str, int], pairs: list) -> str:
+    model = {"type": "BPE", "vocab": vocabulary, "merges": pairs}
+    return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None,
+                       "pre_tokenizer": None, "post_processor": None, "decoder": None,
+                       "truncation": None, "padding": None, "model": model})

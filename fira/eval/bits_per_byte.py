@@ -1,0 +1,195 @@
+"""Bits per byte of any text: what a model needs to say it, comparable across tokenizers.
+
+Every byte is scored exactly once, under one stated rule. Each document stands alone and begins
+after the end-of-text token, which gives context but is not scored. The model reads windows of
+`context` tokens that advance by half: the first scores all its tokens, every later one only the
+new half, so that each token beyond the first window has at least half a window before it.
+"""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from fira.data.sources import inputs
+from fira.data.text import Item, items, total_bytes
+from fira.infer.load import load
+from fira.runlog import ProgressLine
+
+LOGITS = 1 << 24  # logits held at a time (64 MiB in float32)
+SORTED = 8        # batches' worth of windows sorted by length together, so that little is padding
+
+
+class Window(NamedTuple):
+    """Tokens to read and predict; the first `known` predictions were scored by the window before."""
+
+    tokens: list[int]
+    known: int
+
+
+def evaluate(run: str | Path, sources: list[str], context: int | None = None, device: str = "auto",
+             screen: Console | None = None) -> dict[str, Any]:
+    """Score the text of `sources` with a run's newest step (or a step folder); see `score`.
+
+    Raises ValueError, one line, on a folder without a model, bad text, or a context out of range.
+    """
+    given = inputs(sources)
+    loaded = load(run, device)
+    total, start = total_bytes(given), time.monotonic()
+    with ProgressLine("eval", screen or Console(quiet=True)) as line:
+        def show(item: Item, size: int) -> None:
+            line.update(item.done / total if total else 0.0, f"{size / 1e6:.1f} MB",
+                        time.monotonic() - start)
+        result = score(loaded.model, loaded.tokenizer, items(given), context, progress=show)
+    return {"model": str(loaded.folder), "text": sources, **result}
+
+
+def score(model: Any, tokenizer: Any, texts: Iterable[Item], context: int | None = None,
+          batch_tokens: int = 8192, progress: Callable[[Item, int], None] | None = None) -> dict[str, Any]:
+    """Bits per byte, nats per token, perplexity and the counts they rest on.
+
+    `texts` are documents or consecutive parts of them; `context` is the model's own unless given;
+    `batch_tokens` bounds memory and does not change the result. Raises ValueError when there is no
+    text, the context does not fit, or the tokenizer does not give the text back byte for byte.
+    """
+    context = check_context(model.spec.context if context is None else context, model.spec.context)
+    totals = _Totals(tokenizer)
+    nats = 0.0
+    was_training = model.training
+    model.eval()
+    try:
+        for group in _groups(windows(totals.count(texts), context, tokenizer.end_of_text),
+                             SORTED * batch_tokens):
+            for batch in _batches(group, batch_tokens):
+                nats += window_nats(model, batch)
+            if progress and totals.item:
+                progress(totals.item, totals.bytes)
+    finally:
+        model.train(was_training)
+    if not totals.tokens:
+        raise ValueError("the text is empty, there is nothing to score; give a file with text in it")
+    return {"bits_per_byte": nats / math.log(2) / totals.bytes,
+            "loss_per_token": nats / totals.tokens,
+            "perplexity": _exp(nats / totals.tokens),
+            "bytes": totals.bytes, "tokens": totals.tokens, "documents": totals.documents,
+            "context": context,
+            "context_rule": f"documents apart, each after end-of-text (not scored); windows of "
+                            f"{context} tokens advance by {stride(context)}; each token scored once"}
+
+
+def windows(parts: Iterable[tuple[list[int], bool]], context: int,
+            end_of_text: int) -> Iterator[Window]:
+    """Cut documents into windows that together predict every token once.
+
+    `parts` are (ids, whether the document ends here). A window holds up to context + 1 tokens: the
+    model reads all but the last and predicts all but the first.
+    """
+    tokens, known = [end_of_text], 0
+    for ids, ends in parts:
+        tokens += ids
+        first = 0
+        while len(tokens) - first > context:
+            yield Window(tokens[first:first + context + 1], known)
+            first, known = first + stride(context), context - stride(context)
+        tokens = tokens[first:]
+        if ends:
+            if len(tokens) - 1 > known:
+                yield Window(tokens, known)
+            tokens, known = [end_of_text], 0
+
+
+def stride(context: int) -> int:
+    """How far windows advance: half of what the model reads."""
+    return max(1, context // 2)
+
+
+def check_context(context: int, longest: int) -> int:
+    """The context itself. Raises ValueError if the model has no such window."""
+    if not 1 <= context <= longest:
+        raise ValueError(f"context={context} must be from 1 to the model's {longest} tokens; "
+                         "leave it out to use all of them")
+    return context
+
+
+@torch.inference_mode()
+def window_nats(model: Any, batch: list[Window]) -> float:
+    """Negative log-likelihood, in nats, of everything that `batch` has to score."""
+    device = next(model.parameters()).device
+    length = max(len(window.tokens) for window in batch) - 1
+    tokens_BT = torch.zeros(len(batch), length + 1, dtype=torch.long)
+    scored_BT = torch.zeros(len(batch), length, dtype=torch.bool)
+    for row, (tokens, known) in enumerate(batch):  # padding follows the text, so it changes nothing
+        tokens_BT[row, :len(tokens)] = torch.tensor(tokens)
+        scored_BT[row, known:len(tokens) - 1] = True
+    tokens_BT, scored_BT = tokens_BT.to(device), scored_BT.to(device)
+    x_ND = model.features(tokens_BT[:, :-1])[scored_BT]
+    targets_N = tokens_BT[:, 1:][scored_BT]
+    rows = max(1, LOGITS // model.spec.vocab_size)
+    return sum(_nats(model, x_RD, targets_R)
+               for x_RD, targets_R in zip(x_ND.split(rows), targets_N.split(rows)))
+
+
+def _nats(model: Any, x_RD: Tensor, targets_R: Tensor) -> float:
+    logits_RV = model.logits(x_RD).float()
+    return F.cross_entropy(logits_RV, targets_R, reduction="none").double().sum().item()
+
+
+class _Totals:
+    """Counts of what was scored, taken while the text passes by."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.sizes = np.array([len(piece) for piece in tokenizer.token_bytes()])
+        self.item: Item | None = None
+        self.bytes = self.tokens = self.documents = 0
+
+    def count(self, texts: Iterable[Item]) -> Iterator[tuple[list[int], bool]]:
+        """Tokenize and count. Every id must stand for its bytes, or bits per byte would be wrong."""
+        for item in texts:
+            ids = self.tokenizer.encode(item.text)
+            size, covered = len(item.text.encode("utf-8")), int(self.sizes[ids].sum()) if ids else 0
+            if covered != size:
+                raise ValueError(f"the tokenizer keeps {covered} of {size} bytes of document "
+                                 f"{self.documents + 1}, so its bits per byte would be wrong; "
+                                 "use a byte-level tokenizer without normalization")
+            self.item = item
+            self.bytes, self.tokens = self.bytes + size, self.tokens + len(ids)
+            self.documents += item.ends
+            yield ids, item.ends
+
+
+def _groups(stream: Iterator[Window], tokens: int) -> Iterator[list[Window]]:
+    """Windows of about `tokens` tokens together, shortest first."""
+    group, held = [], 0
+    for window in stream:
+        group.append(window)
+        held += len(window.tokens)
+        if held >= tokens:
+            yield sorted(group, key=lambda one: len(one.tokens))
+            group, held = [], 0
+    if group:
+        yield sorted(group, key=lambda one: len(one.tokens))
+
+
+def _batches(group: list[Window], tokens: int) -> Iterator[list[Window]]:
+    """Neighbors of a sorted group that fit `tokens` tokens with padding; at least one window each."""
+    batch: list[Window] = []
+    for window in group:
+        if batch and (len(batch) + 1) * len(window.tokens) > tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,31 @@
+"""A step folder opened for use: the model and the tokenizer it was trained with, together."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fira.data.tokenizer import Tokenizer
+from fira.model.files import find_model, load_pretrained
+from fira.runtime import pick_device
+
+
+class Loaded(NamedTuple):
+    model: Any
+    tokenizer: Tokenizer
+    folder: Path  # the step folder that was read
+
+
+def load(run: str | Path, device: str = "auto") -> Loaded:
+    """Open a step folder, or the newest complete step of a run folder.
+
+    Raises ValueError, one line, if there is none, or if its tokenizer is not its model's.
+    """
+    folder = find_model(run)
+    tokenizer = Tokenizer.load(folder)
+    model = load_pretrained(folder)
+    if tokenizer.vocab_size > model.spec.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
+                         f"only {model.spec.vocab_size}; put back the tokenizer.json it came with")
+    if model.end_of_text is None:
+        model.end_of_text = tokenizer.end_of_text
+    return Loaded(model.to(pick_device(device)), tokenizer, folder)

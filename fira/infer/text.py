@@ -1,0 +1,53 @@
+"""Text in, text out, piece by piece: the model's stream of token ids as readable characters."""
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from fira.model.generate import stream
+
+
+def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 128,
+             temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+             seed: int | None = None) -> Iterator[str]:
+    """Yield the continuation of `prompt` as text, without the prompt, until end of text.
+
+    As in training, the model reads the end-of-text token before the prompt. Arguments are those of
+    `fira.model.generate.stream`. Raises ValueError at once for an empty prompt and values out of range.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty; give the text to continue, for example "
+                         "'The state of the Union is'")
+    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    return pieces(model, tokenizer, ids, max_new_tokens, temperature, top_k, top_p, seed)
+
+
+def pieces(model: Any, tokenizer: Any, ids: Sequence[int], max_new_tokens: int = 128,
+           temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+           seed: int | None = None, stop: Iterable[int] = ()) -> Iterator[str]:
+    """Yield what follows `ids` as text, until end of text or one of the `stop` ids."""
+    ends = {tokenizer.end_of_text, *stop}
+    tokens = stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, end_of_text=-1)
+    return decode(_until(tokens, ends), tokenizer.token_bytes())
+
+
+def decode(ids: Iterable[int], token_bytes: Sequence[bytes]) -> Iterator[str]:
+    """Text of a stream of ids, each piece as soon as its characters are whole.
+
+    Bytes that are no UTF-8 appear as U+FFFD. Ids without text, the special ones and the rows that
+    pad the vocabulary, show nothing; neither does a character cut off by the end of the stream.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in ids:
+        text = decoder.decode(token_bytes[token] if token < len(token_bytes) else b"")
+        if text:
+            yield text
+
+
+def _until(tokens: Iterator[Any], ends: set[int]) -> Iterator[int]:
+    for token_B in tokens:
+        token = int(token_B[0])
+        if token in ends:
+            return
+        yield token

@@ -1,0 +1,141 @@
+"""A model as files: model.safetensors and config.json in one folder, and how to find the newest."""
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from fira.model.fira import FIRA
+from fira.model.fira2 import FIRA2
+from fira.model.initialize import initialize, reset_buffers
+from fira.model.spec import ModelSpec
+
+CLASSES: dict[str, type[FIRA] | type[FIRA2]] = {"fira": FIRA, "fira2": FIRA2}
+WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+
+
+def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:
+    """A new model of `spec`; equal seeds give equal weights. Without one, torch's global state."""
+    model = build_meta(spec).to_empty(device=device)
+    generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+    initialize(model, spec.num_layers, spec.init_std, generator)
+    return model
+
+
+def build_meta(spec: Any) -> Any:
+    """The model's shapes without memory."""
+    with torch.device("meta"):
+        return CLASSES[spec.architecture](**spec.model_dump())
+
+
+def save_weights(model: Any, folder: str | Path) -> None:
+    """Write model.safetensors and config.json (spec, architecture, end_of_text if known)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.spec.model_dump()
+    if model.end_of_text is not None:
+        config["end_of_text"] = model.end_of_text
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_pretrained(folder: str | Path, expected: type[nn.Module] | None = None) -> Any:
+    """The model in a step folder, or in the newest complete step of a run folder, in eval mode.
+
+    Weights keep the dtype they were saved in. Raises ValueError, one line, when there is no model,
+    its architecture is not `expected`, or its files are damaged or do not fit each other.
+    """
+    folder = find_model(folder)
+    spec, end_of_text = read_config(folder / CONFIG)
+    found = CLASSES[spec.architecture]
+    if expected not in (None, found):
+        raise ValueError(f"{folder} holds a {found.__name__}, not a {expected.__name__}; "
+                         f"use {found.__name__}.from_pretrained or load_pretrained")
+    model = build_meta(spec)
+    tensors = _read_tensors(folder / WEIGHTS, model.state_dict())
+    _materialize_buffers(model)
+    model.load_state_dict(tensors, assign=True)
+    model.end_of_text = end_of_text
+    return model.eval()
+
+
+def _materialize_buffers(model: nn.Module) -> None:
+    """Give memory and values to the buffers, some of which no file holds."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    reset_buffers(model)
+
+
+def find_model(folder: str | Path) -> Path:
+    """`folder` itself if it holds weights, else the newest complete step in it."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give a run folder such as out/tiny, "
+                         "or a step folder in it")
+    return folder if (folder / WEIGHTS).exists() else newest_step(folder)
+
+
+def newest_step(run: str | Path) -> Path:
+    """The complete step folder with the highest number; complete means that manifest.json is there."""
+    run = Path(run)
+    if not run.is_dir():
+        raise ValueError(f"{run} is not a folder; give a run folder such as out/tiny")
+    steps = [(int(match[1]), path) for path in run.iterdir()
+             if (match := re.fullmatch(r"step-(\d+)", path.name))]
+    complete = [(step, path) for step, path in steps if (path / MANIFEST).is_file()]
+    if not complete:
+        reason = "has no complete step yet" if steps else "is not a run folder: no step-NNNNNN in it"
+        raise ValueError(f"{run} {reason}; train with `fira train` or give another folder")
+    return max(complete)[1]
+
+
+def read_config(path: Path) -> tuple[Any, int | None]:
+    """The spec in a config.json, and the end-of-text id if it is known."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; copy it from where the weights come from") from None
+    except ValueError:
+        raise ValueError(f"{path} is not valid JSON; copy it again or use another step") from None
+    if not isinstance(config, dict) or config.get("architecture") not in CLASSES:
+        kind = config.get("architecture") if isinstance(config, dict) else None
+        raise ValueError(f"{path} has architecture {kind!r}, not one of {', '.join(CLASSES)}; "
+                         "give a folder that FIRA wrote")
+    end_of_text = config.pop("end_of_text", None)
+    try:
+        return TypeAdapter(ModelSpec).validate_python(config), end_of_text
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
+                         "copy the file again or use another step") from None
+
+
+def _read_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors copied out of the file, so that it may change while the model lives."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; use another step or copy the file again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if names != set(wanted):
+                odd = sorted(names.symmetric_difference(wanted))[0]
+                raise ValueError(f"{path} and its config.json disagree on tensor {odd}; "
+                                 "use the config.json that was written with it")
+            tensors = {name: file.get_tensor(name).clone() for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); use another step or copy the file again"
+                         ) from None
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"{path}: {name} has shape {list(tensor.shape)} but config.json says "
+                             f"{list(wanted[name].shape)}; use the config.json written with it")
+    return tensors

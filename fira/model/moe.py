@@ -1,0 +1,117 @@
+"""The Mixture-of-Experts layer: route, scatter rows to experts, apply them, gather back.
+
+Dropless: every token reaches all K experts it chose. Rows are sorted by expert with a stable sort,
+so the result does not depend on scheduling and training repeats to the bit.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fira.model.router import Router
+
+
+class MoE(nn.Module):
+    """x_BTD -> x_BTD through the K experts its router chooses for each token."""
+
+    def __init__(self, router: Router, experts: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        weights_NK, experts_NK = self.router(x_ND)
+        order_R = experts_NK.flatten().argsort(stable=True)
+        inverse_R = torch.empty_like(order_R)
+        inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+        counts_E = torch.bincount(experts_NK.flatten(), minlength=len(self.router.weight))
+        rows_RD = Scatter.apply(x_ND, order_R, inverse_R)
+        rows_RD = self.experts(rows_RD, counts_E)
+        return Gather.apply(rows_RD, weights_NK, order_R, inverse_R).view(x_BTD.shape)
+
+
+class Dense(nn.Module):
+    """The control: one expert, no router. Its weights are named as an MoE's experts are."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        counts_E = torch.tensor([len(x_ND)], device=x_ND.device)
+        return self.experts(x_ND, counts_E).view(x_BTD.shape)
+
+
+class Scatter(torch.autograd.Function):
+    """x_ND -> rows_RD sorted by expert; row r is a copy of token order[r] // K."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.top_k = len(order_R) // len(x_ND)
+        ctx.save_for_backward(inverse_R)
+        return x_ND.index_select(0, order_R // ctx.top_k)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_R,) = ctx.saved_tensors
+        grad_RD = grad_RD.index_select(0, inverse_R)
+        return grad_RD.view(-1, ctx.top_k, grad_RD.shape[-1]).sum(1), None, None
+
+
+class Gather(torch.autograd.Function):
+    """rows_RD sorted by expert, weights_NK -> x_ND, each token the weighted sum of its rows."""
+
+    @staticmethod
+    def forward(ctx, rows_RD: Tensor, weights_NK: Tensor, order_R: Tensor,
+                inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RD, weights_NK, order_R, inverse_R)
+        rows_NKD = rows_RD.index_select(0, inverse_R).view(*weights_NK.shape, -1)
+        weights_N1K = weights_NK.to(rows_RD.dtype).unsqueeze(1)
+        return torch.bmm(weights_N1K, rows_NKD).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows_RD, weights_NK, order_R, inverse_R = ctx.saved_tensors
+        grad_RD = grad_ND.index_select(0, order_R // weights_NK.shape[1])
+        dots_R = (grad_RD * rows_RD).sum(-1, dtype=weights_NK.dtype)
+        weights_R1 = weights_NK.flatten()[order_R].unsqueeze(1).to(grad_RD.dtype)
+        return grad_RD * weights_R1, dots_R[inverse_R].view_as(weights_NK), None, None
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """The routers of a model, in layer order; none for a dense one."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def end_step(model: nn.Module) -> None:
+    """After each optimizer step: its load shares become those of the next step's balance loss."""
+    for router in routers(model):
+        total = router.load_count_E.sum()
+        if total > 0:
+            router.load_share_E.copy_(router.load_count_E / total)
+        router.clear_counts()
+
+
+def routing_health(model: nn.Module) -> dict[str, Any] | None:
+    """Load per expert and what it implies, per layer, counted since the last `end_step`.
+
+    load: share of routed rows per expert; cv: standard deviation over mean of the load; max_mean:
+    busiest expert over the mean; entropy: of the router, 0..1 of log E; dead: experts without a row.
+    None for a dense model or before anything was counted.
+    """
+    layers = [router for router in routers(model) if router.num_tokens]
+    if not layers:
+        return None
+    counts = torch.stack([router.load_count_E for router in layers]).double().cpu()
+    relative = counts / counts.mean(dim=1, keepdim=True)
+    return {
+        "load": (counts / counts.sum(dim=1, keepdim=True)).tolist(),
+        "cv": relative.std(dim=1, correction=0).tolist(),
+        "max_mean": relative.max(dim=1).values.tolist(),
+        "entropy": [router.entropy() for router in layers],
+        "dead": (counts == 0).sum(dim=1).tolist(),
+    }

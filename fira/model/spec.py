@@ -1,0 +1,70 @@
+"""What a model is: the numbers that fix its shapes, one class per architecture."""
+from __future__ import annotations
+
+from typing import Annotated, Literal, Union
+
+from pydantic import Field, model_validator
+
+from fira.config import Config
+
+
+class Spec(Config):
+    """What both architectures need. `num_experts=1` is the dense twin: no router, one expert."""
+
+    vocab_size: int = Field(50304, ge=1, description="rows of the token embedding")
+    d_model: int = Field(768, ge=1, description="width of the residual stream")
+    n_head: int = Field(12, ge=1, description="query heads")
+    num_layers: int = Field(12, ge=1, description="blocks")
+    d_ff: int = Field(3072, ge=1, description="hidden width of one expert")
+    num_experts: int = Field(4, ge=1, description="experts per layer; 1 is a dense model")
+    top_k: int = Field(1, ge=1, description="experts chosen per token")
+    context: int = Field(3072, ge=1, description="longest sequence, in tokens")
+    balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
+    z_weight: float = Field(0.001, ge=0, description="weight of the router z-loss")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+
+    @model_validator(mode="after")
+    def _check(self) -> Spec:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is above num_experts={self.num_experts}; "
+                             f"choose top_k of at most {self.num_experts}")
+        return self
+
+
+class FIRASpec(Spec):
+    """The founding model: learned positions, LayerNorm, GELU experts with biases, untied head."""
+
+    architecture: Literal["fira"] = "fira"
+    dropout: float = Field(0.1, ge=0, lt=1, description="probability of zeroing an activation")
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> FIRASpec:
+        if self.d_model % self.n_head:
+            fit = max(h for h in range(1, self.n_head + 1) if self.d_model % h == 0)
+            raise ValueError(f"n_head={self.n_head} must divide d_model={self.d_model}; "
+                             f"try n_head={fit}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+
+class FIRA2Spec(Spec):
+    """The second generation: exactly Qwen3-MoE's mathematics, so that its weights run elsewhere."""
+
+    architecture: Literal["fira2"] = "fira2"
+    n_kv_head: int = Field(4, ge=1, description="key-value heads shared by the query heads")
+    head_dim: int = Field(64, ge=2, multiple_of=2, description="width of one head")
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> FIRA2Spec:
+        if self.n_head % self.n_kv_head:
+            fit = max(g for g in range(1, self.n_kv_head + 1) if self.n_head % g == 0)
+            raise ValueError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}; "
+                             f"try n_kv_head={fit}")
+        return self
+
+
+ModelSpec = Annotated[Union[FIRASpec, FIRA2Spec], Field(discriminator="architecture")]

@@ -1,0 +1,158 @@
+"""What a run writes while it goes: metrics.jsonl, training_log.csv, the live line on the console.
+
+metrics.jsonl is the record; everything else (CSV, plots, reports) can be made from it. Rows are
+flushed one by one, so a killed run loses none, and `resume` cuts the record back to a checkpoint.
+"""
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+METRICS, TABLE = "metrics.jsonl", "training_log.csv"
+COLUMNS = ("step", "loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens",
+           "tokens_per_second", "seconds", "imbalance", "dead")
+Row = dict[str, Any]
+
+
+class RunLog:
+    """Appends rows to a run folder. `sinks` are called with every row (trackers, tests)."""
+
+    def __init__(self, folder: Path, sinks: tuple[Callable[[Row], None], ...] = ()) -> None:
+        self.folder, self.sinks = folder, sinks
+        self._pending: Row | None = None
+        self._metrics = open(folder / METRICS, "a", encoding="utf-8")
+        self._table = open(folder / TABLE, "a", encoding="utf-8", newline="")
+        self._csv = csv.DictWriter(self._table, COLUMNS, extrasaction="ignore")
+        if self._table.tell() == 0:
+            self._csv.writeheader()
+
+    @classmethod
+    def resume(cls, folder: Path, step: int, **options: Any) -> RunLog:
+        """Continue the record of a run whose checkpoint is `step`: later rows never happened.
+
+        Rows written after that checkpoint was saved (its own evaluation too) are dropped, since
+        the resumed run writes them again.
+        """
+        kept = [row for row in read_rows(folder)
+                if row["step"] < step or (row["step"] == step
+                                          and row["kind"] not in ("validation", "sample"))]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        _replace(folder / METRICS, text)
+        (folder / TABLE).unlink(missing_ok=True)
+        log = cls(folder, **options)
+        for row in kept:
+            log._tabulate(row)
+        return log
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Add one row; it has left this process when the call returns."""
+        row = {"kind": kind, "step": step, **values}
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        self._tabulate(row)
+        for sink in self.sinks:
+            sink(row)
+
+    def sync(self) -> None:
+        """Put the record on the disk itself, before a checkpoint that relies on it."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        self._flush_table()
+        self._metrics.close()
+        self._table.close()
+
+    def _tabulate(self, row: Row) -> None:
+        """One CSV line a step; a validation joins the line of its step."""
+        if row["kind"] == "step":
+            self._flush_table()
+            self._pending = dict(row)
+        elif row["kind"] == "validation" and self._pending and self._pending["step"] == row["step"]:
+            self._pending |= {"val_loss": row["loss"], "val_bits_per_byte": row["bits_per_byte"]}
+
+    def _flush_table(self) -> None:
+        if self._pending:
+            self._csv.writerow(self._pending)
+            self._table.flush()
+            self._pending = None
+
+
+def read_rows(folder: Path) -> Iterator[Row]:
+    """Rows of a run's record, oldest first; a last line torn by a kill is left out."""
+    path = folder / METRICS
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def tracker(kind: str, folder: Path) -> tuple[Callable[[Row], None], ...]:
+    """Sinks for a tracker: none, tensorboard or wandb (both in the `track` extra)."""
+    if kind == "none":
+        return ()
+    try:
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
+            return (lambda row: [writer.add_scalar(name, value, row["step"])
+                                 for name, value in _scalars(row)] and writer.flush(),)
+        import wandb
+    except ImportError:
+        raise ValueError(f"train.track={kind} needs a package that is not installed; "
+                         "pip install 'fira-moe[track]', or use train.track=none") from None
+    run = wandb.init(project="fira", name=folder.name, dir=str(folder))
+    return (lambda row: run.log(dict(_scalars(row)), step=row["step"]),)
+
+
+def _scalars(row: Row) -> list[tuple[str, float]]:
+    return [(f"{row['kind']}/{name}", value) for name, value in row.items()
+            if isinstance(value, (int, float)) and name not in ("step", "kind")]
+
+
+def console() -> Console:
+    """Where progress and messages go: standard error, so that output can be piped."""
+    return Console(stderr=True, highlight=False)
+
+
+class ProgressLine:
+    """The live display of long work: a bar on a terminal, a plain line now and then in a log file."""
+
+    def __init__(self, title: str, screen: Console, plain_every: float = 10.0) -> None:
+        self.title, self.screen, self.plain_every = title, screen, plain_every
+        self._last_plain = -plain_every
+        self._bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(bar_width=18),
+                             TaskProgressColumn(), TimeRemainingColumn(compact=True),
+                             TextColumn("{task.fields[note]}"), console=screen,
+                             disable=not screen.is_terminal)
+        self._task = self._bar.add_task(title, total=1.0, note="")
+
+    def __enter__(self) -> ProgressLine:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, fraction: float, note: str, seconds: float) -> None:
+        """Show progress: `fraction` done in 0..1, a short note, seconds of work so far."""
+        self._bar.update(self._task, completed=min(fraction, 1.0), note=note)
+        if not self.screen.is_terminal and (seconds - self._last_plain >= self.plain_every
+                                            or fraction >= 1.0):
+            self._last_plain = seconds
+            self.screen.print(f"{self.title} {fraction:4.0%}  {note}", soft_wrap=True)

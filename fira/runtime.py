@@ -1,0 +1,93 @@
+"""Where am I running: device, precision, seeds, memory allocator, versions. The only reader of the environment."""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA, else CPU; anything else is taken as given. Raises ValueError if it is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = name.partition(":")[0]
+    available = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
+    if kind not in available:
+        raise ValueError(f"device {name!r} is unknown; choose auto, cpu, cuda, cuda:N or mps")
+    if not available[kind]:
+        raise ValueError(f"device {name!r} is not available on this machine; "
+                         "use --device cpu, or auto to take the best there is")
+    return torch.device(name)
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 products on CUDA, plain float32 elsewhere (bf16 products are slow on most CPUs)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed dropout for one step from (seed, step) alone, so that a resumed run needs no saved state."""
+    import torch
+
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+
+
+def keep_large_blocks() -> bool:
+    """Ask glibc to keep freed memory for reuse; True if it agreed, False where there is no glibc.
+
+    By default glibc maps every large tensor anew and returns it when freed, so each training step
+    faults its whole working set in again. The setting lives and dies with this process and touches
+    no environment variable. Measured in benchmarks/allocator.py.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def workers() -> int:
+    """Processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on, for the run's record."""
+    names = ("fira-moe", "torch", "numpy", "safetensors", "tokenizers", "tiktoken")
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of this source tree (with '+' if it has local changes), None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10"], cwd=root,
+                              capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git on this machine: the record says null
+    return head.stdout.strip()

@@ -1,0 +1,1 @@
+"""What one runs: a stage brings batches and a loss to the one training loop."""

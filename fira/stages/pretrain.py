@@ -1,0 +1,194 @@
+"""Pretraining: a preset and a data folder become a run."""
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from rich.console import Console
+
+from fira import runtime
+from fira.checkpoint import Checkpoints, restore
+from fira.config import Config, ConfigError, flatten, load_preset, override, parse
+from fira.data.batches import Batches, sequential
+from fira.data.shards import Shards
+from fira.data.tokenizer import Tokenizer
+from fira.loss.next_token import next_token_loss
+from fira.model.count import count_parameters
+from fira.model.files import build
+from fira.model.spec import ModelSpec
+from fira.runlog import RunLog, tracker
+from fira.train.loop import Loop, LoopState, TrainConfig, fraction_done
+from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.schedule import ScheduleConfig, factor
+from fira.train.validate import validate
+
+CONFIG = "config.json"
+
+
+class DataConfig(Config):
+    folder: str | None = Field(None, description="folder that `fira data` wrote")
+
+
+class PretrainConfig(Config):
+    """Everything that decides a pretraining run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelSpec
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+
+
+def configure(preset: dict[str, Any], settings: Iterable[str]) -> PretrainConfig:
+    """`settings` over `preset`; a horizon given in steps or minutes replaces the preset's."""
+    settings = list(settings)
+    given = {setting.partition("=")[0] for setting in settings}
+    horizons = {"train.steps", "train.minutes"}
+    if len(given & horizons) == 1:
+        settings.append(f"{(horizons - given).pop()}=null")
+    config = parse(PretrainConfig, override(preset, settings))
+    if config.train.sequence_length > config.model.context:
+        raise ConfigError(f"train.sequence_length={config.train.sequence_length} is longer than "
+                          f"model.context={config.model.context}; "
+                          f"try train.sequence_length={config.model.context}")
+    return config
+
+
+def describe(preset: str, settings: Iterable[str]) -> str:
+    """The resolved configuration, a setting a line, with what differs from the preset marked."""
+    base = flatten(configure(load_preset(preset), ()))
+    lines = []
+    for key, value in flatten(configure(load_preset(preset), settings)).items():
+        changed = f"   # preset: {_toml(base.get(key))}" if value != base.get(key) else ""
+        lines.append(f"{key} = {_toml(value)}{changed}")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value)
+
+
+def pretrain(preset: str, settings: Iterable[str], run: Path, device_name: str, resume: bool,
+             screen: Console) -> LoopState:
+    """Train `preset` into the folder `run`, or continue there. Raises ValueError on bad input."""
+    runtime.keep_large_blocks()
+    device = runtime.pick_device(device_name)
+    config = _configure_run(preset, settings, run, resume, screen)
+    train_tokens, validation_tokens = _open_data(config)
+    tokenizer = Tokenizer.load(config.data.folder)
+    _check_vocabulary(tokenizer, config)
+    checkpoints = Checkpoints(run, Path(config.data.folder), config.train.keep)
+    newest = checkpoints.newest_whole(screen.print)
+    if newest is not None:
+        _check_same_tokenizer(newest, tokenizer, config)
+
+    model = build(config.model, seed=config.train.seed).to(device)
+    model.end_of_text = tokenizer.end_of_text
+    model.trained_length = config.train.sequence_length
+    optimizer = make_optimizer(model, config.optim)
+    state = LoopState(**restore(newest, model, optimizer)) if newest else LoopState()
+    _write_config(run, config, preset)
+    log = RunLog.resume(run, state.step, sinks=tracker(config.train.track, run))
+    _introduce(config, state, device, screen)
+    token_bytes_V = torch.zeros(config.model.vocab_size, dtype=torch.long)
+    lengths = torch.tensor([len(text) for text in tokenizer.token_bytes()])
+    token_bytes_V[:len(lengths)] = lengths
+    loop = Loop(
+        model=model, forward=torch.compile(model) if device.type == "cuda" else model,
+        optimizer=optimizer, clip=config.optim.clip, config=config.train, schedule=config.schedule,
+        batches=Batches(train_tokens, config.train.sequence_length, config.train.batch_size,
+                        config.train.seed),
+        loss_fn=next_token_loss,
+        probe=lambda scored: validate(
+            scored, sequential(validation_tokens, config.train.sequence_length,
+                               config.train.micro_batch), token_bytes_V),
+        log=log, checkpoints=checkpoints, screen=screen, state=state)
+    try:
+        return loop.run()
+    finally:
+        log.close()
+
+
+def _configure_run(preset: str, settings: Iterable[str], run: Path, resume: bool,
+                   screen: Console) -> PretrainConfig:
+    """The run's configuration: the preset's, or when resuming the one it was started with."""
+    path = run / CONFIG
+    if not path.exists():
+        if resume:
+            screen.print(f"nothing to resume in {run}; starting at step 0")
+        return configure(load_preset(preset), settings)
+    if not resume:
+        raise ValueError(f"{run} already holds a run; --resume continues it, "
+                         "or choose another folder with --run")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved["preset"] != preset:
+        raise ConfigError(f"{run} was started from preset {saved['preset']}, not {preset}; "
+                          f"write fira train {saved['preset']} --resume, or choose another --run")
+    before, now = configure(saved["config"], ()), configure(saved["config"], settings)
+    if now.model != before.model:
+        changed = next(key for key, value in flatten(now.model).items()
+                       if value != flatten(before.model).get(key))
+        raise ConfigError(f"model.{changed} cannot change when a run is resumed; "
+                          "start a new run with --run")
+    return now
+
+
+def _open_data(config: PretrainConfig) -> tuple[Any, Any]:
+    """Training and validation tokens, checked against their checksums."""
+    if config.data.folder is None:
+        raise ConfigError("data.folder is not set; prepare text with `fira data SOURCE "
+                          "--tokenizer DIR --out DIR` and give data.folder=DIR")
+    splits = [Shards.open(config.data.folder, split) for split in ("train", "validation")]
+    for split in splits:
+        split.verify()
+    train_tokens, validation = splits
+    if len(validation) < 2:
+        raise ValueError(f"{config.data.folder} holds out no text; prepare it with more documents, "
+                         "a smaller --validation-every, or --validation SOURCE")
+    return train_tokens, validation[:config.train.validation_tokens + 1]
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: PretrainConfig) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(f"model.vocab_size={config.model.vocab_size} is smaller than the "
+                          f"tokenizer's {tokenizer.vocab_size}; "
+                          f"try model.vocab_size={tokenizer.vocab_size}")
+
+
+def _check_same_tokenizer(step: Path, tokenizer: Tokenizer, config: PretrainConfig) -> None:
+    trained_with = Tokenizer.load(step).hash
+    if trained_with != tokenizer.hash:
+        raise ValueError(f"{config.data.folder} was made with tokenizer {tokenizer.hash[:12]}, "
+                         f"but {step} was trained with {trained_with[:12]}; prepare the text again "
+                         f"with --tokenizer {step}")
+
+
+def _write_config(run: Path, config: PretrainConfig, preset: str) -> None:
+    count = count_parameters(config.model)
+    record = {"preset": preset, "config": config.model_dump(), "argv": sys.argv,
+              "parameters": {"total": count.total, "active": count.active},
+              "versions": runtime.versions(), "commit": runtime.commit(),
+              "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    partial = run / f".{CONFIG}.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, run / CONFIG)
+
+
+def _introduce(config: PretrainConfig, state: LoopState, device: torch.device,
+               screen: Console) -> None:
+    """Say what is about to run, and what a changed horizon does to a resumed one."""
+    count = count_parameters(config.model)
+    screen.print(f"{config.model.architecture}: {count.total / 1e6:.2f}M parameters, "
+                 f"{count.active / 1e6:.2f}M active per token, on {device}")
+    if state.step:
+        fraction = fraction_done(config.train, state.step, state.seconds)
+        rate = config.optim.lr * factor(config.schedule, fraction)
+        screen.print(f"resuming after step {state.step}: {fraction:.0%} of the run is done, "
+                     f"the learning rate continues at {rate:.2e}")

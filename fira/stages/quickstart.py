@@ -1,0 +1,59 @@
+"""The whole path on real text: learn a tokenizer, tokenize, train `tiny`, let it speak."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+
+from fira.config import load_preset
+from fira.infer.load import load
+from fira.infer.text import complete
+from fira.runlog import RunLog
+from fira.stages.prepare import learn_tokenizer, prepare_data
+from fira.stages.pretrain import configure, pretrain
+
+CORPUS = "sotu"
+PROMPTS = ("The state of the Union is", "Fellow citizens, our trade with foreign nations",
+           "To our children")
+
+
+def quickstart(out: Path, settings: Iterable[str], screen: Console) -> Path:
+    """Make a tokenizer, data and a trained run in `out`; returns the run folder."""
+    settings = [*settings, f"data.folder={out / 'data'}"]
+    vocab_size = configure(load_preset("tiny"), settings).model.vocab_size
+    screen.print("text: 249 State of the Union addresses, 1790 to today (public domain; from the "
+                 "package sotu, MIT licence)")
+    if (out / "data" / "manifest.json").exists():
+        screen.print(f"using the tokenizer and data already in {out}")
+    else:
+        learned = learn_tokenizer([CORPUS], out / "tokenizer", vocab_size, 1 << 30, screen)
+        prepare_data([CORPUS], out / "data", learned, 20, [], None, screen)
+    run = out / "run"
+    pretrain("tiny", settings, run, "auto", (run / "config.json").exists(), screen)
+    _speak(run, screen)
+    return run
+
+
+def _speak(run: Path, screen: Console) -> None:
+    """Print three samples and put them on record."""
+    loaded = load(run)
+    step = int(loaded.folder.name.partition("-")[2])
+    log = RunLog(run)
+    for seed, prompt in enumerate(PROMPTS):
+        text = "".join(complete(loaded.model, loaded.tokenizer, prompt, 60, 0.8, seed=seed))
+        log.write("sample", step, prompt=prompt, text=text)
+        screen.print(f"\n[bold]{prompt}[/bold]{text}", soft_wrap=True)
+    log.close()
+
+
+def next_steps(out: Path) -> str:
+    """What to try after the quickstart."""
+    run = out / "run"
+    return "\n".join([
+        "\nnext:",
+        f'  fira generate {run} "My fellow Americans," --max-new-tokens 100',
+        f"  fira eval {run} --text README.md",
+        f"  fira train tiny data.folder={out / 'data'} train.minutes=30 --run out/longer",
+        "  fira show fira-334m",
+    ])

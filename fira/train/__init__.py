@@ -1,0 +1,1 @@
+"""Batches, a model and a loss in; checkpoints and a record out."""

@@ -1,0 +1,259 @@
+"""The only training loop: every stage brings its own batches and loss.
+
+A run is never lost: it is saved before every evaluation, on Ctrl-C and on SIGTERM; what it did after
+its newest checkpoint is done again, to the bit, when it is resumed on one CPU.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Callable, Iterator, Literal, Protocol
+
+import torch
+from pydantic import Field, model_validator
+from rich.console import Console
+from torch import nn
+
+from fira.checkpoint import Checkpoints
+from fira.config import Config
+from fira.model.moe import end_step, routing_health
+from fira.runlog import ProgressLine, RunLog
+from fira.runtime import seed_step
+from fira.train.optim import set_rate
+from fira.train.schedule import ScheduleConfig, factor
+from fira.train.step import LossFn, accumulate, finish_step
+
+MAX_SKIPS = 5  # non-finite steps in a row before a run gives up
+
+
+class TrainConfig(Config):
+    sequence_length: int = Field(512, ge=1, description="tokens per sequence")
+    batch_tokens: int = Field(8192, ge=1, description="tokens per optimizer step")
+    micro_batch: int = Field(4, ge=1, description="sequences per forward and backward pass")
+    steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps")
+    minutes: float | None = Field(None, gt=0, description="length of the run on the clock")
+    save_every: int = Field(500, ge=1, description="steps between checkpoints, each evaluated")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
+    validation_tokens: int = Field(65536, ge=1, description="held-out tokens per evaluation")
+    seed: int = Field(1, ge=0, description="of initialization, data order and dropout")
+    track: Literal["none", "tensorboard", "wandb"] = Field("none", description="extra tracker")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.steps is None and self.minutes is None:
+            raise ValueError("train.steps and train.minutes are both unset; "
+                             "give one, for example train.steps=500")
+        rows = self.micro_batch * self.sequence_length
+        if self.batch_tokens % rows:
+            raise ValueError(f"train.batch_tokens={self.batch_tokens} must divide by micro_batch * "
+                             f"sequence_length = {rows}; try "
+                             f"train.batch_tokens={max(1, round(self.batch_tokens / rows)) * rows}")
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.batch_tokens // self.sequence_length
+
+
+@dataclass
+class LoopState:
+    """What a resumed run must know besides weights and optimizer state."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_step: int | None = None
+    best_score: float | None = None
+
+
+class BatchSource(Protocol):
+    def batch(self, index: int) -> Any:
+        """The global batch of optimizer step `index`, counted from 0: a NamedTuple of tensors."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM asked the run to end; everything is saved. `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def fraction_done(config: TrainConfig, step: int, seconds: float) -> float:
+    """How much of the run is behind us, 0..1: by steps, by the clock, or whichever is further."""
+    by_steps = step / config.steps if config.steps else 0.0
+    by_clock = seconds / (60 * config.minutes) if config.minutes else 0.0
+    return max(by_steps, by_clock)
+
+
+@dataclass
+class Loop:
+    """One run: a stage fills in the parts, `run` does the rest.
+
+    `probe` scores the model on held-out text and returns a validation row (with bits_per_byte);
+    `forward` is the model as it is called, for instance compiled.
+    """
+
+    model: nn.Module
+    forward: Callable[..., torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    clip: float
+    config: TrainConfig
+    schedule: ScheduleConfig
+    batches: BatchSource
+    loss_fn: LossFn
+    probe: Callable[[nn.Module], dict[str, float]]
+    log: RunLog
+    checkpoints: Checkpoints
+    screen: Console
+    state: LoopState = field(default_factory=LoopState)
+    forward_backward: Callable[..., tuple[float, int]] = accumulate
+    stop_signal: int | None = None
+    started: float = 0.0
+    fraction: float = 0.0
+
+    def run(self) -> LoopState:
+        """Train to the end of the horizon.
+
+        Raises Stopped on SIGINT or SIGTERM, and ValueError after MAX_SKIPS non-finite steps in a
+        row; what the newest checkpoint holds is whole in either case.
+        """
+        self.started = time.perf_counter() - self.state.seconds
+        self._update_fraction()
+        if self.state.step and self._checkpoint_due():
+            self._evaluate()  # the evaluation that followed this checkpoint may have been lost
+        with self._signals(), ProgressLine("train", self.screen) as line:
+            while self.fraction < 1:
+                try:
+                    self._step(line)
+                except Stopped:
+                    self.optimizer.zero_grad(set_to_none=True)
+                    self._save()
+                    raise
+                if self._checkpoint_due():
+                    self._save()
+                    self._evaluate()
+        return self.state
+
+    def _seconds(self) -> float:
+        """Time spent on this run, over all its resumptions."""
+        return time.perf_counter() - self.started
+
+    def _update_fraction(self) -> None:
+        self.fraction = fraction_done(self.config, self.state.step, self._seconds())
+
+    def _checkpoint_due(self) -> bool:
+        return self.state.step % self.config.save_every == 0 or self.fraction >= 1
+
+    def _step(self, line: ProgressLine) -> None:
+        state, began = self.state, time.perf_counter()
+        rate = factor(self.schedule, self.fraction)
+        set_rate(self.optimizer, rate)
+        seed_step(self.config.seed, state.step)
+        self.model.train()
+        batch = self.batches.batch(state.step)
+        loss, count = self.forward_backward(self.forward, self._micro_batches(batch), self.loss_fn)
+        norm, updated = finish_step(self.model, self.optimizer, loss, count, self.clip)
+        health = routing_health(self.model)
+        end_step(self.model)
+        state.step += 1
+        state.tokens += self.config.batch_tokens
+        self._update_fraction()
+        speed = self.config.batch_tokens / (time.perf_counter() - began)
+        self._record(line, loss, norm, rate, speed, health)
+        self._count_skips(updated, loss, norm)
+
+    def _micro_batches(self, batch: Any) -> Iterator[Any]:
+        """Cut a global batch; a signal ends it between two cuts, leaving the last whole step."""
+        device = next(self.model.parameters()).device
+        for first in range(0, self.config.batch_size, self.config.micro_batch):
+            if self.stop_signal is not None:
+                raise Stopped(self.stop_signal)
+            rows = slice(first, first + self.config.micro_batch)
+            yield type(batch)(*(part[rows].to(device, non_blocking=True) for part in batch))
+
+    def _record(self, line: ProgressLine, loss: float, norm: float, rate: float, speed: float,
+                health: dict[str, Any] | None) -> None:
+        state = self.state
+        imbalance = sum(health["cv"]) / len(health["cv"]) if health else None
+        dead = sum(health["dead"]) if health else 0
+        self.log.write("step", state.step, loss=_finite(loss), lr=self._peak() * rate,
+                       grad_norm=_finite(norm), tokens=state.tokens,
+                       tokens_per_second=round(speed, 1), seconds=round(self._seconds(), 3),
+                       imbalance=imbalance, dead=dead)
+        if health and self._checkpoint_due():
+            self.log.write("routing", state.step, **health)
+        note = f"step {state.step}  loss {loss:.3f}"
+        if state.best_score is not None:
+            note += f"  best {state.best_score:.3f} bits/byte"
+        note += f"  {speed:,.0f} tok/s"
+        if imbalance is not None:
+            note += f"  cv {imbalance:.2f}" + (f"  dead {dead}" if dead else "")
+        if state.skipped:
+            note += f"  [red]skipped {state.skipped}[/red]"
+        line.update(self.fraction, note, self._seconds())
+
+    def _peak(self) -> float:
+        return self.optimizer.param_groups[0]["peak_lr"]
+
+    def _count_skips(self, updated: bool, loss: float, norm: float) -> None:
+        state = self.state
+        if updated:
+            state.skipped_in_a_row = 0
+            return
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        text = f"step {state.step} skipped: loss {loss}, gradient norm {norm}"
+        self.log.write("event", state.step, text=text)
+        self.screen.print(f"[red]{text}[/red]")
+        if state.skipped_in_a_row == MAX_SKIPS:
+            raise ValueError(f"{MAX_SKIPS} steps in a row up to step {state.step} had a non-finite "
+                             "loss or gradient; the newest checkpoint is from before them: "
+                             "lower optim.lr or look at the data, then continue with --resume")
+
+    def _save(self) -> None:
+        self.state.seconds = self._seconds()
+        self.log.sync()
+        self.checkpoints.save(self.state.step, self.model, self.optimizer, asdict(self.state))
+
+    def _evaluate(self) -> None:
+        """Score the model, remember the best, let older checkpoints go."""
+        state, result = self.state, self.probe(self.model)
+        self.log.write("validation", state.step, tokens=state.tokens,
+                       seconds=round(self._seconds(), 3), **result)
+        if state.best_score is None or result["bits_per_byte"] < state.best_score:
+            state.best_score, state.best_step = result["bits_per_byte"], state.step
+        self.checkpoints.prune(state.best_step)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the first SIGINT or SIGTERM into a request; a second one ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in numbers}
+
+        def request(number: int, _: Any) -> None:
+            self.stop_signal = number
+            for each in numbers:
+                signal.signal(each, before[each])
+
+        for number in numbers:
+            signal.signal(number, request)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                signal.signal(number, before[number])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

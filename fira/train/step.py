@@ -1,0 +1,45 @@
+"""One optimizer step: accumulate gradients over micro-batches, average, clip, update or skip."""
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Iterable
+
+import torch
+from torch import nn
+
+from fira.runtime import autocast
+
+LossFn = Callable[[Any, Any], "tuple[torch.Tensor, dict[str, Any]]"]
+
+
+def accumulate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> tuple[float, int]:
+    """Add every micro-batch's gradients; returns the mean loss and the number of micro-batches.
+
+    Losses go backward unscaled: the auxiliary losses inside the layers then weigh the same however
+    the batch is cut, and `finish_step` divides once. Equal micro-batches are assumed.
+    """
+    losses = []
+    for batch in batches:
+        with autocast(batch.tokens_BT.device):
+            loss, _ = loss_fn(model, batch)
+        loss.backward()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean()), len(losses)
+
+
+def finish_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: float,
+                num_micro_batches: int, clip: float) -> tuple[float, bool]:
+    """Average and clip the gradients, then update. Returns (gradient norm, whether it updated).
+
+    A non-finite loss or norm skips the update: weights and optimizer state stay as they were.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients, foreach=True)) / num_micro_batches
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
+        scale = min(1.0, clip / (norm + 1e-6)) / num_micro_batches
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, scale)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, finite
