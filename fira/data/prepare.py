@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -55,7 +55,7 @@ def prepare(sources: list[str], folder: str | Path, tokenizer: Tokenizer, *,
     with _one_line_errors(folder):
         if (folder / MANIFEST).exists():
             return _finished(folder, recipe)
-        folder.mkdir(parents=True, exist_ok=True)
+        _claim(folder, tokenizer)
         job = _Job(folder, recipe, given, tokenizer)
         job.run(_workers(workers, given), progress)
         return read_manifest(folder)
@@ -85,11 +85,24 @@ def _finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 def _check_same(folder: Path, found: dict[str, Any], recipe: dict[str, Any]) -> None:
     differs = [key for key in recipe if found.get(key) != recipe[key]]
     if differs:
-        names = {"inputs": "sources (names, sizes or times)", "tokenizer_hash": "tokenizer"}
+        names = {"inputs": "source (by name, size or time)", "tokenizer_hash": "tokenizer",
+                 "vocab_size": "tokenizer"}
         what = names.get(differs[0], f"{differs[0]} ({found.get(differs[0])}, now "
                                      f"{recipe[differs[0]]})")
         raise ValueError(f"{folder} holds data made with another {what}; give another folder, or "
                          "delete this one")
+
+
+def _claim(folder: Path, tokenizer: Tokenizer) -> None:
+    """Make the folder, or take an empty one or one begun before; never one with other content."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {file.name for file in folder.iterdir() if not file.name.startswith(".")}
+    if JOURNAL in found or found <= {JOURNAL + ".partial"}:
+        return
+    ours = "tokenizer.json" in found and found <= {"tokenizer.json", "tokenizer_config.json"}
+    if not ours or Tokenizer.load(folder).hash != tokenizer.hash:
+        raise ValueError(f"{folder} holds other files ({', '.join(sorted(found)[:3])}); give a new "
+                         "or empty folder")
 
 
 def _workers(workers: int | None, given: list[Input]) -> int:
@@ -115,13 +128,14 @@ class _Job:
         self.seen: int = journal.get("documents", 0)          # documents so far, both splits
         self.opened: bool = journal.get("open", False)        # inside a document of several parts
         states = journal.get("splits", {})
+        if self.place == [0, 0]:
+            states = {}
+            write_json(folder / JOURNAL, {"recipe": recipe})  # from here on the folder is ours
+            tokenizer.save(folder)
         self.writers = {split: Writer(folder, split, recipe["dtype"], recipe["shard_tokens"],
                                       states.get(split)) for split in SPLITS}
 
     def run(self, workers: int, progress: Progress | None) -> None:
-        if not (self.folder / JOURNAL).exists():
-            self.tokenizer.save(self.folder)
-            self._commit()
         saved = time.monotonic()
         total = total_bytes(self.given)
         read = items(self.given, *self.place)
@@ -155,8 +169,9 @@ class _Job:
 
     def _split(self, item: Item, seen: int) -> str:
         every = self.recipe["validation_every"]
-        held_out = item.file >= self.recipe["train_inputs"] or every and seen % every == every - 1
-        return "validation" if held_out else "train"
+        if item.file >= self.recipe["train_inputs"] or (every and seen % every == every - 1):
+            return "validation"
+        return "train"
 
     def _write(self, batch: list[tuple[str, Item]], results: list[tuple[np.ndarray, int]]) -> None:
         for (split, item), (ids, size) in zip(batch, results, strict=True):
@@ -176,7 +191,13 @@ class _Job:
         if not file.exists():
             return {}
         journal = json.loads(file.read_text(encoding="utf-8"))
-        _check_same(self.folder, journal["recipe"], self.recipe)
+        file_number, number = journal.get("place", (0, 0))
+        if not file_number and not number:
+            return {}
+        before = file_number + (number > 0)  # inputs not yet reached may have been mended since
+        found, now = ({**recipe, "inputs": recipe["inputs"][:before]}
+                      for recipe in (journal["recipe"], self.recipe))
+        _check_same(self.folder, found, now)
         return journal
 
     def _finish(self) -> None:
@@ -227,7 +248,7 @@ def _encode(tokenizer: Tokenizer, texts: list[tuple[str, bool]]) -> list[tuple[n
 
 
 def _tokenized(batches: Iterator[list[tuple[str, Item]]], folder: Path, tokenizer: Tokenizer,
-               workers: int) -> Iterator[tuple[list, list]]:
+               workers: int) -> Generator[tuple[list, list], None, None]:
     """Batches with their results, in order; with several workers a few batches are under way."""
     def texts(batch: list[tuple[str, Item]]) -> list[tuple[str, bool]]:
         return [(item.text, item.ends) for _, item in batch]

@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-FORMATS = (".txt", ".md", ".jsonl", ".parquet")
+PLAIN = (".txt", ".md", ".jsonl")
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
-ENDINGS = tuple(form + packed for form in FORMATS[:3] for packed in COMPRESSIONS) + (".parquet",)
+ENDINGS = (*(form + packed for form in PLAIN for packed in COMPRESSIONS), ".parquet")
 SUPPORTED = ".txt, .md or .jsonl (also with .gz, .xz or .zst), or .parquet"
 
 

@@ -1,8 +1,8 @@
 """Inputs become documents, streamed, so that memory does not grow with the corpus.
 
 A .txt or .md file is one document, a .jsonl line and a .parquet row one each (key or column
-`text`). A long text file is handed on in parts, cut only where every supported pre-tokenizer splits anyway
-(tests/data/test_text.py proves it), so parts give the same tokens as the whole.
+`text`). A long text file is handed on in parts, cut only where every supported pre-tokenizer
+splits anyway (tests/data/test_text.py proves it), so parts give the same tokens as the whole.
 """
 from __future__ import annotations
 
@@ -89,6 +89,18 @@ def safe_cut(text: str) -> int:
         if found:
             return found[0].end() - (found[0][0] == " ")
     return 0
+
+
+def pieces(text: str) -> Iterator[str]:
+    """`text` in pieces of about BLOCK characters, cut at safe places as far as there are any."""
+    start = 0
+    while len(text) - start > 2 * BLOCK:
+        cut = safe_cut(text[start:start + BLOCK])
+        if not cut:
+            break
+        yield text[start:start + cut]
+        start += cut
+    yield text[start:]
 
 
 _CUT = re.compile(r"(?<=[^\W_])[ \n](?=[^\W_])")

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Reference
 
 from fira.data import fast
-from fira.data.text import BLOCK, safe_cut
+from fira.data.text import BLOCK, pieces
 
 END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END_OF_TEXT, PAD, TURN_START, TURN_END, "<think>", "</think>", "<tool_call>",
@@ -84,16 +84,9 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as a uint32 array; long texts in pieces, so that memory stays near theirs."""
         _check_text(text)
-        if not self.cuts or len(text) <= 2 * BLOCK:
+        if not self.cuts:
             return self._encode_piece(text)
-        found, start = [], 0
-        while start < len(text):
-            piece = text[start:start + BLOCK]
-            if start + BLOCK < len(text):
-                piece = piece[:safe_cut(piece)] or text[start:]
-            found.append(self._encode_piece(piece))
-            start += len(piece)
-        return np.concatenate(found)
+        return np.concatenate([self._encode_piece(piece) for piece in pieces(text)])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD."""
@@ -208,9 +201,21 @@ class _Taken:
     def __iter__(self) -> Iterator[str]:
         for text in self.documents:
             self.bytes += len(_check_text(text))
-            yield text
+            for piece in pieces(text):
+                yield from _short_words(piece)
             if self.max_bytes is not None and self.bytes >= self.max_bytes:
                 return
+
+
+def _short_words(text: str) -> Iterator[str]:
+    """What can be learned from `text` without what the trainer cannot take: words of many
+    megabytes (it needs 200 bytes a letter) and blanks without end."""
+    start = 0
+    for begin, end in fast.long_blanks(text):
+        yield text[start:begin]
+        start = end
+    for begin in range(start, len(text), BLOCK):
+        yield text[begin:begin + BLOCK]
 
 
 def _untrained() -> Reference:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fira.data.sources import inputs
 from fira.data.text import Item, items, total_bytes
-from fira.infer.load import load
+from fira.infer.load import load, trained_window
 from fira.runlog import ProgressLine
 
 LOGITS = 1 << 24  # logits held at a time (64 MiB in float32)
@@ -29,7 +29,7 @@ SORTED = 8        # batches' worth of windows sorted by length together, so that
 
 
 class Window(NamedTuple):
-    """Tokens to read and predict; the first `known` predictions were scored by the window before."""
+    """Tokens to read and predict; the first `known` were scored by the window before."""
 
     tokens: list[int]
     known: int
@@ -53,14 +53,16 @@ def evaluate(run: str | Path, sources: list[str], context: int | None = None, de
 
 
 def score(model: Any, tokenizer: Any, texts: Iterable[Item], context: int | None = None,
-          batch_tokens: int = 8192, progress: Callable[[Item, int], None] | None = None) -> dict[str, Any]:
+          batch_tokens: int = 8192,
+          progress: Callable[[Item, int], None] | None = None) -> dict[str, Any]:
     """Bits per byte, nats per token, perplexity and the counts they rest on.
 
-    `texts` are documents or consecutive parts of them; `context` is the model's own unless given;
-    `batch_tokens` bounds memory and does not change the result. Raises ValueError when there is no
-    text, the context does not fit, or the tokenizer does not give the text back byte for byte.
+    `texts` are documents or consecutive parts of them; `context` is the length the model was
+    trained on, unless given; `batch_tokens` bounds memory and does not change the result. Raises
+    ValueError when there is no text, the context does not fit, or the tokenizer loses bytes.
     """
-    context = check_context(model.spec.context if context is None else context, model.spec.context)
+    context = check_context(trained_window(model) if context is None else context,
+                            model.spec.context)
     totals = _Totals(tokenizer)
     nats = 0.0
     was_training = model.training
@@ -75,14 +77,14 @@ def score(model: Any, tokenizer: Any, texts: Iterable[Item], context: int | None
     finally:
         model.train(was_training)
     if not totals.tokens:
-        raise ValueError("the text is empty, there is nothing to score; give a file with text in it")
+        raise ValueError("the text is empty, nothing to score; give a file with text in it")
     return {"bits_per_byte": nats / math.log(2) / totals.bytes,
             "loss_per_token": nats / totals.tokens,
             "perplexity": _exp(nats / totals.tokens),
             "bytes": totals.bytes, "tokens": totals.tokens, "documents": totals.documents,
             "context": context,
             "context_rule": f"documents apart, each after end-of-text (not scored); windows of "
-                            f"{context} tokens advance by {stride(context)}; each token scored once"}
+                            f"{context} tokens advance by {stride(context)}; every token once"}
 
 
 def windows(parts: Iterable[tuple[list[int], bool]], context: int,
@@ -115,7 +117,7 @@ def check_context(context: int, longest: int) -> int:
     """The context itself. Raises ValueError if the model has no such window."""
     if not 1 <= context <= longest:
         raise ValueError(f"context={context} must be from 1 to the model's {longest} tokens; "
-                         "leave it out to use all of them")
+                         "leave it out to use what it was trained on")
     return context
 
 
@@ -134,7 +136,7 @@ def window_nats(model: Any, batch: list[Window]) -> float:
     targets_N = tokens_BT[:, 1:][scored_BT]
     rows = max(1, LOGITS // model.spec.vocab_size)
     return sum(_nats(model, x_RD, targets_R)
-               for x_RD, targets_R in zip(x_ND.split(rows), targets_N.split(rows)))
+               for x_RD, targets_R in zip(x_ND.split(rows), targets_N.split(rows), strict=True))
 
 
 def _nats(model: Any, x_RD: Tensor, targets_R: Tensor) -> float:
@@ -152,7 +154,7 @@ class _Totals:
         self.bytes = self.tokens = self.documents = 0
 
     def count(self, texts: Iterable[Item]) -> Iterator[tuple[list[int], bool]]:
-        """Tokenize and count. Every id must stand for its bytes, or bits per byte would be wrong."""
+        """Tokenize and count; ids must stand for all bytes, or bits per byte would be wrong."""
         for item in texts:
             ids = self.tokenizer.encode(item.text)
             size, covered = len(item.text.encode("utf-8")), int(self.sizes[ids].sum()) if ids else 0
@@ -180,7 +182,7 @@ def _groups(stream: Iterator[Window], tokens: int) -> Iterator[list[Window]]:
 
 
 def _batches(group: list[Window], tokens: int) -> Iterator[list[Window]]:
-    """Neighbors of a sorted group that fit `tokens` tokens with padding; at least one window each."""
+    """Neighbors of a sorted group that fit `tokens` with padding; at least one window each."""
     batch: list[Window] = []
     for window in group:
         if batch and (len(batch) + 1) * len(window.tokens) > tokens:

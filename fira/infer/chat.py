@@ -1,7 +1,7 @@
 """`fira chat RUN`: talk with a model in the terminal, or through a pipe.
 
-The conversation is a value that knows no terminal; the terminal is a thin shell around it. Answers go
-to standard output and everything else to standard error, so a pipe carries the model's words alone.
+The conversation knows no terminal; the terminal is a thin shell around it. Answers go to standard
+output and everything else to standard error, so that a pipe carries the model's words alone.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fira.data.chat import render
 from fira.data.tokenizer import TURN_END
-from fira.infer.load import load
+from fira.infer.load import load, trained_window
 from fira.infer.text import pieces
 from fira.runlog import console
 
@@ -37,10 +37,11 @@ class Conversation:
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []
         self.answers = 0
-        self.budget = model.spec.context - max_new_tokens
+        window = trained_window(model)
+        self.budget = window - max_new_tokens
         if self.budget < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room in the model's context "
-                             f"of {model.spec.context} tokens; give at most {model.spec.context - 1}")
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room in the window of "
+                             f"{window} tokens; give at most {window - 1}")
 
     def reset(self) -> None:
         self.turns.clear()
@@ -56,7 +57,7 @@ class Conversation:
             kept = kept[2:]  # a question and its answer
         if length > self.budget:
             raise ValueError(f"the message takes {length} tokens and {self.budget} fit beside an "
-                             f"answer of {self.max_new_tokens}; shorten it, or lower max_new_tokens")
+                             f"answer of {self.max_new_tokens}; shorten it or lower max_new_tokens")
         self.turns = list(kept)
         return len(turns) - len(kept)
 
@@ -79,7 +80,8 @@ class Conversation:
         """What the model reads: chat turns, or for an untuned model the plain text so far."""
         if self.tuned:
             return render(self.tokenizer, [*self.system, *turns])
-        texts = [turn["content"] + "\n" * (turn["role"] != "user") for turn in [*self.system, *turns]]
+        texts = [turn["content"] + "\n" * (turn["role"] != "user")
+                 for turn in [*self.system, *turns]]
         return [self.tokenizer.end_of_text, *self.tokenizer.encode("".join(texts))]
 
 
@@ -90,11 +92,15 @@ def chat(run: str | Path, system: str | None = None, temperature: float = 0.8,
     notes, out = console(), Console(highlight=False)
     loaded = load(run, device)
     tuned = knows_chat(loaded.folder)
+    fits = max(1, trained_window(loaded.model) // 2)
+    if max_new_tokens > fits:
+        notes.print(Text(f"Answers are at most {fits} tokens long: half of what the model reads.",
+                         style="dim"))
     conversation = Conversation(loaded.model, loaded.tokenizer, tuned, system,
-                                min(max_new_tokens, max(1, loaded.model.spec.context // 2)), seed,
+                                min(max_new_tokens, fits), seed,
                                 temperature=temperature, top_k=top_k, top_p=top_p)
     if not tuned:
-        notes.print(Text(BASE, style="yellow"))
+        notes.print(Text(BASE, style="yellow"), soft_wrap=True)
     talk(conversation, out, notes)
 
 
@@ -117,7 +123,7 @@ def talk(conversation: Conversation, out: Console, notes: Console) -> None:
 
 
 def knows_chat(step: Path) -> bool:
-    """Whether the run that a step folder belongs to was trained on chat turns, by its own record."""
+    """Whether the run that a step folder belongs to says it was trained on chat turns."""
     record = step.resolve().parent / "config.json"
     if not record.is_file():
         return False
@@ -131,7 +137,8 @@ def _exchange(conversation: Conversation, line: str, out: Console, notes: Consol
         notes.print(Text(str(error), style="red"), soft_wrap=True)
         return
     if dropped:
-        notes.print(Text(f"The context is full: the oldest {dropped} turns were dropped.", style="dim"))
+        notes.print(Text(f"The context is full: the oldest {dropped} turns were dropped.",
+                         style="dim"))
     with contextlib.closing(conversation.answer()) as answer:
         try:
             for piece in answer:

@@ -14,7 +14,7 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 128,
     """Yield the continuation of `prompt` as text, without the prompt, until end of text.
 
     As in training, the model reads the end-of-text token before the prompt. Arguments are those of
-    `fira.model.generate.stream`. Raises ValueError at once for an empty prompt and values out of range.
+    `fira.model.generate.stream`. Raises ValueError at once, for an empty prompt too.
     """
     if not prompt:
         raise ValueError("the prompt is empty; give the text to continue, for example "

@@ -1,7 +1,8 @@
 """Next-token cross-entropy, the pretraining loss."""
 from __future__ import annotations
 
-from typing import Any, Callable, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F

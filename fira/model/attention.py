@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,9 @@ def _causal_mask(T: int, S: int, device: torch.device) -> Tensor:
 class Rotary(nn.Module):
     """Cosines and sines of rotary positions (Su et al. 2021), as fp32 tables [context, C/2]."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, context: int, head_dim: int, theta: float) -> None:
         super().__init__()
         self.head_dim = head_dim
@@ -95,9 +99,10 @@ class Rotary(nn.Module):
 
     def reset_buffers(self) -> None:
         """Fill the tables; needed after construction on the meta device."""
-        kind = {"dtype": torch.float32, "device": self.cos.device}
-        powers = torch.arange(0, self.head_dim, 2, **kind) / self.head_dim
-        angles = torch.outer(torch.arange(len(self.cos), **kind), 1.0 / self.theta**powers)
+        device = self.cos.device
+        powers = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
+        positions = torch.arange(len(self.cos), device=device).float()
+        angles = torch.outer(positions, 1.0 / self.theta**powers)
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
 
@@ -110,12 +115,12 @@ class Rotate(torch.autograd.Function):
     """`rotate` with its gradient, the opposite rotation; nothing but the tables is kept."""
 
     @staticmethod
-    def forward(ctx, x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TC, sin_TC)
         return rotate(x_BTHC, cos_TC, sin_TC)
 
     @staticmethod
-    def backward(ctx, grad_BTHC: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_BTHC: Tensor) -> tuple[Tensor, None, None]:
         cos_TC, sin_TC = ctx.saved_tensors
         return rotate(grad_BTHC, cos_TC, -sin_TC), None, None
 

@@ -33,9 +33,9 @@ def count_parameters(spec: Any, sequence_length: int | None = None) -> Count:
     """Count `spec` at `sequence_length` (its context if None).
 
     A token reads one row of an embedding, but by custom the whole embedding counts as active; of
-    the experts, the top_k it is sent to. FLOPs are those of one token forward and backward, two per
-    multiply-add: 6 per active matrix weight (the head's too when tied) and, per layer, 6 * T * H * C
-    for causal attention, which reads T/2 positions on average.
+    the experts, the top_k it is sent to. FLOPs are those of one token forward and backward, two
+    per multiply-add: 6 per active matrix weight (the head's too when tied) and, per layer,
+    6 * T * H * C for causal attention, which reads T/2 positions on average.
     """
     totals = dict.fromkeys(PARTS, 0)
     matrices = 0

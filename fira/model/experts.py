@@ -6,6 +6,8 @@ plain twin), one matrix product per expert (CPU) and one grouped product (GPU).
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,16 +59,24 @@ def expert_linear(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
         dtype = torch.get_autocast_dtype(device)
         rows_Ri, weight = rows_Ri.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if device != "cpu" and rows_Ri.dtype == torch.bfloat16:
+    if rows_Ri.is_cuda and _can_group(rows_Ri, weight):
         return expert_linear_grouped(rows_Ri, counts_E, weight, bias)
     return SortedLinear.apply(rows_Ri, counts_E, weight, bias)
+
+
+def _can_group(rows_Ri: Tensor, weight: Tensor) -> bool:
+    """grouped_mm takes bf16 on Ampere and newer, with row strides of whole 16 bytes."""
+    return (rows_Ri.dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(rows_Ri.device) >= (8, 0)
+            and all(width % 8 == 0 for width in weight.shape[1:]))
 
 
 def expert_linear_plain(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
                         bias: Tensor | None) -> Tensor:
     """Row by row: the definition."""
     owners = torch.repeat_interleave(torch.arange(len(counts_E)), counts_E.cpu()).tolist()
-    out = [weight[e] @ row + (0 if bias is None else bias[e]) for row, e in zip(rows_Ri, owners)]
+    out = [weight[e] @ row + (0 if bias is None else bias[e])
+           for row, e in zip(rows_Ri, owners, strict=True)]
     return torch.stack(out) if out else rows_Ri.new_zeros(0, weight.shape[1])
 
 
@@ -90,7 +100,7 @@ class SortedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
+    def forward(ctx: Any, rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
                 bias: Tensor | None) -> Tensor:
         ctx.segments = _segments(counts_E)
         ctx.save_for_backward(rows_Ri, weight)
@@ -104,7 +114,7 @@ class SortedLinear(torch.autograd.Function):
         return out_Ro
 
     @staticmethod
-    def backward(ctx, grad_Ro: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor | None, ...]:
         rows_Ri, weight = ctx.saved_tensors
         need_rows, _, need_weight, need_bias = ctx.needs_input_grad
         grad_rows = torch.empty_like(rows_Ri) if need_rows else None
@@ -112,11 +122,11 @@ class SortedLinear(torch.autograd.Function):
         grad_bias = grad_Ro.new_empty(weight.shape[:2]) if need_bias else None
         for expert, start, stop in ctx.segments:
             grad = grad_Ro[start:stop]
-            if need_rows:
+            if grad_rows is not None:
                 torch.mm(grad, weight[expert], out=grad_rows[start:stop])
-            if need_weight:
+            if grad_weight is not None:
                 torch.mm(grad.t(), rows_Ri[start:stop], out=grad_weight[expert])
-            if need_bias:
+            if grad_bias is not None:
                 torch.sum(grad, dim=0, out=grad_bias[expert])
         _zero_idle(ctx.segments, grad_weight, grad_bias)
         return grad_rows, None, grad_weight, grad_bias

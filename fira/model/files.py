@@ -85,7 +85,7 @@ def find_model(folder: str | Path) -> Path:
 
 
 def newest_step(run: str | Path) -> Path:
-    """The complete step folder with the highest number; complete means that manifest.json is there."""
+    """The complete step folder with the highest number. A manifest.json makes it complete."""
     run = Path(run)
     if not run.is_dir():
         raise ValueError(f"{run} is not a folder; give a run folder such as out/tiny")
@@ -93,7 +93,8 @@ def newest_step(run: str | Path) -> Path:
              if (match := re.fullmatch(r"step-(\d+)", path.name))]
     complete = [(step, path) for step, path in steps if (path / MANIFEST).is_file()]
     if not complete:
-        reason = "has no complete step yet" if steps else "is not a run folder: no step-NNNNNN in it"
+        reason = ("has no complete step yet" if steps
+                  else "is not a run folder: no step-NNNNNN in it")
         raise ValueError(f"{run} {reason}; train with `fira train` or give another folder")
     return max(complete)[1]
 

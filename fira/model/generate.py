@@ -99,7 +99,7 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None
 
 
 def prompt_tensor(model: Any, ids: Ids) -> Tensor:
-    """Ids as int64 [B, T] on the model's device. Raises ValueError when empty, ragged or unknown."""
+    """Ids as int64 [B, T] on the model's device. Raises ValueError if empty, ragged or unknown."""
     device = next(model.parameters()).device
     try:
         ids_BT = torch.as_tensor(ids, device=device)
@@ -115,8 +115,8 @@ def prompt_tensor(model: Any, ids: Ids) -> Tensor:
     ids_BT = ids_BT.reshape(-1, ids_BT.shape[-1]).long()
     low, high, size = int(ids_BT.min()), int(ids_BT.max()), model.spec.vocab_size
     if low < 0 or high >= size:
-        raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {size}; "
-                         "encode the prompt with this model's own tokenizer")
+        raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of "
+                         f"{size}; encode the prompt with this model's own tokenizer")
     return ids_BT
 
 

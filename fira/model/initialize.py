@@ -30,5 +30,6 @@ def initialize(model: nn.Module, num_layers: int, std: float,
 def reset_buffers(model: nn.Module) -> None:
     """Recompute what is not a weight: rotary tables, load shares, counters."""
     for module in model.modules():
-        if hasattr(module, "reset_buffers"):
-            module.reset_buffers()
+        reset = getattr(module, "reset_buffers", None)
+        if reset is not None:
+            reset()

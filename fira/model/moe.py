@@ -42,7 +42,7 @@ class Dense(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        counts_E = torch.tensor([len(x_ND)], device=x_ND.device)
+        counts_E = torch.full((1,), len(x_ND), device=x_ND.device)
         return self.experts(x_ND, counts_E).view(x_BTD.shape)
 
 
@@ -50,13 +50,13 @@ class Scatter(torch.autograd.Function):
     """x_ND -> rows_RD sorted by expert; row r is a copy of token order[r] // K."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
         ctx.top_k = len(order_R) // len(x_ND)
         ctx.save_for_backward(inverse_R)
         return x_ND.index_select(0, order_R // ctx.top_k)
 
     @staticmethod
-    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_R,) = ctx.saved_tensors
         grad_RD = grad_RD.index_select(0, inverse_R)
         return grad_RD.view(-1, ctx.top_k, grad_RD.shape[-1]).sum(1), None, None
@@ -66,7 +66,7 @@ class Gather(torch.autograd.Function):
     """rows_RD sorted by expert, weights_NK -> x_ND, each token the weighted sum of its rows."""
 
     @staticmethod
-    def forward(ctx, rows_RD: Tensor, weights_NK: Tensor, order_R: Tensor,
+    def forward(ctx: Any, rows_RD: Tensor, weights_NK: Tensor, order_R: Tensor,
                 inverse_R: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RD, weights_NK, order_R, inverse_R)
         rows_NKD = rows_RD.index_select(0, inverse_R).view(*weights_NK.shape, -1)
@@ -74,10 +74,10 @@ class Gather(torch.autograd.Function):
         return torch.bmm(weights_N1K, rows_NKD).squeeze(1)
 
     @staticmethod
-    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows_RD, weights_NK, order_R, inverse_R = ctx.saved_tensors
         grad_RD = grad_ND.index_select(0, order_R // weights_NK.shape[1])
-        dots_R = (grad_RD * rows_RD).sum(-1, dtype=weights_NK.dtype)
+        dots_R = torch.linalg.vecdot(grad_RD.to(weights_NK.dtype), rows_RD.to(weights_NK.dtype))
         weights_R1 = weights_NK.flatten()[order_R].unsqueeze(1).to(grad_RD.dtype)
         return grad_RD * weights_R1, dots_R[inverse_R].view_as(weights_NK), None, None
 
@@ -91,8 +91,8 @@ def end_step(model: nn.Module) -> None:
     """After each optimizer step: its load shares become those of the next step's balance loss."""
     for router in routers(model):
         total = router.load_count_E.sum()
-        if total > 0:
-            router.load_share_E.copy_(router.load_count_E / total)
+        share_E = router.load_count_E / total.clamp(min=1)
+        router.load_share_E.copy_(torch.where(total > 0, share_E, router.load_share_E))
         router.clear_counts()
 
 
@@ -100,8 +100,8 @@ def routing_health(model: nn.Module) -> dict[str, Any] | None:
     """Load per expert and what it implies, per layer, counted since the last `end_step`.
 
     load: share of routed rows per expert; cv: standard deviation over mean of the load; max_mean:
-    busiest expert over the mean; entropy: of the router, 0..1 of log E; dead: experts without a row.
-    None for a dense model or before anything was counted.
+    busiest expert over the mean; entropy: of the router, 0..1 of log E; dead: experts without
+    a row. None for a dense model or before anything was counted.
     """
     layers = [router for router in routers(model) if router.num_tokens]
     if not layers:

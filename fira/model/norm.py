@@ -16,4 +16,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))  # [width]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)

@@ -10,6 +10,7 @@ Qwen3-MoE with `norm_topk_prob=false`: an export of a k = 1 model must write tha
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,12 @@ class AddLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         ctx.save_for_backward(loss)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         (loss,) = ctx.saved_tensors
         return grad, torch.ones_like(loss)
 
@@ -36,11 +37,16 @@ class AddLoss(torch.autograd.Function):
 class Router(nn.Module):
     """tokens_ND -> weights_NK (fp32), experts_NK.
 
-    Balance loss, per layer: balance_weight * E * sum_e share_e * mean_probability_e (Switch, eq. 4).
-    `share` is each expert's share of the routed rows of the whole previous optimizer step, so it is
-    global over micro-batches and ranks (Qiu et al. 2025, 2501.11873), and the gradients of
-    micro-batches simply average. z-loss: z_weight * mean(logsumexp(logits)^2) (Zoph et al. 2022).
+    Balance loss, per layer: balance_weight * E * sum_e share_e * mean_probability_e (Switch, its
+    equation 4). `share` is each expert's share of the routed rows of the whole previous optimizer
+    step, so it is global over micro-batches and ranks (Qiu et al. 2025, 2501.11873), and the
+    gradients of micro-batches simply average. z-loss: z_weight * mean(logsumexp(logits)^2) (Zoph
+    et al. 2022).
     """
+
+    load_share_E: Tensor
+    load_count_E: Tensor
+    entropy_sum: Tensor
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, bias: bool,
                  balance_weight: float, z_weight: float) -> None:
@@ -91,7 +97,7 @@ class Router(nn.Module):
     @torch.no_grad()
     def _count(self, logits_NE: Tensor, probs_NE: Tensor, logsumexp_N: Tensor,
                experts_NK: Tensor) -> None:
-        """Counters of routing health, updated in place so that the buffers stay the same tensors."""
+        """Routing health, counted in place so that the buffers stay the same tensors."""
         self.load_count_E += torch.bincount(experts_NK.flatten(), minlength=len(self.load_count_E))
         self.entropy_sum += logsumexp_N.sum() - torch.dot(probs_NE.flatten(), logits_NE.flatten())
 

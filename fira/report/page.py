@@ -35,17 +35,20 @@ from fira.report.routing import (
 PAGE = "report.html"
 EVENTS_SHOWN, SAMPLES_SHOWN = 200, 12  # the newest; all of them stay in metrics.jsonl
 STYLE = """
-:root{color-scheme:light dark;--paper:#fff;--ink:#1c2024;--quiet:#626b77;--line:#e5e7eb;--soft:#f6f7f9}
+:root{color-scheme:light dark;--paper:#fff;--ink:#1c2024;--quiet:#626b77;
+--line:#e5e7eb;--soft:#f6f7f9}
 @media(prefers-color-scheme:dark){
 :root{--paper:#15181c;--ink:#e6e8eb;--quiet:#9aa3ad;--line:#2b3038;--soft:#1c2026}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:70rem;padding:2.5rem 1.25rem 5rem;background:var(--paper);color:var(--ink);
+body{margin:0 auto;max-width:70rem;padding:2.5rem 1.25rem 5rem;
+background:var(--paper);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 h1{font-size:1.9rem;margin:0;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:2.75rem 0 .75rem}
 p{margin:.4rem 0;max-width:44rem}.quiet{color:var(--quiet)}
 img{width:100%;min-width:42rem;height:auto;display:block}
-.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:.75rem;margin:1.5rem 0}
+.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));
+gap:.75rem;margin:1.5rem 0}
 .facts div{background:var(--soft);border-radius:.5rem;padding:.75rem 1rem}
 .facts dt{color:var(--quiet);font-size:.82rem}.facts dd{margin:0;font-size:1.1rem;font-weight:600}
 dl{margin:0}.scroll{overflow-x:auto}
@@ -53,7 +56,8 @@ table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-num
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 th{color:var(--quiet);font-weight:500}
 table.numbers th,table.numbers td{text-align:right;white-space:nowrap}
-code,pre{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.86rem}
+code,pre{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
+font-size:.86rem}
 code{overflow-wrap:anywhere}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--soft);border-radius:.5rem;
 padding:.8rem 1rem;margin:.3rem 0 1rem}
@@ -189,8 +193,8 @@ def _routing_rows(routing: Routing) -> str:
         rows.append(f"<tr><th>{layer}</th><td>{routing.cv[layer]:.2f}</td>"
                     f"<td>{routing.max_mean[layer]:.2f}</td><td>{routing.entropy[layer]:.2f}</td>"
                     f"<td>{routing.dead[layer]}</td>{cells}</tr>")
-    return (f'<details{" open" if experts <= 16 else ""}><summary>Load in % of a layer&#39;s tokens '
-            f"at step {routing.step:,}; an even share is {100 / experts:.3g}%</summary>"
+    return (f'<details{" open" if experts <= 16 else ""}><summary>Load in % of a layer&#39;s '
+            f"tokens at step {routing.step:,}; an even share is {100 / experts:.3g}%</summary>"
             f'<div class="scroll"><table class="numbers"><tr><th>layer</th><th>CV</th>'
             f"<th>max/mean</th><th>entropy</th><th>dead</th>{head}</tr>{''.join(rows)}</table>"
             "</div></details>")
@@ -212,7 +216,8 @@ def _settings(run: Run) -> str:
     changed = _table(("setting", "preset", "this run"),
                      [(key, "default" if old is None else _plain(old), _plain(new))
                       for key, old, new in differences(run)])
-    every = _table(("setting", "value"), [(key, _plain(value)) for key, value in run.settings.items()])
+    every = _table(("setting", "value"),
+                   [(key, _plain(value)) for key, value in run.settings.items()])
     same = '<p class="quiet">As the preset has it, nothing changed.</p>'
     return (changed or same) + (f"<details><summary>All settings</summary>{every}</details>"
                                 if every else "")
@@ -229,8 +234,8 @@ def _table(head: Iterable[str], rows: list[tuple[str, ...]]) -> str:
     if not rows:
         return ""
     top = "".join(f"<th>{escape(title)}</th>" for title in head)
-    body = "".join("<tr>" + "".join(f"<td><code>{escape(cell)}</code></td>" for cell in row) + "</tr>"
-                   for row in rows)
+    cells = ["".join(f"<td><code>{escape(cell)}</code></td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
 
 

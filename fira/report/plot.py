@@ -99,7 +99,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     passed over.
     """
     finite = [math.isfinite(value) for value in values]
-    sums = [0.0, *accumulate(value if good else 0.0 for value, good in zip(values, finite))]
+    sums = [0.0, *accumulate(value if math.isfinite(value) else 0.0 for value in values)]
     counts = [0, *accumulate(finite)]
     result = []
     for i in range(len(values)):
@@ -113,7 +113,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 def facts(run: Run) -> str:
     """One line: preset, parameters, how far the run went, its best validation."""
     counts, steps = run.parameters, run.steps
-    parts = [f"preset {run.about['preset']}"] if run.about.get("preset") else []
+    parts = [f"preset {Path(run.about['preset']).name}"] if run.about.get("preset") else []
     if counts.get("total"):
         parts.append(f"{short(counts['total'])} parameters")
     if counts.get("active", counts.get("total")) != counts.get("total"):
@@ -154,9 +154,11 @@ def _loss(axes: Axes, run: Run, colors: dict[str, str]) -> None:
     marker = _marker(run.steps)
     if len(losses) > FEW:
         axes.plot(tokens, losses, color=colors["train"], alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, smooth(losses), color=colors["train"], linewidth=1.8, label="training", **marker)
+    axes.plot(tokens, smooth(losses), color=colors["train"], linewidth=1.8, label="training",
+              **marker)
     axes.plot([row.tokens for row in run.validations], [row.loss for row in run.validations],
-              color=colors["validation"], linewidth=1.6, label="validation", **_dots(run.validations))
+              color=colors["validation"], linewidth=1.6, label="validation",
+              **_dots(run.validations))
     _frame_loss(axes, losses, [row.loss for row in run.validations])
     _tokens_axis(axes)
     if len(run.steps) == 1:
@@ -172,7 +174,8 @@ def _bits(axes: Axes, run: Run, colors: dict[str, str]) -> None:
     axes.set_title("validation bits per byte")
     rows = run.validations
     longest = max([row.seconds for row in rows], default=0.0)
-    size, unit = (3600, "hours") if longest > 5400 else (60, "minutes") if longest > 90 else (1, "seconds")
+    units = ((3600, "hours", 5400), (60, "minutes", 90), (1, "seconds", -1))
+    size, unit = next((size, unit) for size, unit, above in units if longest > above)
     axes.set_xlabel(f"training time ({unit})")
     axes.plot([row.seconds / size for row in rows], [row.bits_per_byte for row in rows],
               color=colors["validation"], linewidth=1.8, **_dots(rows))
@@ -184,7 +187,8 @@ def _bits(axes: Axes, run: Run, colors: dict[str, str]) -> None:
     if run.best is None:
         _empty(axes, "no validation yet", colors)
         return
-    axes.annotate(f"{run.best.bits_per_byte:.3f}", (run.best.seconds / size, run.best.bits_per_byte),
+    best = run.best
+    axes.annotate(f"{best.bits_per_byte:.3f}", (best.seconds / size, best.bits_per_byte),
                   xytext=(0, -8), textcoords="offset points", ha="center", va="top", fontsize=10,
                   fontweight="bold", color=colors["validation"])
 

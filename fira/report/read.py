@@ -1,7 +1,7 @@
 """A run folder read back: the rows that training wrote, typed, and nothing else.
 
-Reports read and never hook: whatever a report shows stands in config.json and metrics.jsonl, so any run
-can be drawn again later, on another machine, while it trains or after it died in the middle of a line.
+Reports read and never hook: whatever a report shows stands in config.json and metrics.jsonl, so any
+run can be drawn again later, on another machine, while it trains or after it died in mid-line.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Step:
     tokens: int
     tokens_per_second: float
     seconds: float
-    imbalance: float | None  # coefficient of variation of expert load, mean over layers; dense: None
+    imbalance: float | None  # CV of expert load, mean over layers; None when dense
     dead: int
     skipped: int
 
@@ -72,7 +72,7 @@ class Run:
     """Everything a report needs. `notes` are things the reader of the report should be told."""
 
     path: Path
-    about: dict[str, Any]  # config.json: config, preset, argv, versions, commit and what else it has
+    about: dict[str, Any]  # config.json: config, preset, argv, versions, commit, ...
     steps: list[Step] = field(default_factory=list)
     validations: list[Validation] = field(default_factory=list)
     routings: list[Routing] = field(default_factory=list)
@@ -105,7 +105,8 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     _refuse_other_folders(folder)
     run = Run(folder, _read_about(folder / "config.json"))
-    rows = {"step": (run.steps, _step), "validation": (run.validations, _validation),
+    rows: dict[Any, tuple[list[Any], Any]] = {
+            "step": (run.steps, _step), "validation": (run.validations, _validation),
             "routing": (run.routings, _routing), "sample": (run.samples, _sample),
             "event": (run.events, _event)}
     for number, row in _read_lines(folder / "metrics.jsonl", run.notes):
@@ -118,7 +119,7 @@ def read_run(folder: str | Path) -> Run:
 def differences(run: Run) -> list[tuple[str, Any, Any]]:
     """(key, preset's value, this run's value) for every setting in which the run left its preset.
 
-    A key that the preset leaves to the default and the command line sets has None as preset's value.
+    Where the preset left a key to its default and the command line set it, its value there is None.
     """
     given = {word.partition("=")[0] for word in run.about.get("argv") or [] if "=" in word}
     preset = run.about.get("preset")
@@ -160,7 +161,7 @@ def _read_about(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """Numbered rows; a last line cut short by a crash is left out and noted, any other is an error."""
+    """Numbered rows; a last line cut short is left out and noted, another is an error."""
     lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
@@ -178,7 +179,8 @@ def _read_lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]
     return rows
 
 
-def _typed(make: Callable[[dict[str, Any]], Any], row: dict[str, Any], path: Path, number: int) -> Any:
+def _typed(make: Callable[[dict[str, Any]], Any], row: dict[str, Any], path: Path,
+           number: int) -> Any:
     try:
         return make(row)
     except (KeyError, TypeError, ValueError) as error:
@@ -194,8 +196,9 @@ def _number(value: Any) -> float:
 
 def _step(row: dict[str, Any]) -> Step:
     imbalance = row.get("imbalance")
-    return Step(int(row["step"]), _number(row["loss"]), _number(row["lr"]), _number(row["grad_norm"]),
-                int(row["tokens"]), _number(row["tokens_per_second"]), _number(row["seconds"]),
+    return Step(int(row["step"]), _number(row["loss"]), _number(row["lr"]),
+                _number(row["grad_norm"]), int(row["tokens"]),
+                _number(row["tokens_per_second"]), _number(row["seconds"]),
                 None if imbalance is None else float(imbalance),
                 int(row.get("dead") or 0), int(row.get("skipped") or 0))
 

@@ -2,7 +2,7 @@
 
 The words are the project's own everywhere: load (an expert's share of a layer's tokens), CV
 (standard deviation of the loads over their mean, 0 is even), max/mean (the busiest expert against
-an even share), entropy (of the router's probabilities, 1 is undecided), dead (experts with no token).
+an even share), entropy (of the router's probabilities, 1 is undecided), dead (without a token).
 """
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _load_cells(load: list[float]) -> list[Text]:
         if expert and expert % BARS_PER_LINE == 0:
             bars.append("\n")
         level = min(len(BARS) - 1, int(share / even * len(BARS) / 2))
-        bars.append(BARS[level] if share else "×", style=heat(share / even) if share else "bold red")
+        bars.append(*((BARS[level], heat(share / even)) if share else ("×", "bold red")))
     return [bars]
 
 
@@ -141,7 +141,8 @@ def _heat_map(figure: Figure, axes: Axes, load: list[list[float]], colors: dict[
     axes.set(xlabel="expert", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(12, integer=True))
-    bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=40, ticks=[0, 0.5, 1, (1 + top) / 2, top],
+    bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=40,
+                          ticks=[0, 0.5, 1, (1 + top) / 2, top],
                           format=lambda value, _: short(value))
     bar.outline.set_visible(False)
     if experts <= 16 and layers <= 24:
@@ -155,8 +156,8 @@ def _history(axes: Axes, routings: list[Routing], colors: dict[str, str]) -> Non
     layers = len(routings[-1].cv)
     shades = LinearSegmentedColormap.from_list("depth", [colors["train"], colors["validation"]])
     for layer in range(layers):
-        axes.plot([row.step for row in routings], [row.cv[layer] for row in routings], linewidth=1.3,
-                  color=shades(layer / max(1, layers - 1)), label=f"layer {layer}")
+        axes.plot([row.step for row in routings], [row.cv[layer] for row in routings],
+                  linewidth=1.3, color=shades(layer / max(1, layers - 1)), label=f"layer {layer}")
     axes.set_title("imbalance (CV of load)")
     axes.set_xlabel("step")
     axes.set_ylim(bottom=0)

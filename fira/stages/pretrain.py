@@ -83,7 +83,7 @@ def pretrain(preset: str, settings: Iterable[str], run: Path, device_name: str, 
     config = _configure_run(preset, settings, run, resume, screen)
     train_tokens, validation_tokens = _open_data(config)
     tokenizer = Tokenizer.load(config.data.folder)
-    _check_vocabulary(tokenizer, config)
+    check_vocabulary(tokenizer, config)
     checkpoints = Checkpoints(run, Path(config.data.folder), config.train.keep)
     newest = checkpoints.newest_whole(screen.print)
     if newest is not None:
@@ -126,7 +126,7 @@ def _configure_run(preset: str, settings: Iterable[str], run: Path, resume: bool
         return configure(load_preset(preset), settings)
     if not resume:
         raise ValueError(f"{run} already holds a run; --resume continues it, "
-                         "or choose another folder with --run")
+                         "or choose another folder for a new one")
     saved = json.loads(path.read_text(encoding="utf-8"))
     if saved["preset"] != preset:
         raise ConfigError(f"{run} was started from preset {saved['preset']}, not {preset}; "
@@ -155,7 +155,8 @@ def _open_data(config: PretrainConfig) -> tuple[Any, Any]:
     return train_tokens, validation[:config.train.validation_tokens + 1]
 
 
-def _check_vocabulary(tokenizer: Tokenizer, config: PretrainConfig) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: PretrainConfig) -> None:
+    """Raises ConfigError if the model has no row for some token of `tokenizer`."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(f"model.vocab_size={config.model.vocab_size} is smaller than the "
                           f"tokenizer's {tokenizer.vocab_size}; "

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from fira.config import load_preset
 from fira.infer.load import load
@@ -43,7 +44,7 @@ def _speak(run: Path, screen: Console) -> None:
     for seed, prompt in enumerate(PROMPTS):
         text = "".join(complete(loaded.model, loaded.tokenizer, prompt, 60, 0.8, seed=seed))
         log.write("sample", step, prompt=prompt, text=text)
-        screen.print(f"\n[bold]{prompt}[/bold]{text}", soft_wrap=True)
+        screen.print(Text.assemble("\n", (prompt, "bold"), text), soft_wrap=True)
     log.close()
 
 

@@ -10,8 +10,9 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Callable, Iterator, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -167,8 +168,10 @@ class Loop:
         state.tokens += self.config.batch_tokens
         self._update_fraction()
         speed = self.config.batch_tokens / (time.perf_counter() - began)
+        if not updated:
+            state.skipped += 1
         self._record(line, loss, norm, rate, speed, health)
-        self._count_skips(updated, loss, norm)
+        self._limit_skips(updated, loss, norm)
 
     def _micro_batches(self, batch: Any) -> Iterator[Any]:
         """Cut a global batch; a signal ends it between two cuts, leaving the last whole step."""
@@ -187,7 +190,7 @@ class Loop:
         self.log.write("step", state.step, loss=_finite(loss), lr=self._peak() * rate,
                        grad_norm=_finite(norm), tokens=state.tokens,
                        tokens_per_second=round(speed, 1), seconds=round(self._seconds(), 3),
-                       imbalance=imbalance, dead=dead)
+                       imbalance=imbalance, dead=dead, skipped=state.skipped)
         if health and self._checkpoint_due():
             self.log.write("routing", state.step, **health)
         note = f"step {state.step}  loss {loss:.3f}"
@@ -203,12 +206,11 @@ class Loop:
     def _peak(self) -> float:
         return self.optimizer.param_groups[0]["peak_lr"]
 
-    def _count_skips(self, updated: bool, loss: float, norm: float) -> None:
+    def _limit_skips(self, updated: bool, loss: float, norm: float) -> None:
         state = self.state
         if updated:
             state.skipped_in_a_row = 0
             return
-        state.skipped += 1
         state.skipped_in_a_row += 1
         text = f"step {state.step} skipped: loss {loss}, gradient norm {norm}"
         self.log.write("event", state.step, text=text)

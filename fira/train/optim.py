@@ -1,14 +1,18 @@
 """The optimizer: which parameter gets which rule and rate, in one table."""
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import nn
 
 from fira.config import Config
+from fira.train.muon import MuonAdamW
 
 
 class OptimConfig(Config):
+    rule: Literal["adamw", "muon"] = Field("adamw", description="for matrices; the rest is AdamW")
     lr: float = Field(6e-4, gt=0, description="peak learning rate")
     router_lr: float | None = Field(None, gt=0, description="peak rate of routers; null follows lr")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient average")
@@ -18,27 +22,35 @@ class OptimConfig(Config):
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Matrices decay; norms and biases do not; routers have their own rate and do not decay."""
-    groups = {
-        "matrix": {"lr": config.lr, "weight_decay": config.weight_decay},
-        "vector": {"lr": config.lr, "weight_decay": 0.0},
-        "router": {"lr": config.router_lr or config.lr, "weight_decay": 0.0},
+    """Matrices and embeddings decay; norms, biases and routers do not; routers have their own rate."""
+    rules = {
+        "matrix": {"rule": config.rule, "lr": config.lr, "weight_decay": config.weight_decay},
+        "embedding": {"rule": "adamw", "lr": config.lr, "weight_decay": config.weight_decay},
+        "vector": {"rule": "adamw", "lr": config.lr, "weight_decay": 0.0},
+        "router": {"rule": "adamw", "lr": config.router_lr or config.lr, "weight_decay": 0.0},
     }
-    members: dict[str, list[nn.Parameter]] = {kind: [] for kind in groups}
+    members: dict[str, list[nn.Parameter]] = {kind: [] for kind in rules}
     for name, parameter in model.named_parameters():
-        stacked = ".experts." in name  # expert biases are [E, F]: one axis more than a vector
-        kind = ("router" if ".router." in name
-                else "matrix" if parameter.dim() >= 2 + stacked else "vector")
-        members[kind].append(parameter)
+        members[_kind(name, parameter)].append(parameter)
     return [{"params": members[kind], "kind": kind, "peak_lr": rule["lr"], **rule}
-            for kind, rule in groups.items() if members[kind]]
+            for kind, rule in rules.items() if members[kind]]
+
+
+def _kind(name: str, parameter: nn.Parameter) -> str:
+    if ".router." in name:
+        return "router"
+    if parameter.dim() < (3 if ".experts." in name else 2):  # expert biases are [E, out]
+        return "vector"
+    return "embedding" if "embedding" in name or name.startswith("head") else "matrix"
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW, fused where the device has it (on CPU 3-8 times faster than the foreach form)."""
+    """AdamW, fused where the device has it (on CPU 3-8 times faster than the foreach form), or Muon."""
+    groups, betas = parameter_groups(model, config), (config.beta1, config.beta2)
+    if config.rule == "muon":
+        return MuonAdamW(groups, betas)
     device = next(model.parameters()).device.type
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr,
-                             betas=(config.beta1, config.beta2), fused=device in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=device in ("cpu", "cuda"))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

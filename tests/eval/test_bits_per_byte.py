@@ -70,7 +70,8 @@ def test_a_document_in_parts_scores_as_the_whole(model, tokenizer) -> None:
 
 @pytest.mark.parametrize("context", [1, 2, 5, 8])
 @pytest.mark.parametrize("length", [0, 1, 4, 5, 8, 9, 31])
-def test_windows_score_each_token_once_with_half_a_window_before_it(context: int, length: int) -> None:
+def test_windows_score_each_token_once_with_half_a_window_before_it(context: int,
+                                                                    length: int) -> None:
     document = list(range(1, length + 1))
     parts = [(document[:3], False), (document[3:], True)]
     scored, end = [], 0
@@ -81,6 +82,12 @@ def test_windows_score_each_token_once_with_half_a_window_before_it(context: int
             assert place >= min(tokens[place], context - stride(context) + 1)
         end = tokens[0]
     assert scored == document and end % stride(context) == 0
+
+
+def test_the_window_is_the_trained_length_unless_given(model, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(model, "trained_length", 16, raising=False)
+    assert score(model, tokenizer, whole(TEXTS)) == score(model, tokenizer, whole(TEXTS), 16)
+    assert score(model, tokenizer, whole(TEXTS), 64)["context"] == 64
 
 
 def test_windows_do_not_reach_into_the_next_document() -> None:

@@ -42,7 +42,8 @@ def test_pieces_join_to_what_the_model_generated(model, tokenizer) -> None:
     data = b"".join(table[token] for token in whole if token < len(table))
     found = list(complete(model, tokenizer, "The state", 40, top_k=20, seed=3))
     text = "".join(found)
-    assert len(found) > 5 and data.decode("utf-8", "replace").rstrip("\ufffd") == text.rstrip("\ufffd")
+    assert len(found) > 5
+    assert data.decode("utf-8", "replace").rstrip("\ufffd") == text.rstrip("\ufffd")
 
 
 def test_equal_seeds_give_equal_text(model, tokenizer) -> None:
@@ -53,7 +54,8 @@ def test_equal_seeds_give_equal_text(model, tokenizer) -> None:
 
 def test_a_stop_id_ends_the_text_and_is_not_shown(model, tokenizer) -> None:
     ids = tokenizer.encode("The state")
-    greedy = model.generate(ids, max_new_tokens=8, temperature=0, end_of_text=-1)[0, len(ids):].tolist()
+    whole = model.generate(ids, max_new_tokens=8, temperature=0, end_of_text=-1)[0].tolist()
+    greedy = whole[len(ids):]
     before = greedy[:greedy.index(greedy[5])]
     found = "".join(pieces(model, tokenizer, ids, 8, temperature=0, stop=[greedy[5]]))
     assert found == "".join(decode(before, tokenizer.token_bytes()))

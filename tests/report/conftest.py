@@ -19,7 +19,8 @@ def make_run(folder: Path, steps: int = 40, experts: int = 8, layers: int = 4, s
     config = {"config": {"model": {"architecture": "fira2", "num_experts": experts},
                          "optim": {"lr": 0.002}, "train": {"steps": steps}},
               "preset": None, "argv": ["fira", "train", "tiny"], "versions": {"torch": "2.13.0"},
-              "commit": "abc1234", "parameters": {"total": 12_345_678, "active": 4_000_000}, **about}
+              "commit": "abc1234",
+              "parameters": {"total": 12_345_678, "active": 4_000_000}, **about}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     rows: list[dict[str, Any]] = [{"kind": "event", "step": 0, "text": "training starts"}]
     every = max(1, steps // 10)
@@ -27,16 +28,16 @@ def make_run(folder: Path, steps: int = 40, experts: int = 8, layers: int = 4, s
         loss = 2.6 + 6.2 * math.exp(-8 * step / max(steps, 20)) + rng.normal(0, 0.06)
         tokens, seconds = step * 16384, step * 0.9 + rng.normal(0, 0.01)
         rows.append({"kind": "step", "step": step, "loss": loss, "grad_norm": 1.0,
-                     "lr": 0.002 * min(1, 20 * step / steps) * 0.5 * (1 + math.cos(3.1 * step / steps)),
+                     "lr": 0.001 * min(1, 20 * step / steps) * (1 + math.cos(3.1 * step / steps)),
                      "tokens": tokens, "tokens_per_second": 18000 + rng.normal(0, 400),
                      "seconds": seconds, "skipped": 0, "dead": 0,
                      "imbalance": None if experts == 1 else 0.2 + math.exp(-step / 9)})
         if step % every == 0:
-            rows.append({"kind": "validation", "step": step, "loss": loss + 0.05,
-                         "bits_per_byte": (loss + 0.05) / 3.1, "seconds": seconds, "tokens": tokens})
+            rows.append({"kind": "validation", "step": step, "loss": loss + 0.05, "tokens": tokens,
+                         "bits_per_byte": (loss + 0.05) / 3.1, "seconds": seconds})
             if experts > 1:
                 rows.append(routing_row(step, layers, experts, rng))
-    rows.append({"kind": "sample", "step": steps, "prompt": "The state", "text": " of the Union is"})
+    rows.append({"kind": "sample", "step": steps, "prompt": "The state", "text": " of the Union"})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     return folder

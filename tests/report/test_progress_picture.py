@@ -39,7 +39,7 @@ def test_a_run_without_validation_or_with_a_lost_loss_is_drawn(
     assert save_progress(folder).exists()
 
 
-def test_a_name_with_dollar_signs_is_not_read_as_mathematics(run_folder: Callable[..., Path]) -> None:
+def test_a_name_with_dollar_signs_is_not_mathematics(run_folder: Callable[..., Path]) -> None:
     assert save_progress(run_folder("a$\\frac$b", steps=2)).exists()
 
 
@@ -47,7 +47,7 @@ def test_a_place_that_cannot_be_written_is_one_line_and_leaves_nothing(
         run_folder: Callable[..., Path]) -> None:
     folder = run_folder(steps=1)
     (folder / "training_progress.png").mkdir()  # refuses the rename, for root too
-    with pytest.raises(ValueError, match="cannot write .* make the folder writable"):
+    with pytest.raises(ValueError, match=r"cannot write .* make the folder writable"):
         save_progress(folder)
     assert not list(folder.glob(".*"))
 

@@ -40,14 +40,16 @@ def test_a_torn_last_line_is_left_out_and_said(run_folder: Callable[..., Path]) 
     assert len(run.notes) == 1 and "torn" in run.notes[0]
 
 
-def test_damage_before_the_last_line_is_an_error_with_its_line(run_folder: Callable[..., Path]) -> None:
+def test_damage_before_the_last_line_is_an_error_with_its_line(
+        run_folder: Callable[..., Path]) -> None:
     folder = run_folder(steps=1)
     lines = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     append(folder, '{"kind": "st\n{"kind": "event", "step": 1, "text": "end"}\n')
     assert f"line {lines + 1} is damaged" in refusal(folder)
 
 
-def test_a_row_without_its_fields_is_an_error_with_its_line(run_folder: Callable[..., Path]) -> None:
+def test_a_row_without_its_fields_is_an_error_with_its_line(
+        run_folder: Callable[..., Path]) -> None:
     folder = run_folder(steps=1)
     append(folder, '{"kind": "validation", "step": 1, "loss": 2.0}\n')
     assert "'bits_per_byte'" in refusal(folder)

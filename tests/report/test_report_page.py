@@ -46,11 +46,13 @@ def write_hostile_rows(folder: Path) -> None:
 def test_the_page_is_self_contained(run_folder: Callable[..., Path]) -> None:
     folder = run_folder(steps=20)
     written = report(folder)
-    assert [path.name for path in written] == ["report.html", "training_progress.png", "routing.png"]
+    names = [path.name for path in written]
+    assert names == ["report.html", "training_progress.png", "routing.png"]
     tags = parsed(folder)
-    assert len(tags.links) == 4 and all(link.startswith("data:image/png;base64,") for link in tags.links)
+    assert len(tags.links) == 4
+    assert all(link.startswith("data:image/png;base64,") for link in tags.links)
     assert "script" not in tags.names and "link" not in tags.names
-    assert not re.search(r"https?:|@import|url\(", (folder / "report.html").read_text(encoding="utf-8"))
+    assert not re.search(r"https?:|@import|url\(", written[0].read_text(encoding="utf-8"))
 
 
 def test_text_of_the_run_never_becomes_markup(run_folder: Callable[..., Path]) -> None:
@@ -69,7 +71,8 @@ def test_every_kind_of_run_has_a_page(run_folder: Callable[..., Path], options: 
     assert "Settings" in parsed(folder).text
 
 
-def test_the_summary_shows_the_run_and_no_markup_of_its_own(run_folder: Callable[..., Path]) -> None:
+def test_the_summary_shows_the_run_and_no_markup_of_its_own(
+        run_folder: Callable[..., Path]) -> None:
     folder = run_folder(steps=10)
     write_hostile_rows(folder)
     console = Console(width=100, color_system=None)

@@ -1,0 +1,72 @@
+"""Muon: momentum whose matrices are replaced by their nearest orthogonal ones (Jordan et al. 2024).
+
+One optimizer holds both rules: groups with rule "muon" are orthogonalized, the others get AdamW.
+A stack of expert weights [E, out, in] is E matrices, orthogonalized in one batched product.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+# Quintic Newton-Schulz coefficients of the Muon post: steep at 0, near 1 on the rest of 0..1.
+A, B, C = 3.4445, -4.7750, 2.0315
+ITERATIONS = 5
+RMS = 0.2  # of an update's entries, as AdamW's typical one (Liu et al. 2025, 2502.16982)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Singular values of each matrix [..., rows, columns] moved near 1, by Newton-Schulz."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = A * x + (B * gram + C * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Groups carry `rule`, `lr`, `weight_decay` and `betas`; Muon's momentum is the first beta."""
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["rule"] == "muon":
+                for parameter in parameters:
+                    self._muon(parameter, group)
+            elif parameters:
+                self._adamw(parameters, group)
+
+    def _muon(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        momentum = group["betas"][0]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(gradient, 1 - momentum)
+        update = orthogonalize(gradient.lerp(state["momentum"], momentum))  # Nesterov's look ahead
+        scale = RMS * max(parameter.shape[-2:]) ** 0.5
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * scale)
+
+    def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter)}
+        columns = {key: [self.state[p][key] for p in parameters]
+                   for key in ("exp_avg", "exp_avg_sq", "step")}
+        beta1, beta2 = group["betas"]
+        adamw(parameters, [p.grad for p in parameters], columns["exp_avg"], columns["exp_avg_sq"],
+              [], columns["step"], fused=parameters[0].device.type in ("cpu", "cuda"),
+              amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+              weight_decay=group["weight_decay"], eps=1e-8, maximize=False)

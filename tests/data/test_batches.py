@@ -1,0 +1,102 @@
+"""Every window once an epoch, in an order that depends on seed, epoch and index alone."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fira.data.batches import Batches, permute, sequential
+from fira.data.prepare import prepare
+from fira.data.shards import Shards
+
+
+def windows_of(batches: Batches, first: int, count: int) -> list[int]:
+    """Which windows were drawn, when each token is its own position."""
+    T = batches.sequence_length
+    drawn = [batches.batch(index).tokens_BT[:, 0] // T for index in range(first, first + count)]
+    return torch.cat(drawn).tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_order_is_a_permutation(size):
+    for epoch in range(3):
+        assert sorted(permute(np.arange(size), size, 7, epoch)) == list(range(size))
+
+
+def test_order_looks_random():
+    order = permute(np.arange(10_000), 10_000, 1, 0)
+    assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.03
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.03
+    assert np.mean(np.abs(np.diff(order))) > 3000  # a third of the range, if uniform
+    assert abs(int((np.diff(order) > 0).sum()) - 5000) < 150
+
+
+def test_order_of_ten_billion_places_is_computed_for_one_alone():
+    size = 10**10
+    places = np.array([0, 5, size - 1])
+    found = permute(places, size, 3, 2)
+    assert len(set(found.tolist())) == 3 and (found < size).all() and (found >= 0).all()
+    assert permute(places[1:2], size, 3, 2)[0] == found[1]
+
+
+def test_each_window_comes_once_an_epoch_in_an_order_of_its_own():
+    batches = Batches(np.arange(10 * 12 + 1), 10, 4, seed=3)
+    assert batches.per_epoch == 3
+    first, second = windows_of(batches, 0, 3), windows_of(batches, 3, 3)
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+    assert first != windows_of(Batches(np.arange(121), 10, 4, seed=4), 0, 3)
+
+
+def test_epochs_follow_each_other_inside_a_batch():
+    batches = Batches(np.arange(7 * 5 + 1), 5, 3)  # 7 windows in batches of 3
+    drawn = windows_of(batches, 0, 7)
+    assert [sorted(drawn[start:start + 7]) for start in (0, 7, 14)] == [list(range(7))] * 3
+
+
+def test_targets_are_the_tokens_that_follow():
+    batch = Batches(np.arange(1000, dtype=np.uint16), 9, 5).batch(4)
+    assert batch.tokens_BT.shape == batch.targets_BT.shape == (5, 9)
+    assert batch.tokens_BT.dtype == batch.targets_BT.dtype == torch.int64
+    assert torch.equal(batch.targets_BT, batch.tokens_BT + 1)
+
+
+def test_no_position_is_a_target_twice_in_an_epoch():
+    batches = Batches(np.arange(103), 10, 2)
+    targets = torch.cat([batches.batch(index).targets_BT.flatten() for index in range(5)])
+    assert sorted(targets.tolist()) == list(range(1, 101))
+
+
+def test_any_batch_and_any_rows_are_computed_alone():
+    one, other = (Batches(np.arange(5000), 16, 6, seed=9) for _ in range(2))
+    for index in (70, 3, 12_345):
+        whole = one.batch(index)
+        assert torch.equal(whole.tokens_BT, other.batch(index).tokens_BT)
+        ranks = [other.batch(index, rows=slice(start, start + 2)) for start in (0, 2, 4)]
+        assert torch.equal(torch.cat([rank.targets_BT for rank in ranks]), whole.targets_BT)
+
+
+def test_shards_give_the_batches_of_the_whole_stream(tokenizer, speeches, jsonl, tmp_path):
+    prepare([jsonl(speeches[:4])], tmp_path / "data", tokenizer, validation_every=0,
+            shard_tokens=777)
+    shards = Shards.open(tmp_path / "data")
+    for index in range(5):
+        ours, plain = (Batches(tokens, 64, 8, seed=1).batch(index)
+                       for tokens in (shards, shards[:].copy()))
+        assert torch.equal(ours.tokens_BT, plain.tokens_BT)
+
+
+@pytest.mark.parametrize("length", [2, 30, 31, 32, 61, 64])
+def test_sequential_batches_hold_each_target_once_in_order(length):
+    parts = list(sequential(np.arange(length), 10, 2))
+    targets = torch.cat([part.targets_BT.flatten() for part in parts])
+    assert targets.tolist() == list(range(1, length))
+    assert all(torch.equal(part.targets_BT, part.tokens_BT + 1) for part in parts)
+
+
+def test_too_few_tokens_are_one_line():
+    with pytest.raises(ValueError, match="100 tokens are too few for one sequence of 100"):
+        Batches(np.arange(100), 100, 2)
+    assert Batches(np.arange(101), 100, 2).batch(3).tokens_BT.shape == (2, 100)
+    with pytest.raises(ValueError, match="1 tokens are too few"):
+        next(sequential(np.arange(1), 10, 2))

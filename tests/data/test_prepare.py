@@ -1,0 +1,296 @@
+"""A data folder holds every token once, is the same bytes every time, and survives being killed."""
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from fira.data import prepare as module
+from fira.data.prepare import prepare
+from fira.data.shards import Shards, file_digest, read_manifest
+from fira.data.tokenizer import Tokenizer, train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: file_digest(file) for file in sorted(folder.iterdir())}
+
+
+def stream(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
+    return [id for text in documents for id in [*tokenizer._plain.encode(text).ids,
+                                                tokenizer.end_of_text]]
+
+
+@pytest.fixture
+def documents(speeches) -> list[str]:
+    return [line for text in speeches[:10] for line in text.split("\n") if line][:123]
+
+
+def test_folder_holds_every_document_once_split_by_document(tokenizer, documents, jsonl, tmp_path):
+    source = jsonl([*documents[:50], "", *documents[50:]])  # an empty one counts for nothing
+    manifest = prepare([source], tmp_path / "data", tokenizer, shard_tokens=1000)
+    held_out = documents[19::20]
+    kept = [text for number, text in enumerate(documents) if number % 20 != 19]
+    for split, expected in (("train", kept), ("validation", held_out)):
+        shards = Shards.open(tmp_path / "data", split)
+        shards.verify()
+        assert shards[:].tolist() == stream(tokenizer, expected)
+        assert len(shards) == manifest["splits"][split]["tokens"]
+        assert shards.documents == len(expected)
+        assert shards.text_bytes == sum(len(text.encode()) for text in expected)
+        assert {shard["tokens"] for shard in shards.described[:-1]} <= {1000}
+    assert manifest["tokenizer_hash"] == tokenizer.hash == Tokenizer.load(tmp_path / "data").hash
+    assert manifest["dtype"] == "uint16"
+    assert sorted(digests(tmp_path / "data")) == sorted(
+        ["manifest.json", "tokenizer.json", "tokenizer_config.json",
+         *(shard["file"] for split in manifest["splits"].values() for shard in split["shards"])])
+
+
+def test_validation_sources_are_held_out_whole(tokenizer, documents, jsonl, tmp_path):
+    train, held_out = jsonl(documents[:30], "a.jsonl"), jsonl(documents[30:40], "b.jsonl")
+    prepare([train], tmp_path / "data", tokenizer, validation_sources=[held_out])
+    for split, expected in (("train", documents[:30]), ("validation", documents[30:40])):
+        assert Shards.open(tmp_path / "data", split)[:].tolist() == stream(tokenizer, expected)
+    with pytest.raises(ValueError, match="named twice"):
+        prepare([train], tmp_path / "other", tokenizer, validation_sources=[train])
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(tokenizer, documents, jsonl, tmp_path,
+                                                      monkeypatch):
+    monkeypatch.setattr(module, "BATCH_CHARS", 3000)
+    source = jsonl(documents)
+    for workers in (1, 3):
+        prepare([source], tmp_path / str(workers), tokenizer, shard_tokens=999, workers=workers)
+    assert digests(tmp_path / "1") == digests(tmp_path / "3")
+
+
+def test_many_killed_preparations_end_byte_identical(tokenizer, tokenizer_folder, documents, jsonl,
+                                                     tmp_path):
+    source = jsonl(documents * 4)
+    prepare([source], tmp_path / "calm", tokenizer, shard_tokens=5000, workers=1)
+    kills = 0
+    for seed in range(3):
+        folder = tmp_path / f"killed-{seed}"
+        command = [sys.executable, Path(__file__).with_name("killed.py"), folder, tokenizer_folder,
+                   source, str(seed), "12"]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True,
+                              timeout=90, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+        assert done.returncode == 0, done.stderr
+        kills += int(done.stdout)
+        assert digests(folder) == digests(tmp_path / "calm")
+    assert kills >= 10
+
+
+def test_stopping_at_every_single_step_ends_byte_identical(tokenizer, jsonl, tmp_path, monkeypatch):
+    """Every call that changes the disk fails once; each time the next run goes on."""
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(module, "BATCH_CHARS", 1)
+    source = jsonl([f"document number {number} " * 9 for number in range(24)])
+    prepare([source], tmp_path / "calm", tokenizer, shard_tokens=150)
+    replace, fsync, remove, calls = os.replace, os.fsync, os.remove, []
+
+    class Cut(Exception):
+        pass
+
+    def cutting(real, after):
+        def call(*arguments):
+            calls.append(real)
+            if len(calls) == stop and not after:
+                raise Cut
+            real(*arguments)
+            if len(calls) == stop:
+                raise Cut
+        return call
+
+    for after in (False, True):
+        monkeypatch.setattr(os, "replace", cutting(replace, after))
+        monkeypatch.setattr(os, "fsync", cutting(fsync, after))
+        monkeypatch.setattr(os, "remove", cutting(remove, after))
+        stop, folder, cuts = 1, tmp_path / f"cut-{after}", 0
+        while True:
+            calls.clear()
+            try:
+                prepare([source], folder, tokenizer, shard_tokens=150)
+                break
+            except Cut:
+                cuts += 1
+                stop = stop % 23 + 1
+                if cuts > 40:  # a run that always stops early would never end
+                    stop = 10 * cuts
+        assert cuts > 10
+        monkeypatch.undo()
+        monkeypatch.setattr(module, "COMMIT_SECONDS", 0.0)
+        monkeypatch.setattr(module, "BATCH_CHARS", 1)
+        assert digests(folder) == digests(tmp_path / "calm")
+
+
+def test_long_text_file_resumes_inside_the_document(tokenizer, speeches, tmp_path, monkeypatch):
+    monkeypatch.setattr("fira.data.text.BLOCK", 5000)
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(module, "BATCH_CHARS", 1)
+    text = "".join(speeches[:5])
+    (tmp_path / "long.txt").write_text(text)
+    arguments = ([str(tmp_path / "long.txt")], tmp_path / "data", tokenizer)
+
+    def stop(done, total):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(*arguments, validation_every=0, progress=stop)
+    journal = json.loads((tmp_path / "data" / "journal.json").read_text())
+    assert journal["open"] and journal["place"][1] > 3
+    prepare(*arguments, validation_every=0)
+    assert Shards.open(tmp_path / "data")[:].tolist() == stream(tokenizer, [text])
+
+
+def test_finished_folder_is_returned_at_once_and_never_overwritten(tokenizer, speeches, documents,
+                                                                   jsonl, tmp_path):
+    source, folder = jsonl(documents), tmp_path / "data"
+    manifest = prepare([source], folder, tokenizer)
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert prepare([source], folder, tokenizer) == manifest == read_manifest(folder)
+    assert before == {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    other = train_tokenizer(speeches[:5], 400)
+    for arguments, line in [(([source], folder, other), "another tokenizer"),
+                            (([jsonl(documents[1:], "c.jsonl")], folder, tokenizer),
+                             "another source")]:
+        with pytest.raises(ValueError, match=line + ".*give another folder, or delete"):
+            prepare(*arguments)
+    with pytest.raises(ValueError, match=r"another validation_every \(20, now 10\)"):
+        prepare([source], folder, tokenizer, validation_every=10)
+
+
+def test_mended_input_continues_where_the_bad_one_stopped(tokenizer, documents, tmp_path,
+                                                          monkeypatch):
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(module, "BATCH_CHARS", 1)
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for number, text in enumerate(documents[:30]):
+        (sources / f"{number:02d}.txt").write_text(text)
+    (sources / "25.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"25.txt is not UTF-8"):
+        prepare([str(sources)], tmp_path / "data", tokenizer)
+    assert json.loads((tmp_path / "data" / "journal.json").read_text())["documents"] == 25
+    (sources / "25.txt").write_text("café")
+    prepare([str(sources)], tmp_path / "data", tokenizer)
+    prepare([str(sources)], tmp_path / "calm", tokenizer)
+    assert digests(tmp_path / "data") == digests(tmp_path / "calm")
+
+
+def test_input_changed_after_it_was_read_is_not_continued(tokenizer, documents, jsonl, tmp_path,
+                                                          monkeypatch):
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(module, "BATCH_CHARS", 1)
+    source = jsonl([*documents, "half"])
+    Path(source).write_bytes(Path(source).read_bytes() + b"{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        prepare([source], tmp_path / "data", tokenizer)
+    with pytest.raises(ValueError, match=r"another source .*or delete this one"):
+        prepare([jsonl(documents)], tmp_path / "data", tokenizer)
+
+
+def test_folder_with_other_content_is_left_alone(tokenizer, documents, jsonl, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "train-00000.bin").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files .*train-00000.bin.*; give a new"):
+        prepare([jsonl(documents)], folder, tokenizer)
+    assert digests(folder).keys() == {"train-00000.bin"}
+    tokenizer.save(tmp_path / "with-tokenizer")  # learned into the same folder: welcome
+    prepare([jsonl(documents)], tmp_path / "with-tokenizer", tokenizer)
+
+
+def test_nothing_written_yet_binds_to_nothing(tokenizer, documents, jsonl, tmp_path):
+    with pytest.raises(ValueError, match="hold no text"):
+        prepare([jsonl([""])], tmp_path / "data", tokenizer)
+    prepare([jsonl(documents, "real.jsonl")], tmp_path / "data", tokenizer)
+    Shards.open(tmp_path / "data").verify()
+
+
+def test_many_ids_need_four_bytes(tokenizer, documents, jsonl, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "vocab_size", 70_000)
+    manifest = prepare([jsonl(documents)], tmp_path / "data", tokenizer)
+    assert manifest["dtype"] == "uint32"
+    assert Shards.open(tmp_path / "data", "validation")[:].dtype == np.uint32
+
+
+@pytest.mark.parametrize("documents, options, line", [
+    ([], {}, "hold no text"),
+    (["", ""], {}, "hold no text"),
+    (["one", "two"], {}, "hold 2 documents and every 20th is held out"),
+    (["one"], {"validation_every": 1}, "validation_every=1 must be 0"),
+    (["one"], {"workers": 0}, "workers=0 must be at least 1"),
+])
+def test_unusable_sources_are_one_line(tokenizer, jsonl, tmp_path, documents, options, line):
+    with pytest.raises(ValueError, match=line):
+        prepare([jsonl(documents)], tmp_path / "data", tokenizer, **options)
+    assert not (tmp_path / "data" / "manifest.json").exists()
+
+
+def test_folder_that_cannot_be_written_is_one_line(tokenizer, documents, jsonl, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "data", Path("/proc/fira")):
+        with pytest.raises(ValueError, match=f"{folder}.* cannot be written .*; give a folder"):
+            prepare([jsonl(documents)], folder, tokenizer)
+
+
+def test_full_disk_is_one_line_and_nothing_is_lost(tokenizer, documents, jsonl, tmp_path,
+                                                   monkeypatch):
+    source = jsonl(documents)
+    prepare([source], tmp_path / "calm", tokenizer, shard_tokens=700)
+    sync, calls = module.Writer._close_shard, []
+
+    def full(writer):
+        calls.append(writer)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(writer)
+
+    monkeypatch.setattr(module.Writer, "_close_shard", full)
+    with pytest.raises(ValueError, match=r"no space left .*run the same command again"):
+        prepare([source], tmp_path / "data", tokenizer, shard_tokens=700)
+    prepare([source], tmp_path / "data", tokenizer, shard_tokens=700)
+    assert digests(tmp_path / "data") == digests(tmp_path / "calm")
+
+
+def test_progress_ends_at_the_size_of_the_sources(tokenizer, documents, jsonl, tmp_path):
+    seen: list[tuple] = []
+    source = jsonl(documents)
+    prepare([source], tmp_path / "data", tokenizer, progress=lambda *now: seen.append(now))
+    assert seen[-1] == (os.path.getsize(source),) * 2
+
+
+MEASURE = """
+import resource, sys
+from fira.data.prepare import prepare
+from fira.data.tokenizer import Tokenizer
+tokenizer = Tokenizer.load(sys.argv[1])
+for name in "ab":
+    prepare([f"{sys.argv[2]}/{name}.parquet"], f"{sys.argv[2]}/{name}", tokenizer, workers=1)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tokenizer_folder, speeches, tmp_path):
+    text = "".join(speeches[:20])
+    for name, rows in (("a", 1000), ("b", 12_000)):  # 5 and 60 MB of text
+        documents = [text[start % 400_000:start % 400_000 + 5000]
+                     for start in range(0, rows * 5003, 5003)]
+        table = pyarrow.table({"text": documents})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=1000)
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tokenizer_folder), str(tmp_path)],
+                          capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    small, large = (int(line) / 1024 for line in done.stdout.split())
+    assert large - small < 30, (small, large)  # MB; the text alone is 60, its ids twice that

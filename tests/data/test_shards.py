@@ -1,0 +1,64 @@
+"""Shards read as one sequence; a damaged one is found before anything is trained on it."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fira.data.prepare import prepare
+from fira.data.shards import Shards
+
+
+@pytest.fixture
+def folder(tokenizer, speeches, jsonl, tmp_path):
+    prepare([jsonl(speeches[:4])], tmp_path / "data", tokenizer, validation_every=0,
+            shard_tokens=1000)
+    return tmp_path / "data"
+
+
+def test_ranges_are_read_across_shards(folder):
+    shards = Shards.open(folder)
+    whole = np.concatenate([np.fromfile(file, np.uint16)
+                            for file in sorted(folder.glob("train-*.bin"))])
+    assert len(shards) == len(whole) and len(shards.shards) > 4
+    for start, stop in [(0, 10), (990, 1010), (0, 3500), (1000, 2000), (5, 5), (len(whole) - 3,
+                                                                                 len(whole) + 9)]:
+        assert np.array_equal(shards[start:stop], whole[start:stop])
+    assert isinstance(shards[10:20].base, np.memmap)
+
+
+def test_truncated_or_missing_shard_is_found_on_opening(folder):
+    file = folder / "train-00002.bin"
+    content = file.read_bytes()
+    file.write_bytes(content[:-2])
+    with pytest.raises(ValueError, match=r"train-00002.bin is truncated: 1,998 bytes, not 2,000"):
+        Shards.open(folder)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"train-00002.bin is missing"):
+        Shards.open(folder)
+
+
+def test_altered_shard_is_found_by_verifying(folder):
+    Shards.open(folder).verify()
+    file = folder / "train-00001.bin"
+    content = bytearray(file.read_bytes())
+    content[777] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00001.bin was altered .*prepare it again"):
+        Shards.open(folder).verify()
+
+
+def test_folder_that_is_none_says_what_to_run(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"not a data folder .*fira data SOURCE"):
+        Shards.open(tmp_path)
+    (folder / "manifest.json").rename(folder / "journal.json")
+    with pytest.raises(ValueError, match="not finished; run the same fira data command again"):
+        Shards.open(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        Shards.open(folder)
+
+
+def test_split_without_tokens_is_empty_and_an_unknown_one_refused(folder):
+    assert len(Shards.open(folder, "validation")) == 0
+    with pytest.raises(ValueError, match="no split 'test'; it has: train, validation"):
+        Shards.open(folder, "test")

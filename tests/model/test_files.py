@@ -1,0 +1,143 @@
+"""Weights on disk: what is saved loads to the same model, and damage is named."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fira.model.files import build, build_meta, load_pretrained, newest_step, save_weights
+from fira.model.fira import FIRA
+from fira.model.fira2 import FIRA2
+from fira.model.moe import routers
+from fira.model.spec import FIRA2Spec, FIRASpec
+
+TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12)
+SPECS = {FIRA: FIRASpec(**TINY), FIRA2: FIRA2Spec(**TINY, n_kv_head=1, head_dim=8, top_k=2)}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_models_load_to_the_same_model(tmp_path, kind, dtype):
+    model = build(SPECS[kind], seed=1).to(dtype).eval()
+    model.end_of_text = 7
+    for router in routers(model):
+        router.load_share_E.copy_(torch.tensor([0.5, 0.25, 0.25, 0]))
+    save_weights(model, tmp_path / "new")
+    tokens_BT = torch.randint(31, (2, 12))
+    for loaded in (kind.from_pretrained(tmp_path / "new"), load_pretrained(tmp_path / "new")):
+        assert type(loaded) is kind
+        assert loaded.spec == model.spec
+        assert loaded.end_of_text == 7
+        assert not loaded.training
+        assert torch.equal(loaded(tokens_BT), model(tokens_BT))
+        assert all(router.load_share_E.tolist() == [0.5, 0.25, 0.25, 0]
+                   for router in routers(loaded))
+
+
+def test_a_loaded_model_trains_and_survives_its_file_being_overwritten(tmp_path):
+    save_weights(build(SPECS[FIRA2], seed=1), tmp_path)
+    model = load_pretrained(tmp_path).train()
+    save_weights(build(SPECS[FIRA2], seed=2), tmp_path)
+    model(torch.zeros(1, 5, dtype=torch.long)).sum().backward()
+    assert torch.equal(model.norm.weight, torch.ones(16))
+    assert torch.equal(model.token_embedding.weight,
+                       build(SPECS[FIRA2], seed=1).token_embedding.weight)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_equal_seeds_build_equal_models_whatever_the_global_state(kind):
+    torch.manual_seed(0)
+    first = build(SPECS[kind], seed=3).state_dict()
+    state = torch.random.get_rng_state()
+    second = build(SPECS[kind], seed=3).state_dict()
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = build(SPECS[kind], seed=4).state_dict()
+    assert not torch.equal(first["token_embedding.weight"], other["token_embedding.weight"])
+
+
+def test_initial_weights_have_their_scales():
+    spec = FIRASpec(vocab_size=500, d_model=128, n_head=4, num_layers=8, d_ff=256)
+    model = build(spec, seed=0)
+    for name, parameter in model.named_parameters():
+        if "norm.weight" in name:
+            assert parameter.eq(1).all()
+        elif name.endswith("bias"):
+            assert parameter.eq(0).all()
+        elif "router" not in name:
+            residual = "output" in name or "down" in name
+            assert parameter.std().item() == pytest.approx(0.02 / (4 if residual else 1), rel=0.05)
+
+
+def test_building_after_meta_construction_leaves_no_buffer_unset():
+    model = build(SPECS[FIRA2], seed=0)
+    fresh = FIRA2(**SPECS[FIRA2].model_dump())
+    built = dict(model.named_buffers())
+    assert built.keys() == dict(fresh.named_buffers()).keys()
+    for name, buffer in fresh.named_buffers():
+        assert torch.equal(built[name], buffer), name
+
+
+def test_the_tied_embedding_is_stored_once(tmp_path):
+    model = build(SPECS[FIRA2], seed=0)
+    save_weights(model, tmp_path)
+    stored = (tmp_path / "model.safetensors").stat().st_size
+    numbers = sum(p.numel() for p in model.parameters()) + 2 * 4
+    assert 4 * numbers < stored < 4 * numbers + 8192
+    assert not [name for name in build_meta(SPECS[FIRA2]).state_dict() if "head" in name]
+
+
+def test_a_run_folder_loads_its_newest_complete_step(tmp_path):
+    for step, complete in ((2, True), (10, True), (11, False)):
+        folder = tmp_path / f"step-{step:06d}"
+        save_weights(build(SPECS[FIRA], seed=step), folder)
+        if complete:
+            (folder / "manifest.json").write_text("{}")
+    (tmp_path / "step-000099.partial").mkdir()
+    assert newest_step(tmp_path).name == "step-000010"
+    assert torch.equal(FIRA.from_pretrained(tmp_path).head.weight,
+                       build(SPECS[FIRA], seed=10).head.weight)
+
+
+def spoil_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "is not a folder": lambda folder: None,
+    "no step-NNNNNN in it": lambda folder: folder.mkdir(),
+    "has no complete step": lambda folder: (folder / "step-000001").mkdir(parents=True),
+    "model.safetensors is damaged": truncate,
+    "config.json is missing": lambda folder: (folder / "config.json").unlink(),
+    "config.json is not valid JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "architecture 'llama', not one of": lambda folder: spoil_config(folder, architecture="llama"),
+    "architecture None, not one of": lambda folder: (folder / "config.json").write_text("{}"),
+    "disagree on tensor blocks.2": lambda folder: spoil_config(folder, num_layers=3),
+    "has shape .* but config.json says": lambda folder: spoil_config(folder, d_ff=25),
+    "top_k=9 is above": lambda folder: spoil_config(folder, top_k=9),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGE)
+def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path, words):
+    folder = tmp_path / "model"
+    if "folder" not in words and "step" not in words:
+        save_weights(build(SPECS[FIRA], seed=0), folder)
+    DAMAGE[words](folder)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_pretrained(folder)
+    assert "\n" not in str(caught.value)
+    assert "; " in str(caught.value)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    save_weights(build(SPECS[FIRA2], seed=0), tmp_path)
+    with pytest.raises(ValueError, match="holds a FIRA2, not a FIRA; use FIRA2"):
+        FIRA.from_pretrained(tmp_path)

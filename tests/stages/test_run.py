@@ -1,0 +1,250 @@
+"""A run is never lost: kills, signals, damage and full disks, each against an undisturbed run."""
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fira.checkpoint import Checkpoints, find_damage
+from fira.runlog import read_rows
+from fira.stages.pretrain import pretrain
+from fira.train.loop import Loop
+
+QUIET = Console(quiet=True)
+TIMING = ("seconds", "tokens_per_second")
+
+
+def run_micro(preset, data_folder, run, *settings, resume=False, screen=QUIET):
+    return pretrain(str(preset), [f"data.folder={data_folder}", *settings], run, "cpu", resume,
+                    screen)
+
+
+def last_step(run):
+    return Checkpoints(run, run, 1).steps()[-1]
+
+
+def weights(run):
+    return load_file(last_step(run) / "model.safetensors")
+
+
+def record(run):
+    """The log without what the clock decides."""
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(run)]
+
+
+def assert_same_run(run, other):
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert record(run) == record(other)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(preset, data_folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_micro(preset, data_folder, run)
+    return run
+
+
+def test_training_learns_and_leaves_its_files(undisturbed):
+    losses = [row["loss"] for row in read_rows(undisturbed) if row["kind"] == "step"]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
+    assert (undisturbed / "training_log.csv").read_text().count("\n") == 21
+    names = {path.name for path in last_step(undisturbed).iterdir()}
+    assert names == {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
+                     "optimizer.safetensors", "state.json", "manifest.json"}
+    assert find_damage(last_step(undisturbed)) is None
+
+
+def test_only_the_newest_and_the_best_steps_are_kept(undisturbed):
+    scores = {row["step"]: row["bits_per_byte"] for row in read_rows(undisturbed)
+              if row["kind"] == "validation"}
+    kept = {int(path.name[5:]) for path in undisturbed.glob("step-*")}
+    assert kept == {15, 20, min(scores, key=scores.get)}
+
+
+def test_at_least_thirty_kills_end_in_the_same_run(preset, data_folder, tmp_path):
+    settings = ("train.steps=120", "train.save_every=3")
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        run_child(preset, data_folder, calm, settings)
+    os.waitpid(child, 0)
+    whole, kills, during_save = time.monotonic() - began, 0, 0
+    draw = random.Random(0)
+    for _ in range(400):
+        child = os.fork()
+        if child == 0:
+            run_child(preset, data_folder, run, settings)
+        # Short lives at first, so that there are many; the last ones long enough to finish.
+        time.sleep(draw.uniform(0.01, 0.08 if kills < 32 else 1.5) * whole)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        kills += 1
+        during_save += any(run.glob(".step-*"))
+    assert kills >= 30
+    assert during_save >= 1
+    assert_same_run(run, calm)
+
+
+def run_child(preset, data_folder, run, settings):
+    """In a forked process: train to the end, leave without the parent's clean-up."""
+    try:
+        run_micro(preset, data_folder, run, *settings, resume=(run / "config.json").exists())
+    except BaseException as error:
+        print(f"child failed: {error!r}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resume_ends_in_the_same_run(number, preset, data_folder, undisturbed,
+                                                        tmp_path):
+    command = [sys.executable, "-m", "fira", "train", str(preset), f"data.folder={data_folder}",
+               "--run", str(tmp_path / "run"), "--device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "train.steps=100000"], env=env, stderr=subprocess.PIPE,
+                               text=True)
+    while not list((tmp_path / "run").glob("step-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "--resume continues it" in words
+    (tmp_path / "run" / "training_progress.png").stat()
+    saved = last_step(tmp_path / "run")
+    assert find_damage(saved) is None
+    steps = int(saved.name[5:]) + 3
+    done = subprocess.run([*command, f"train.steps={steps}", "--resume"], env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the learning rate" in done.stderr
+    assert last_step(tmp_path / "run").name == f"step-{steps:06d}"
+
+
+def test_resuming_a_stopped_run_repeats_the_undisturbed_one(preset, data_folder, undisturbed,
+                                                            tmp_path, monkeypatch):
+    step = Loop._step
+
+    def stop_at_seven(loop, line):
+        if loop.state.step == 7 and not loop.log.folder.joinpath("step-000007").exists():
+            loop.stop_signal = signal.SIGTERM
+        step(loop, line)
+
+    monkeypatch.setattr(Loop, "_step", stop_at_seven)
+    with pytest.raises(Exception, match="SIGTERM"):
+        run_micro(preset, data_folder, tmp_path / "run")
+    run_micro(preset, data_folder, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
+        preset, data_folder, undisturbed, tmp_path, capsys):
+    run = tmp_path / "run"
+    run_micro(preset, data_folder, run, "train.steps=12")
+    weights_file = last_step(run) / "model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-5] ^= 1
+    weights_file.write_bytes(content)
+    run_micro(preset, data_folder, run, "train.steps=20", resume=True,
+              screen=Console(width=200, soft_wrap=True))
+    assert "step-000012 is damaged (model.safetensors was altered)" in capsys.readouterr().out
+    assert [row["step"] for row in read_rows(run) if row["kind"] == "step"] == list(range(1, 21))
+    assert last_step(run).name == "step-000020"
+
+
+def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(preset, data_folder, tmp_path):
+    run = tmp_path / "run"
+    run_micro(preset, data_folder, run, "train.steps=5")
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limit = (last_step(run) / "optimizer.safetensors").stat().st_size - 1000
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            run_micro(preset, data_folder, run, "train.steps=10", resume=True)
+        except ValueError as error:
+            Path(tmp_path / "words").write_text(str(error))
+            os._exit(3)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) == 3
+    words = (tmp_path / "words").read_text()
+    assert "cannot save" in words and "step-000005 is whole" in words and "--resume" in words
+    assert last_step(run).name == "step-000005" and find_damage(last_step(run)) is None
+    run_micro(preset, data_folder, run, "train.steps=10", resume=True)
+    assert last_step(run).name == "step-000010"
+
+
+def test_non_finite_steps_are_counted_and_several_end_the_run(preset, data_folder, tmp_path):
+    with pytest.raises(ValueError, match="5 steps in a row"):
+        run_micro(preset, data_folder, tmp_path / "run", "optim.lr=1e30", "optim.clip=1e30")
+    events = [row["text"] for row in read_rows(tmp_path / "run") if row["kind"] == "event"]
+    assert len(events) == 5 and all("skipped" in text for text in events)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(preset, data_folder, undisturbed):
+    with pytest.raises(ValueError, match="already holds a run; --resume"):
+        run_micro(preset, data_folder, undisturbed)
+
+
+def test_the_model_cannot_change_on_resume(preset, data_folder, undisturbed):
+    with pytest.raises(ValueError, match=r"model\.d_ff cannot change"):
+        run_micro(preset, data_folder, undisturbed, "model.d_ff=64", resume=True)
+
+
+def test_data_of_another_tokenizer_of_equal_size_is_refused(preset, data_folder, corpus,
+                                                            undisturbed, tmp_path):
+    from fira.data.prepare import prepare
+    from fira.data.text import texts
+    from fira.data.tokenizer import train_tokenizer
+
+    other = train_tokenizer((text[::-1] for text in texts([str(corpus)])), 600)
+    prepare([str(corpus)], tmp_path / "data", other, validation_every=4, workers=1)
+    with pytest.raises(ValueError, match="was trained with"):
+        run_micro(preset, tmp_path / "data", undisturbed, resume=True)
+
+
+def test_altered_data_is_found_before_training(preset, data_folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "data"
+    shutil.copytree(data_folder, copy)
+    shard = next(copy.glob("train-*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="was altered"):
+        run_micro(preset, copy, tmp_path / "run")
+    shard.write_bytes(content[:-2])
+    with pytest.raises(ValueError, match="truncated"):
+        run_micro(preset, copy, tmp_path / "run")
+
+
+def test_a_run_by_the_clock_ends_by_the_clock(preset, data_folder, tmp_path):
+    state = run_micro(preset, data_folder, tmp_path / "run", "train.minutes=0.03")
+    assert state.step > 5
+    rows = [row for row in read_rows(tmp_path / "run") if row["kind"] == "step"]
+    assert rows[-1]["seconds"] >= 1.8 and rows[-2]["seconds"] < 1.8
+    assert rows[-1]["lr"] < rows[len(rows) // 3]["lr"]
+    assert last_step(tmp_path / "run").name == f"step-{rows[-1]['step']:06d}"
+
+
+def test_a_read_only_run_folder_is_one_line(preset, data_folder, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(OSError, match="file"):
+        run_micro(preset, data_folder, blocked / "run")

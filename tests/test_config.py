@@ -1,0 +1,66 @@
+"""Configuration: presets, overrides, and one clear line for every mistake."""
+import pytest
+
+from fira.config import ConfigError, flatten, load_preset, override, preset_names
+from fira.stages.pretrain import configure, describe
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_resolves_to_itself(name):
+    config = configure(load_preset(name), ())
+    assert configure(config.model_dump(), ()) == config
+
+
+def test_an_override_changes_only_its_key():
+    base, changed = (flatten(configure(load_preset("tiny"), s)) for s in ((), ("optim.lr=1e-4",)))
+    assert {key for key in base if base[key] != changed[key]} == {"optim.lr"}
+    assert changed["optim.lr"] == 1e-4
+
+
+@pytest.mark.parametrize("setting, words", [
+    ("optim.leanring_rate=1", ["optim.leanring_rate", "unknown"]),
+    ("optim.wieght_decay=0.1", ["did you mean optim.weight_decay"]),
+    ("model.num_expert=3", ["did you mean model.num_experts"]),
+    ("optim.lr=fast", ["optim.lr=fast", "number", "peak learning rate"]),
+    ("optim.lr=-1", ["optim.lr=-1", "greater than 0", "0.0006"]),
+    ("model.top_k=99", ["top_k=99", "num_experts", "at most"]),
+    ("model.n_kv_head=3", ["n_kv_head=3", "divide", "try n_kv_head=2"]),
+    ("model.architecture=gpt", ["architecture", "fira2"]),
+    ("train.sequence_length=100000", ["train.batch_tokens", "try"]),
+    ("train.steps=0", ["train.steps=0", "greater than or equal to 1"]),
+    ("train.steps", ["section.key=value"]),
+    ("train.batch_tokens=1000", ["batch_tokens=1000", "try train.batch_tokens=4096"]),
+    ("model.context=8", ["train.sequence_length", "model.context=8"]),
+])
+def test_a_mistake_is_one_line_with_value_rule_and_remedy(setting, words):
+    with pytest.raises(ConfigError) as error:
+        configure(load_preset("tiny"), [setting])
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_heads_must_divide_the_width_of_the_founding_model():
+    with pytest.raises(ConfigError, match="n_head=7 must divide d_model=768; try n_head=6"):
+        configure(load_preset("fira-334m"), ["model.n_head=7"])
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean tiny"):
+        load_preset("tinny")
+
+
+def test_a_horizon_given_replaces_the_presets():
+    assert configure(load_preset("tiny"), ["train.steps=7"]).train.minutes is None
+    assert configure(load_preset("fira-334m"), ["train.minutes=7.0"]).train.steps is None
+
+
+def test_dry_run_marks_what_differs_from_the_preset():
+    lines = describe("tiny", ["optim.lr=0.001"]).splitlines()
+    assert [line for line in lines if "# preset" in line] == ["optim.lr = 0.001   # preset: 0.003"]
+
+
+def test_override_leaves_its_input_alone():
+    data = {"a": {"b": 1}}
+    assert override(data, ["a.b=2"]) == {"a": {"b": 2}}
+    assert data == {"a": {"b": 1}}

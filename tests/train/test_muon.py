@@ -1,0 +1,67 @@
+"""Muon: orthogonal updates, expert stacks as single matrices, AdamW for the rest."""
+import pytest
+import torch
+
+from fira.model.files import build
+from fira.model.spec import FIRA2Spec
+from fira.train.muon import MuonAdamW, orthogonalize
+from fira.train.optim import OptimConfig, make_optimizer
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (3, 16, 24)])
+def test_orthogonalized_singular_values_are_near_one_and_directions_stay(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalize(matrix)
+    inner = u.mT @ result @ vt.mT  # diagonal if the singular directions are kept
+    values = torch.diagonal(inner, dim1=-2, dim2=-1)
+    assert 0.5 < float(values[s > 0.2].min()) and float(values.max()) < 1.3
+    torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-3, rtol=0)
+
+
+def test_a_stack_of_experts_is_updated_as_single_matrices():
+    weights = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(1))
+    gradient = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(2))
+    stack = torch.nn.Parameter(weights.clone())
+    singles = [torch.nn.Parameter(weights[e].clone()) for e in range(3)]
+    for parameters, gradients in (([stack], [gradient]), (singles, list(gradient))):
+        group = {"params": parameters, "rule": "muon", "lr": 0.1, "weight_decay": 0.1}
+        optimizer = MuonAdamW([group], (0.9, 0.95))
+        for parameter, one in zip(parameters, gradients, strict=True):
+            parameter.grad = one.clone()
+        optimizer.step()
+    torch.testing.assert_close(stack, torch.stack([p.detach() for p in singles]))
+
+
+def test_the_adamw_part_equals_torch():
+    weights = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (torch.nn.Parameter(weights.clone()) for _ in range(2))
+    group = {"params": [ours], "rule": "adamw", "lr": 0.01, "weight_decay": 0.1}
+    optimizers = (MuonAdamW([group], (0.9, 0.95)),
+                  torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1))
+    for step in range(3):
+        gradient = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_an_expert_without_gradient_keeps_its_direction_of_rest():
+    stack = torch.nn.Parameter(torch.ones(2, 6, 4))
+    optimizer = MuonAdamW([{"params": [stack], "rule": "muon", "lr": 0.1, "weight_decay": 0.0}],
+                          (0.9, 0.95))
+    stack.grad = torch.zeros(2, 6, 4)
+    stack.grad[1] = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert torch.equal(stack[0], torch.ones(6, 4)) and not torch.equal(stack[1], torch.ones(6, 4))
+
+
+def test_only_inner_matrices_are_muons():
+    model = build(FIRA2Spec(vocab_size=40, d_model=16, n_head=2, n_kv_head=1, head_dim=8,
+                            num_layers=1, d_ff=8, num_experts=2, top_k=1, context=8), seed=0)
+    groups = make_optimizer(model, OptimConfig(rule="muon")).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    muons = {names[id(p)].split(".", 2)[2] for g in groups if g["rule"] == "muon" for p in g["params"]}
+    assert muons == {"attention.qkv.weight", "attention.output.weight", "moe.experts.gate.weight",
+                     "moe.experts.up.weight", "moe.experts.down.weight"}
