@@ -21,10 +21,12 @@ def sampling_options(command: Any) -> Any:
     for option in reversed([
         click.option("--max-new-tokens", type=click.IntRange(0), default=200, show_default=True,
                      help="Most tokens to write."),
-        click.option("--temperature", type=float, default=0.8, show_default=True,
+        click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True,
                      help="0 is greedy, 1 the model's own distribution."),
-        click.option("--top-k", type=int, help="Sample among the k likeliest tokens."),
-        click.option("--top-p", type=float, help="Sample among the likeliest that reach p together."),
+        click.option("--top-k", type=click.IntRange(1),
+                     help="Sample among the k likeliest tokens."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
+                     help="Sample among the likeliest that reach p together."),
         click.option("--seed", type=int, help="Repeat the same draw."),
         device_option,
     ]):
@@ -60,8 +62,8 @@ def fira(debug: bool) -> None:
 def quickstart(out: Path, settings: tuple[str, ...]) -> None:
     """Text to a talking model in five minutes.
 
-    Learns a tokenizer from 249 State of the Union addresses, which came with the install, trains the
-    preset tiny on them, and prints samples and what to try next.
+    Learns a tokenizer from 249 State of the Union addresses, which came with the install, trains
+    the preset tiny on them, and prints samples and what to try next.
 
     \b
     Example: fira quickstart train.minutes=2
@@ -90,7 +92,8 @@ def tokenizer() -> None:
 @tokenizer.command("train")
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--out", type=OUT, required=True, help="Folder to write.")
-@click.option("--vocab-size", type=int, default=50304, show_default=True, help="Tokens in all, special ones included.")
+@click.option("--vocab-size", type=int, default=50304, show_default=True,
+              help="Tokens in all, special ones included.")
 @click.option("--max-bytes", type=click.IntRange(1), default=1_000_000_000, show_default=True,
               help="Learn from the first so many bytes of text.")
 def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_bytes: int) -> None:
@@ -141,13 +144,14 @@ def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_e
 @settings_argument
 @click.option("--run", type=OUT, help="Run folder.  [default: out/PRESET]")
 @click.option("--resume", is_flag=True, help="Continue from the run's newest checkpoint.")
-@click.option("--dry-run", is_flag=True, help="Only print the settings, marking what differs from the preset.")
+@click.option("--dry-run", is_flag=True,
+              help="Only print the settings, marking what differs from the preset.")
 @device_option
 def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool, dry_run: bool,
           device: str) -> None:
     """Train the model of a preset on data that fira data prepared.
 
-    PRESET is a name or a .toml file; SECTION.KEY=VALUE settings change it. --dry-run lists them all.
+    PRESET is a name or a .toml file; SECTION.KEY=VALUE settings change it, --dry-run lists them.
 
     \b
     Example: fira train tiny data.folder=out/quickstart/data train.steps=500 optim.lr=1e-3
@@ -207,7 +211,8 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
 @click.argument("run", type=FOLDER)
 @click.option("--text", "texts", multiple=True, required=True, metavar="SOURCE",
               help="Text to score; may be repeated.")
-@click.option("--context", type=click.IntRange(2), help="Window in tokens.  [default: the length trained on]")
+@click.option("--context", type=click.IntRange(2),
+              help="Window in tokens.  [default: the length trained on]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @device_option
 def evaluate(run: Path, texts: tuple[str, ...], context: int | None, as_json: bool,
@@ -261,7 +266,8 @@ def report(run: Path) -> None:
     \b
     Example: fira report out/quickstart/run
     """
-    from fira.report.page import print_summary, report as write_report
+    from fira.report.page import print_summary
+    from fira.report.page import report as write_report
     from fira.runlog import console
 
     for path in write_report(run):
@@ -320,7 +326,10 @@ def run_command(command: click.Command, name: str) -> None:
             raise
         from fira.config import ConfigError
 
-        _fail(name, str(error), 2 if isinstance(error, ConfigError) else 1)
+        words = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            words = f"{error.filename}: {error.strerror}; check the path and its permissions"
+        _fail(name, words, 2 if isinstance(error, ConfigError) else 1)
 
 
 def _fail(name: str, words: str, code: int) -> None:

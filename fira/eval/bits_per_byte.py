@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fira.data.sources import inputs
 from fira.data.text import Item, items, total_bytes
-from fira.infer.load import load, trained_window
+from fira.infer.load import load
+from fira.model.generate import window_length
 from fira.runlog import ProgressLine
 
 LOGITS = 1 << 24  # logits held at a time (64 MiB in float32)
@@ -61,7 +62,7 @@ def score(model: Any, tokenizer: Any, texts: Iterable[Item], context: int | None
     trained on, unless given; `batch_tokens` bounds memory and does not change the result. Raises
     ValueError when there is no text, the context does not fit, or the tokenizer loses bytes.
     """
-    context = check_context(trained_window(model) if context is None else context,
+    context = check_context(window_length(model) if context is None else context,
                             model.spec.context)
     totals = _Totals(tokenizer)
     nats = 0.0

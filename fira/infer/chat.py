@@ -17,8 +17,9 @@ from rich.text import Text
 
 from fira.data.chat import render
 from fira.data.tokenizer import TURN_END
-from fira.infer.load import load, trained_window
+from fira.infer.load import load
 from fira.infer.text import pieces
+from fira.model.generate import window_length
 from fira.runlog import console
 
 HELP = "/reset forgets the conversation, /help shows this, /exit or Ctrl-D leaves; " \
@@ -37,7 +38,7 @@ class Conversation:
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []
         self.answers = 0
-        window = trained_window(model)
+        window = window_length(model)
         self.budget = window - max_new_tokens
         if self.budget < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room in the window of "
@@ -92,7 +93,7 @@ def chat(run: str | Path, system: str | None = None, temperature: float = 0.8,
     notes, out = console(), Console(highlight=False)
     loaded = load(run, device)
     tuned = knows_chat(loaded.folder)
-    fits = max(1, trained_window(loaded.model) // 2)
+    fits = max(1, window_length(loaded.model) // 2)
     if max_new_tokens > fits:
         notes.print(Text(f"Answers are at most {fits} tokens long: half of what the model reads.",
                          style="dim"))

@@ -29,11 +29,3 @@ def load(run: str | Path, device: str = "auto") -> Loaded:
     if model.end_of_text is None:
         model.end_of_text = tokenizer.end_of_text
     return Loaded(model.to(pick_device(device)), tokenizer, folder)
-
-
-def trained_window(model: Any) -> int:
-    """Tokens that the model learned to read at once; its whole context where that is not known.
-
-    A model trained on sequences shorter than its context has never seen the later positions.
-    """
-    return getattr(model, "trained_length", None) or model.spec.context

@@ -19,6 +19,7 @@ from fira.model.spec import ModelSpec
 
 CLASSES: dict[str, type[FIRA] | type[FIRA2]] = {"fira": FIRA, "fira2": FIRA2}
 WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+NOTES = ("end_of_text", "trained_length")  # what a model learned with, besides its spec
 
 
 def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:
@@ -36,12 +37,11 @@ def build_meta(spec: Any) -> Any:
 
 
 def save_weights(model: Any, folder: str | Path) -> None:
-    """Write model.safetensors and config.json (spec, architecture, end_of_text if known)."""
+    """Write model.safetensors and config.json: the spec, and of NOTES what is known."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.spec.model_dump()
-    if model.end_of_text is not None:
-        config["end_of_text"] = model.end_of_text
+    notes = {note: getattr(model, note) for note in NOTES}
+    config = model.spec.model_dump() | {k: v for k, v in notes.items() if v is not None}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -54,7 +54,7 @@ def load_pretrained(folder: str | Path, expected: type[nn.Module] | None = None)
     its architecture is not `expected`, or its files are damaged or do not fit each other.
     """
     folder = find_model(folder)
-    spec, end_of_text = read_config(folder / CONFIG)
+    spec, notes = read_config(folder / CONFIG)
     found = CLASSES[spec.architecture]
     if expected not in (None, found):
         raise ValueError(f"{folder} holds a {found.__name__}, not a {expected.__name__}; "
@@ -63,7 +63,8 @@ def load_pretrained(folder: str | Path, expected: type[nn.Module] | None = None)
     tensors = _read_tensors(folder / WEIGHTS, model.state_dict())
     _materialize_buffers(model)
     model.load_state_dict(tensors, assign=True)
-    model.end_of_text = end_of_text
+    for note, value in notes.items():
+        setattr(model, note, value)
     return model.eval()
 
 
@@ -99,8 +100,8 @@ def newest_step(run: str | Path) -> Path:
     return max(complete)[1]
 
 
-def read_config(path: Path) -> tuple[Any, int | None]:
-    """The spec in a config.json, and the end-of-text id if it is known."""
+def read_config(path: Path) -> tuple[Any, dict[str, int | None]]:
+    """The spec in a config.json, and its notes: the end-of-text id, the length trained on."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -111,9 +112,9 @@ def read_config(path: Path) -> tuple[Any, int | None]:
         kind = config.get("architecture") if isinstance(config, dict) else None
         raise ValueError(f"{path} has architecture {kind!r}, not one of {', '.join(CLASSES)}; "
                          "give a folder that FIRA wrote")
-    end_of_text = config.pop("end_of_text", None)
+    notes = {note: config.pop(note, None) for note in NOTES}
     try:
-        return TypeAdapter(ModelSpec).validate_python(config), end_of_text
+        return TypeAdapter(ModelSpec).validate_python(config), notes
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; "

@@ -31,6 +31,7 @@ class FIRA(nn.Module):
         spec = parse(FIRASpec, fields)
         self.spec = spec
         self.end_of_text: int | None = None
+        self.trained_length: int | None = None
         self.token_embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.position_embedding = nn.Embedding(spec.context, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))

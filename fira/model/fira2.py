@@ -30,6 +30,7 @@ class FIRA2(nn.Module):
         spec = parse(FIRA2Spec, fields)
         self.spec = spec
         self.end_of_text: int | None = None
+        self.trained_length: int | None = None
         self.token_embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.rotary = Rotary(spec.context, spec.head_dim, spec.rope_theta)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))

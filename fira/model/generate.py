@@ -1,9 +1,10 @@
 """Sampling and the generation loop.
 
-The window rule. The model reads a window of at most `context` tokens. A longer prompt is cut to its
-newest `context` tokens. When the window is full and one more token is to be read, the window is
-shortened to its newest half (context // 2 tokens, at least one, counting the new one), whose
-positions start at 0 again, and the cache is rebuilt from it.
+The window rule. The model reads a window of at most as many tokens as it was trained on, or its
+`context` where that is not known. A longer prompt is cut to its newest tokens. When the window is
+full and one more token is to be read, the window is shortened to its newest half (window // 2
+tokens, at least one, counting the new one), whose positions start at 0 again, and the cache is
+rebuilt from it.
 """
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def stream(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float =
 @torch.inference_mode()
 def _stream(model: Any, prompt_BT: Tensor, max_new_tokens: int, end_of_text: int | None,
             choose: Any) -> Iterator[Tensor]:
-    context = model.spec.context
+    context = window_length(model)
     window_BT = prompt_BT[:, -context:]
     cache = model.new_cache(len(prompt_BT), min(context, window_BT.shape[1] + max_new_tokens))
     ended_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=prompt_BT.device)
@@ -78,6 +79,14 @@ def _stream(model: Any, prompt_BT: Tensor, max_new_tokens: int, end_of_text: int
                 cache.reset()
     finally:
         model.train(was_training)
+
+
+def window_length(model: Any) -> int:
+    """Tokens the model reads at once: the length it was trained on, else its whole context.
+
+    A model trained on sequences shorter than its context has never seen the later positions.
+    """
+    return model.trained_length or model.spec.context
 
 
 def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None,

@@ -1,6 +1,7 @@
 """From text to a tokenizer, and from both to shards, with progress shown."""
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,12 @@ from fira.runlog import ProgressLine
 
 def learn_tokenizer(sources: list[str], out: Path, vocab_size: int, max_bytes: int,
                     screen: Console) -> Tokenizer:
-    """Learn a vocabulary from `sources` and save it in `out`."""
+    """Learn a vocabulary from `sources` and save it in `out`.
+
+    Raises ValueError before the long work if `out` cannot be written.
+    """
     given, began = inputs(sources), time.perf_counter()
+    _check_writable(out)
     total = total_bytes(given)
     with ProgressLine("tokenizer", screen) as line:
         def texts() -> Iterator[str]:
@@ -32,6 +37,16 @@ def learn_tokenizer(sources: list[str], out: Path, vocab_size: int, max_bytes: i
     screen.print(f"tokenizer of {learned.vocab_size:,} tokens in {out} "
                  f"({time.perf_counter() - began:.1f} s)")
     return learned
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror or error}); give a folder "
+                         "that you may write to") from None
 
 
 def prepare_data(sources: list[str], out: Path, tokenizer: Path | Tokenizer, validation_every: int,

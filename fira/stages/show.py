@@ -38,5 +38,5 @@ def _spec(what: str, settings: Iterable[str]) -> tuple[Any, int]:
     if list(settings):
         raise ValueError(f"{what} is a trained model, which settings cannot change; "
                          "give a preset to try other shapes")
-    spec, _ = read_config(find_model(what) / CONFIG)
-    return spec, spec.context
+    spec, notes = read_config(find_model(what) / CONFIG)
+    return spec, notes["trained_length"] or spec.context

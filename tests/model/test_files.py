@@ -141,3 +141,22 @@ def test_another_architecture_is_refused(tmp_path):
     save_weights(build(SPECS[FIRA2], seed=0), tmp_path)
     with pytest.raises(ValueError, match="holds a FIRA2, not a FIRA; use FIRA2"):
         FIRA.from_pretrained(tmp_path)
+
+
+def test_the_length_trained_on_travels_and_bounds_generation(tmp_path):
+    model = build(FIRA2Spec(vocab_size=20, d_model=16, n_head=2, n_kv_head=1, head_dim=8,
+                            num_layers=1, d_ff=8, num_experts=2, top_k=1, context=32), seed=0)
+    model.trained_length = 8
+    save_weights(model, tmp_path)
+    loaded = load_pretrained(tmp_path)
+    assert loaded.trained_length == 8 and loaded.end_of_text is None
+    longest = 0
+    features = loaded.features
+
+    def watch(tokens_BT, cache):
+        nonlocal longest
+        longest = max(longest, cache.length + tokens_BT.shape[1])
+        return features(tokens_BT, cache)
+
+    loaded.features = watch
+    assert loaded.generate([1, 2, 3], max_new_tokens=20).shape == (1, 23) and longest == 8
