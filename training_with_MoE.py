@@ -11,7 +11,8 @@ from pathlib import Path
 
 import click
 
-from fira.cli import FOLDER, OUT, device_option, run_command, settings_argument, trained
+from fira.cli import trained
+from fira.command import FOLDER, OUT, device_option, run_command, settings_argument
 from fira.data.tokenizer import Tokenizer
 
 SEARCH = Path("/kaggle/input")

@@ -7,38 +7,18 @@ from typing import Any
 
 import click
 
+from fira.command import (
+    FOLDER,
+    OUT,
+    InOrder,
+    device_option,
+    run_command,
+    sampling_options,
+    settings_argument,
+)
+
 PRESETS = "Presets: " + ", ".join(sorted(
     path.stem for path in (Path(__file__).parent / "presets").glob("*.toml"))) + "."
-OUT = click.Path(file_okay=False, path_type=Path)
-FOLDER = click.Path(path_type=Path)
-settings_argument = click.argument("settings", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-device_option = click.option("--device", default="auto", show_default=True,
-                             help="auto, cpu, cuda, cuda:N or mps.")
-
-
-def sampling_options(command: Any) -> Any:
-    """The options of every verb that samples text."""
-    for option in reversed([
-        click.option("--max-new-tokens", type=click.IntRange(0), default=200, show_default=True,
-                     help="Most tokens to write."),
-        click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True,
-                     help="0 is greedy, 1 the model's own distribution."),
-        click.option("--top-k", type=click.IntRange(1),
-                     help="Sample among the k likeliest tokens."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
-                     help="Sample among the likeliest that reach p together."),
-        click.option("--seed", type=int, help="Repeat the same draw."),
-        device_option,
-    ]):
-        command = option(command)
-    return command
-
-
-class InOrder(click.Group):
-    """A group that lists its verbs in the order one uses them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
 
 
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"],
@@ -74,7 +54,7 @@ def quickstart(out: Path, settings: tuple[str, ...]) -> None:
     from fira.stages.quickstart import quickstart as run_quickstart
 
     run = trained(lambda: run_quickstart(out, settings, console()), out / "run")
-    _print_routing(run)
+    _print_routing(run, console())
     for path in write_report(run):
         console().print(f"wrote {path}")
     console().print(next_steps(out), highlight=False)
@@ -253,7 +233,9 @@ def show(what: str, settings: tuple[str, ...]) -> None:
 
     print_model(what, settings)
     if (Path(what) / "metrics.jsonl").is_file():
-        _print_routing(Path(what))
+        from rich.console import Console
+
+        _print_routing(Path(what), Console(highlight=False))
 
 
 @fira.command()
@@ -275,12 +257,11 @@ def report(run: Path) -> None:
     print_summary(run, console())
 
 
-def _print_routing(run: Path) -> None:
+def _print_routing(run: Path, screen: Any) -> None:
     from fira.report.read import read_run
     from fira.report.routing import routing_view
-    from fira.runlog import console
 
-    console().print(routing_view(read_run(run)))
+    screen.print(routing_view(read_run(run)))
 
 
 def trained(work: Any, run: Path) -> Path:
@@ -302,36 +283,3 @@ def trained(work: Any, run: Path) -> Path:
 def main() -> None:
     """Entry point of `fira`."""
     run_command(fira, "fira")
-
-
-def run_command(command: click.Command, name: str) -> None:
-    """Run a command: a mistake is one line, exit code 2 for usage and settings, 1 for all else."""
-    words = sys.argv[1:]
-    debug = "--debug" in (words[:words.index("--")] if "--" in words else words)
-    try:
-        code = command.main([word for word in words if not (debug and word == "--debug")],
-                            prog_name=name, standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.Abort:
-        _fail(name, "stopped", 130)
-    except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:
-        error.show()
-        sys.exit(2)
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context else name
-        _fail(name, f"{error.format_message()} (see {path} --help)", error.exit_code)
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        from fira.config import ConfigError
-
-        words = str(error)
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            words = f"{error.filename}: {error.strerror}; check the path and its permissions"
-        _fail(name, words, 2 if isinstance(error, ConfigError) else 1)
-
-
-def _fail(name: str, words: str, code: int) -> None:
-    click.echo(f"{name}: {' '.join(words.split())}", err=True)
-    sys.exit(code)

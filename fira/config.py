@@ -52,16 +52,17 @@ def load_preset(name: str) -> dict[str, Any]:
         if not Path(name).is_file():
             raise ConfigError(f"preset file {name} does not exist; give a .toml file or one of: "
                               f"{', '.join(preset_names())}")
-        text = Path(name).read_text(encoding="utf-8")
+        content = Path(name).read_bytes()
     elif name in preset_names():
-        text = resources.files("fira.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+        content = resources.files("fira.presets").joinpath(f"{name}.toml").read_bytes()
     else:
         raise ConfigError(f"unknown preset {name!r}{_nearest(name, preset_names())}; "
                           f"presets: {', '.join(preset_names())}")
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"preset {name} is not valid TOML: {error}") from None
+        return tomllib.loads(content.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"preset {name} is not valid TOML ({error}); correct it there, or copy "
+                          "one that travels with fira") from None
 
 
 def override(data: dict[str, Any], settings: typing.Iterable[str]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class ProgressLine:
 
     def __init__(self, title: str, screen: Console, plain_every: float = 10.0) -> None:
         self.title, self.screen, self.plain_every = title, screen, plain_every
-        self._last_plain = -plain_every
+        self._last_plain, self._ended = -plain_every, False
         self._bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(bar_width=18),
                              TaskProgressColumn(), TimeRemainingColumn(compact=True),
                              TextColumn("{task.fields[note]}"), console=screen,
@@ -153,7 +153,7 @@ class ProgressLine:
     def update(self, fraction: float, note: str, seconds: float) -> None:
         """Show progress: `fraction` done in 0..1, a short note, seconds of work so far."""
         self._bar.update(self._task, completed=min(fraction, 1.0), note=note)
-        if not self.screen.is_terminal and (seconds - self._last_plain >= self.plain_every
-                                            or fraction >= 1.0):
-            self._last_plain = seconds
+        ends = fraction >= 1.0 and not self._ended  # a reader may be done long before the work is
+        if not self.screen.is_terminal and (seconds - self._last_plain >= self.plain_every or ends):
+            self._last_plain, self._ended = seconds, self._ended or ends
             self.screen.print(f"{self.title} {fraction:4.0%}  {note}", soft_wrap=True)

@@ -1,9 +1,11 @@
 """A real but very small corpus, tokenizer, data folder and preset, made once for all tests."""
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from fira import cli
 from fira.data.prepare import prepare
 from fira.data.text import texts
 from fira.data.tokenizer import train_tokenizer
@@ -64,4 +66,61 @@ def data_folder(corpus, tmp_path_factory):
 def preset(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("preset") / "micro.toml"
     path.write_text(PRESET, encoding="utf-8")
+    return path
+
+
+class Answer:
+    """What a command left behind: exit code, standard output, standard error."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def line(self):
+        """The one line of an error, after any progress."""
+        lines = self.err.splitlines()
+        assert [line.startswith("fira: ") for line in lines].count(True) == 1, self.err
+        assert lines[-1].startswith("fira: ") and "Traceback" not in self.err, self.err
+        return lines[-1]
+
+
+@pytest.fixture
+def fira(monkeypatch, capsys):
+    """Call `fira WORDS` in this process."""
+    def call(*words):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["fira", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Answer(ended.value.code, *capsys.readouterr())
+    return call
+
+
+@pytest.fixture
+def refused(fira):
+    """Call `fira WORDS` that must fail with `code`; returns the line."""
+    def call(*words, code=1):
+        answer = fira(*words)
+        assert answer.code == code, answer.err
+        return answer.line
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained_run(preset, data_folder, tmp_path_factory):
+    """A trained run, made by the verb itself."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fira", "train", str(preset), f"data.folder={data_folder}",
+                                    "train.steps=10", "--run", str(folder), "--device", "cpu"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The state of the Union is strong. " * 40, encoding="utf-8")
     return path

@@ -10,6 +10,7 @@ import copy
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Reference
 
 from fira.data import fast
-from fira.data.text import BLOCK, pieces
+from fira.data.text import pieces
 
 END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END_OF_TEXT, PAD, TURN_START, TURN_END, "<think>", "</think>", "<tool_call>",
@@ -29,6 +30,8 @@ CHAT_TEMPLATE = (  # ChatML; fira/data/chat.py gives the same ids
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>")  # of tokenizers made elsewhere
+WORD = 10_000  # characters
+_ENDLESS = re.compile(rf"\S{{{WORD},}}|\s{{{WORD},}}")
 
 
 class Tokenizer:
@@ -208,14 +211,15 @@ class _Taken:
 
 
 def _short_words(text: str) -> Iterator[str]:
-    """What can be learned from `text` without what the trainer cannot take: words of many
-    megabytes (it needs 200 bytes a letter) and blanks without end."""
+    """`text`, rows of letters or of blanks without end cut up: the trainer's time for a word grows
+    with the square of its length."""
     start = 0
-    for begin, end in fast.long_blanks(text):
-        yield text[start:begin]
-        start = end
-    for begin in range(start, len(text), BLOCK):
-        yield text[begin:begin + BLOCK]
+    for found in _ENDLESS.finditer(text):
+        yield text[start:found.start()]
+        for start in range(found.start(), found.end(), WORD):
+            yield text[start:min(start + WORD, found.end())]
+        start = found.end()
+    yield text[start:]
 
 
 def _untrained() -> Reference:

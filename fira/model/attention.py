@@ -129,8 +129,5 @@ def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     """RoPE pairing halves of the last axis: (a, b) -> (a cos - b sin, b cos + a sin)."""
     cos, sin = cos_TC.to(x_BTHC.dtype)[:, None], sin_TC.to(x_BTHC.dtype)[:, None]
     first, second = x_BTHC.chunk(2, dim=-1)
-    out = torch.empty_like(x_BTHC, memory_format=torch.contiguous_format)
-    half = out.shape[-1] // 2
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
-    return out
+    return torch.cat([(first * cos).addcmul_(second, sin, value=-1),
+                      (second * cos).addcmul_(first, sin)], dim=-1)

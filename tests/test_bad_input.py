@@ -1,0 +1,224 @@
+"""Every mistake a user can make with text, runs and folders: one clear line, and nothing lost."""
+import json
+import os
+import shutil
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from fira.data.text import texts
+
+
+@pytest.fixture(scope="module")
+def run(trained_run, tmp_path_factory):
+    """A run of our own, to write into."""
+    return shutil.copytree(trained_run, tmp_path_factory.mktemp("cli") / "run")
+
+
+@pytest.fixture
+def step(run, tmp_path):
+    """A copy of its newest step, to damage."""
+    newest = sorted(run.glob("step-*"))[-1]
+    return shutil.copytree(newest, tmp_path / "copy" / newest.name)
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Mistakes: text
+
+
+def broken_sources(folder):
+    """Name -> (file, words of the line)."""
+    (folder / "empty.txt").write_text("")
+    (folder / "latin1.txt").write_bytes("café au lait".encode("latin1"))
+    (folder / "dangling.txt").symlink_to(folder / "gone.txt")
+    (folder / "table.csv").write_text("a,b\n")
+    (folder / "keys.jsonl").write_text('{"text": "fine"}\n{"body": "x"}\n')
+    (folder / "cut.jsonl").write_text('{"text": "fine"}\n{"text": "x\n')
+    (folder / "none").mkdir()
+    (folder / "fake.parquet").write_bytes(b"not a parquet file at all")
+    table = pyarrow.table({"content": ["x"], "id": ["1"]})
+    pyarrow.parquet.write_table(table, folder / "columns.parquet")
+    return {
+        "empty.txt": ["no text", "give files with text"],
+        "latin1.txt": ["not UTF-8", "0xe9", "byte 3", "iconv"],
+        "missing.txt": ["does not exist", "give an existing file"],
+        "dangling.txt": ["does not exist"],
+        "table.csv": ["unsupported kind", ".parquet"],
+        "keys.jsonl": ["keys.jsonl:2", "no string under the key text", "body", "rename"],
+        "cut.jsonl": ["cut.jsonl:2", "not valid JSON"],
+        "none": ["holds no text", ".jsonl"],
+        "fake.parquet": ["cannot be read as parquet"],
+        "columns.parquet": ["no column text", "content, id", "rename"],
+    }
+
+
+def test_bad_text_is_one_line_in_every_verb_that_reads_text(run, data_folder, refused, tmp_path):
+    before = content(run)
+    for name, words in broken_sources(tmp_path).items():
+        source = tmp_path / name
+        for verb in (("data", source, "--tokenizer", data_folder, "--out", tmp_path / f"d-{name}"),
+                     ("tokenizer", "train", source, "--out", tmp_path / f"t-{name}"),
+                     ("eval", run, "--text", source)):
+            line = refused(*verb)
+            expected = words if name != "empty.txt" else ["text", "give"]
+            assert all(word in line for word in expected), (verb, line)
+    assert content(run) == before
+    assert not list(tmp_path.glob("d-*/manifest.json")) and not list(tmp_path.glob("t-*/*"))
+
+
+def test_mended_text_goes_into_the_folder_that_was_begun(data_folder, corpus, fira, refused,
+                                                         tmp_path):
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    bad = text / "zz.txt"
+    bad.write_bytes(b"\xff")
+    words = ("data", text, "--tokenizer", data_folder, "--out", tmp_path / "data",
+             "--validation-every", 4)
+    assert "not UTF-8" in refused(*words)
+    bad.write_text("mended")
+    assert fira(*words).code == 0
+
+
+def test_an_unreadable_file_is_one_line(data_folder, text_file, refused, tmp_path, monkeypatch):
+    words = ("data", text_file, "--tokenizer", data_folder, "--out", tmp_path / "data")
+    access = os.access
+    with monkeypatch.context() as patch:  # root may read everything, so permission is faked
+        patch.setattr(os, "access", lambda path, mode: path != str(text_file)
+                      and access(path, mode))
+        assert f"chmod +r {text_file}" in refused(*words)
+    with monkeypatch.context() as patch:
+        patch.setattr("fira.data.text.open", _broken_disk, raising=False)
+        assert "Input/output error" in refused(*words)
+
+
+def _broken_disk(*_, **__):
+    raise OSError(5, "Input/output error")
+
+
+def test_one_enormous_line_is_a_document_like_any_other(corpus, data_folder, fira, tmp_path):
+    line = " ".join(" ".join(texts([str(corpus)])).split())
+    line = (line * (1 + 5_000_000 // len(line)))[:5_000_000]
+    (tmp_path / "line.txt").write_text(line, encoding="utf-8")
+    (tmp_path / "line.jsonl").write_text(json.dumps({"text": line}), encoding="utf-8")
+    for name in ("line.txt", "line.jsonl"):
+        out = tmp_path / f"out-{name}"
+        answer = fira("data", tmp_path / name, "--tokenizer", data_folder, "--out", out,
+                      "--validation", corpus)
+        assert answer.code == 0, answer.err
+        train = json.loads((out / "manifest.json").read_text())["splits"]["train"]
+        assert train["documents"] == 1 and train["bytes"] == len(line.encode())
+    shards = [next((tmp_path / f"out-{name}").glob("train-*.bin")).read_bytes()
+              for name in ("line.txt", "line.jsonl")]
+    assert shards[0] == shards[1]
+
+
+def test_a_vocabulary_the_text_cannot_fill_is_one_line(text_file, refused, tmp_path):
+    line = refused("tokenizer", "train", text_file, "--vocab-size", 5000, "--out", tmp_path / "t")
+    assert "vocabulary of 5000 is larger than this text supports" in line and "or less" in line
+    line = refused("tokenizer", "train", text_file, "--vocab-size", 100, "--out", tmp_path / "t")
+    assert "vocabulary of 100 is too small" in line and "give 288 or more" in line
+
+
+def test_too_few_documents_to_hold_one_out_is_one_line(data_folder, text_file, refused, tmp_path):
+    line = refused("data", text_file, "--tokenizer", data_folder, "--out", tmp_path / "data")
+    assert "every 20th" in line and "validation" in line
+
+
+# Mistakes: runs and checkpoints
+
+
+def test_a_folder_that_is_no_run_is_one_line_everywhere(refused, text_file, tmp_path):
+    for folder, words in ((tmp_path, "is not a run folder"), (tmp_path / "gone", "gone")):
+        for verb in (("generate", folder, "hi"), ("eval", folder, "--text", text_file),
+                     ("chat", folder), ("report", folder)):
+            assert words in refused(*verb)
+    assert "is not a run folder" in refused("show", tmp_path)
+    assert "unknown preset" in refused("show", tmp_path / "gone", code=2)
+
+
+def test_data_that_is_no_data_folder_is_one_line(preset, refused, tmp_path):
+    line = refused("train", preset, f"data.folder={tmp_path}", "--run", tmp_path / "run")
+    assert "is not a data folder" in line and "fira data SOURCE" in line
+    line = refused("train", preset, "--run", tmp_path / "run", code=2)
+    assert "data.folder is not set" in line and "fira data SOURCE" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, damage, words", [
+    ("model.safetensors", lambda old: old[:-100], "is damaged"),
+    ("model.safetensors", lambda old: b"nonsense", "is damaged"),
+    ("model.safetensors", lambda old: b"", "is damaged"),
+    ("config.json", lambda old: old.replace(b'"fira2"', b'"llama"'), "architecture 'llama'"),
+    ("config.json", lambda old: old.replace(b'"d_ff": 32', b'"d_ff": 64'), "config.json says"),
+    ("config.json", lambda old: b"{", "not valid JSON"),
+    ("tokenizer.json", lambda old: b"{}", "is not a tokenizer.json"),
+])
+def test_a_damaged_checkpoint_is_one_line(name, damage, words, step, refused):
+    file = step / name
+    file.write_bytes(damage(file.read_bytes()))
+    line = refused("generate", step, "hi")
+    assert words in line and str(step) in line
+
+
+def test_a_missing_part_of_a_checkpoint_is_one_line(step, refused):
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        (step / name).unlink()
+        assert str(step) in refused("generate", step, "hi")
+
+
+def test_the_other_architectures_class_refuses_the_checkpoint(run):
+    from fira import FIRA
+
+    with pytest.raises(ValueError, match=r"holds a FIRA2, not a FIRA; use FIRA2\.from_pretrained"):
+        FIRA.from_pretrained(run)
+
+
+def test_another_architecture_or_preset_cannot_resume_the_run(run, preset, refused):
+    before = content(run)
+    line = refused("train", preset, "model.architecture=fira", "--run", run, "--resume", code=2)
+    assert "model." in line
+    assert f"was started from preset {preset}" in refused("train", "tiny", "--run", run,
+                                                          "--resume", code=2)
+    assert "already holds a run" in refused("train", preset, "--run", run)
+    assert content(run) == before
+
+
+def test_an_empty_prompt_is_one_line(run, refused):
+    assert "the prompt is empty; give the text to continue" in refused("generate", run, "")
+
+
+def test_a_context_the_model_does_not_have_is_one_line(run, text_file, refused):
+    line = refused("eval", run, "--text", text_file, "--context", 65)
+    assert "context=65 must be from 1 to the model's 64" in line
+
+
+def test_an_unknown_device_is_one_line(run, refused):
+    assert "choose auto, cpu" in refused("generate", run, "hi", "--device", "tpu")
+
+
+# Mistakes: folders that cannot be written
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_the_work(
+        preset, data_folder, corpus, text_file, refused):
+    below_a_file = text_file / "out"  # also root cannot make a folder there
+    before = text_file.read_bytes()
+    for verb in (("tokenizer", "train", corpus, "--vocab-size", 600, "--out", below_a_file),
+                 ("data", corpus, "--tokenizer", data_folder, "--out", below_a_file),
+                 ("train", preset, f"data.folder={data_folder}", "--run", below_a_file)):
+        line = refused(*verb)
+        assert str(text_file) in line and "Not a directory" in line, line
+        assert "folder" in line or "permissions" in line
+    assert text_file.read_bytes() == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder that refuses root too")
+def test_a_read_only_folder_is_one_line(preset, data_folder, corpus, refused):
+    for verb in (("tokenizer", "train", corpus, "--vocab-size", 600, "--out", "/proc/self"),
+                 ("data", corpus, "--tokenizer", data_folder, "--out", "/proc/fira"),
+                 ("train", preset, f"data.folder={data_folder}", "--run", "/proc/fira")):
+        assert "/proc" in refused(*verb)

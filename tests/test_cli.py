@@ -1,0 +1,188 @@
+"""The command line, as a newcomer meets it: help, usage, and the whole path from text to report."""
+import json
+import shutil
+import subprocess
+import sys
+from io import StringIO
+
+import click
+import pytest
+
+from fira import cli
+from fira.config import preset_names
+
+
+@pytest.fixture(scope="module")
+def run(trained_run, tmp_path_factory):
+    """A run of our own, to write into."""
+    return shutil.copytree(trained_run, tmp_path_factory.mktemp("cli") / "run")
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Help
+
+
+def verbs(group=cli.fira, path=()):
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from verbs(command, (*path, name))
+
+
+def test_help_answers_without_torch():
+    script = ("import sys, fira.cli; sys.argv = ['fira', '--help']\n"
+              "try: fira.cli.main()\nexcept SystemExit: pass\n"
+              "print([name for name in ('torch', 'numpy', 'pyarrow', 'pydantic', 'rich')"
+              " if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "quickstart" in done.stdout
+
+
+def test_every_verb_fits_its_line_in_the_list(fira):
+    text = fira("--help").out + fira("tokenizer", "--help").out
+    assert "..." not in text.replace("[ARGS]...", "")
+    for name in ("quickstart", "tokenizer", "data", "train", "generate", "chat", "eval", "show",
+                 "report"):
+        assert f"\n  {name} " in text
+
+
+@pytest.mark.parametrize("path, command", list(verbs()), ids=lambda part: " ".join(part)
+                         if isinstance(part, tuple) else "")
+def test_every_verb_has_an_example_and_explains_its_options(path, command, fira):
+    text = fira(*path, "--help").out
+    assert f"Example: fira {path[0]}" in text
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    assert all(option.help for option in options)
+
+
+def test_the_presets_are_listed_where_one_is_asked_for(fira):
+    for verb in ("train", "show"):
+        text = " ".join(fira(verb, "--help").out.split())
+        assert f"Presets: {', '.join(preset_names())}." in text
+
+
+def test_the_founding_model_is_counted(fira):
+    answer = fira("show", "fira-334m")
+    assert answer.code == 0 and "334.74M parameters" in answer.out
+    assert "334,740,144" in answer.out
+
+
+def test_dry_run_prints_what_differs_and_makes_nothing(fira, tmp_path):
+    answer = fira("train", "tiny", "optim.lr=0.001", "--dry-run", "--run", tmp_path / "run")
+    assert answer.code == 0 and "optim.lr = 0.001   # preset: 0.003" in answer.out
+    assert answer.out.count("# preset:") == 1 and not (tmp_path / "run").exists()
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(tmp_path):
+    for words in (["--debug", "report", "nowhere"], ["report", "nowhere", "--debug"]):
+        done = subprocess.run([sys.executable, "-m", "fira", *words], capture_output=True,
+                              text=True, cwd=tmp_path)
+        assert done.returncode == 1 and "Traceback" in done.stderr
+        assert "ValueError: nowhere" in done.stderr
+
+
+# The whole path
+
+
+def test_text_becomes_tokenizer_data_and_a_run(corpus, preset, fira, tmp_path):
+    tokenizer, data = tmp_path / "tokenizer", tmp_path / "data"
+    assert fira("tokenizer", "train", corpus, "--vocab-size", 600, "--out", tokenizer).code == 0
+    assert fira("data", corpus, "--tokenizer", tokenizer, "--out", data,
+                "--validation-every", 4).code == 0
+    answer = fira("train", preset, f"data.folder={data}", "train.steps=2", "--run",
+                  tmp_path / "run")
+    assert answer.code == 0, answer.err
+    assert {"training_log.csv", "training_progress.png", "metrics.jsonl", "config.json",
+            "step-000002"} == {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_generate_starts_with_the_prompt_and_repeats_with_a_seed(run, fira):
+    words = ("generate", run, "The state", "--max-new-tokens", 20, "--seed")
+    first, again, other = (fira(*words, seed).out for seed in (1, 1, 2))
+    assert first == again != other and first.startswith("The state")
+
+
+def test_greedy_generation_needs_no_seed(run, fira):
+    words = ("generate", run, "Our", "--temperature", 0, "--max-new-tokens", 8)
+    assert fira(*words).out == fira(*words).out
+
+
+def test_chat_answers_each_line_of_a_pipe(run, fira, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", StringIO("Fellow citizens,\n/reset\nOur army\n/exit\nno\n"))
+    answer = fira("chat", run, "--seed", 1, "--max-new-tokens", 8)
+    assert answer.code == 0 and answer.out.strip()
+    assert "starts anew" in answer.err and "not tuned for chat" in answer.err
+
+
+def test_eval_prints_one_json_object(run, text_file, fira):
+    answer = fira("eval", run, "--text", text_file, "--json")
+    result = json.loads(answer.out)
+    assert answer.code == 0 and result["bytes"] == text_file.stat().st_size
+    assert 0 < result["bits_per_byte"] < 9
+    plain = fira("eval", run, "--text", text_file).out
+    assert f"bits per byte: {result['bits_per_byte']}" in plain
+
+
+def test_report_and_show_read_the_run(run, fira):
+    answer = fira("report", run)
+    assert answer.code == 0
+    for name in ("training_progress.png", "routing.png", "report.html"):
+        assert str(run / name) in answer.out and (run / name).stat().st_size > 0
+    shown = fira("show", run)
+    assert shown.code == 0 and "active" in shown.out and "Routing at step 10" in shown.out
+
+
+def test_resume_of_a_finished_run_changes_nothing(run, preset, fira):
+    before = content(sorted(run.glob("step-*"))[-1])
+    answer = fira("train", preset, "--run", run, "--resume")
+    assert answer.code == 0, answer.err
+    assert content(sorted(run.glob("step-*"))[-1]) == before
+
+
+# Mistakes: settings and usage
+
+
+@pytest.mark.parametrize("setting, words", [
+    ("optim.learning_rate=1", ["unknown key optim.learning_rate", "did you mean optim.lr?"]),
+    ("model.num_expert=8", ["did you mean model.num_experts?"]),
+    ("speed=9", ["unknown key speed", "--dry-run lists every key"]),
+    ("optim.lr=fast", ["optim.lr=fast", "valid number", "default is optim.lr=0.0006"]),
+    ("optim.lr=1e999", ["optim.lr=inf", "finite number"]),
+    ("train.steps=1.5", ["train.steps=1.5", "valid integer"]),
+    ("train.steps=0", ["train.steps=0", "greater than or equal to 1"]),
+    ("model=5", ["model is a section", "write model.KEY=VALUE"]),
+    ("model.top_k=5", ["top_k=5", "num_experts=4", "at most 4"]),
+    ("model.n_head=7", ["n_head=7 must divide d_model=768", "try n_head=6"]),
+    ("model.context=256", ["train.sequence_length=512", "model.context=256",
+                           "try train.sequence_length=256"]),
+])
+def test_a_wrong_setting_is_one_line_and_exit_code_2(setting, words, refused):
+    for verb in (("train", "fira-334m", setting), ("show", "fira-334m", setting)):
+        line = refused(*verb, code=2)
+        assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["trian"], ["No such command 'trian'", "Did you mean", "fira --help"]),
+    (["train"], ["Missing argument 'PRESET'", "fira train --help"]),
+    (["train", "tinny"], ["unknown preset 'tinny'", "did you mean tiny", "fira-334m"]),
+    (["train", "nowhere.toml"], ["nowhere.toml does not exist", "tiny"]),
+    (["generate", "run", "hi", "--top-k", "0"], ["'--top-k'", "x>=1"]),
+    (["generate", "run", "hi", "--temperature", "-1"], ["'--temperature'", "x>=0"]),
+    (["generate", "run", "hi", "--top-p", "1.5"], ["'--top-p'", "0<x<=1"]),
+    (["eval", "run"], ["Missing option '--text'", "fira eval --help"]),
+    (["data", "sotu", "--out", "x"], ["Missing option '--tokenizer'"]),
+])
+def test_wrong_usage_is_one_line_and_exit_code_2(words, expected, refused):
+    line = refused(*words, code=2)
+    assert all(word in line for word in expected), line
+
+
+def test_a_preset_file_that_is_no_toml_is_one_line(refused, tmp_path):
+    for number, wrong in enumerate((b"\xff\xfe", b"[model")):
+        path = tmp_path / f"{number}.toml"
+        path.write_bytes(wrong)
+        assert f"{path} is not valid TOML" in refused("train", path, code=2)
