@@ -6,7 +6,8 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["FIRA", "FIRA2", "Tokenizer"]
 
-_HOMES = {"FIRA": "fira.model.fira", "FIRA2": "fira.model.fira2", "Tokenizer": "fira.data.tokenizer"}
+_HOMES = {"FIRA": "fira.model.fira", "FIRA2": "fira.model.fira2",
+          "Tokenizer": "fira.data.tokenizer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -86,7 +86,8 @@ def step_number(folder: Path) -> int:
     return int(folder.name.partition("-")[2])
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: nn.Module,
+                      optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Optimizer state as one flat table, `parameter name/key` -> tensor."""
     return {f"{name}/{key}": value.detach().contiguous()
             for name, parameter in model.named_parameters()
@@ -117,13 +118,15 @@ def write_manifest(folder: Path) -> None:
     _sync(folder)
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a step folder, in words; None if it is whole."""
+def find_damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
+    """What is wrong with a step folder (or only with files `names`), in words; None if whole."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         return f"{MANIFEST} is missing or unreadable"
     for name, facts in manifest.items():
+        if names is not None and name not in names:
+            continue
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

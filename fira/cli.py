@@ -265,7 +265,7 @@ def _print_routing(run: Path, screen: Any) -> None:
 
 
 def trained(work: Any, run: Path) -> Path:
-    """Run a training stage; draw its picture however it ended."""
+    """Run a training stage and draw its picture, also when a signal stopped it."""
     from fira.report.plot import save_progress
     from fira.train.loop import Stopped
 

@@ -1,7 +1,8 @@
 """Typed, frozen configuration: a preset file plus dotted overrides, checked in one place.
 
-A component declares its settings beside its code as a `Config` subclass; a stage composes them into one
-schema. Every mistake a user can make here ends as one `ConfigError` line with value, rule and remedy.
+A component declares its settings beside its code as a `Config` subclass; a stage composes them into
+one schema. Every mistake a user can make here ends as one `ConfigError` line with value, rule and
+remedy.
 """
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ class Config(BaseModel):
 
 
 def parse(schema: type[Config], data: dict[str, Any]) -> Any:
-    """Check `data` against `schema`. Raises ConfigError, one line, on the first thing that is wrong."""
+    """Check `data` against `schema`. Raises ConfigError, one line, for the first mistake."""
     try:
         return schema.model_validate(data)
     except ValidationError as error:

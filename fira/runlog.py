@@ -110,9 +110,7 @@ def tracker(kind: str, folder: Path) -> tuple[Callable[[Row], None], ...]:
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(folder / "tensorboard"))
-            return (lambda row: [writer.add_scalar(name, value, row["step"])
-                                 for name, value in _scalars(row)] and writer.flush(),)
+            return (_tensorboard(SummaryWriter(str(folder / "tensorboard"))),)
         import wandb
     except ImportError:
         raise ValueError(f"train.track={kind} needs a package that is not installed; "
@@ -121,9 +119,17 @@ def tracker(kind: str, folder: Path) -> tuple[Callable[[Row], None], ...]:
     return (lambda row: run.log(dict(_scalars(row)), step=row["step"]),)
 
 
+def _tensorboard(writer: Any) -> Callable[[Row], None]:
+    def write(row: Row) -> None:
+        for name, value in _scalars(row):
+            writer.add_scalar(name, value, row["step"])
+        writer.flush()
+    return write
+
+
 def _scalars(row: Row) -> list[tuple[str, float]]:
     return [(f"{row['kind']}/{name}", value) for name, value in row.items()
-            if isinstance(value, (int, float)) and name not in ("step", "kind")]
+            if isinstance(value, int | float) and name not in ("step", "kind")]
 
 
 def console() -> Console:
@@ -132,7 +138,7 @@ def console() -> Console:
 
 
 class ProgressLine:
-    """The live display of long work: a bar on a terminal, a plain line now and then in a log file."""
+    """The live display of long work: a bar on a terminal, now and then a plain line elsewhere."""
 
     def __init__(self, title: str, screen: Console, plain_every: float = 10.0) -> None:
         self.title, self.screen, self.plain_every = title, screen, plain_every

@@ -1,4 +1,4 @@
-"""Where am I running: device, precision, seeds, memory allocator, versions. The only reader of the environment."""
+"""Where am I running: device, precision, seeds, allocator. Alone reads the environment."""
 from __future__ import annotations
 
 import contextlib
@@ -18,7 +18,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA, else CPU; anything else is taken as given. Raises ValueError if it is not there."""
+    """`auto` is CUDA, else CPU; others as given. Raises ValueError if it is not there."""
     import torch
 
     if name == "auto":
@@ -44,7 +44,7 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed dropout for one step from (seed, step) alone, so that a resumed run needs no saved state."""
+    """Seed dropout for one step from (seed, step) alone: a resumed run needs no saved state."""
     import torch
 
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of this source tree (with '+' if it has local changes), None outside a checkout."""
+    """The git commit of this source tree, with '+' if changed locally; None outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

@@ -60,5 +60,5 @@ def test_only_runtime_reads_the_environment():
 
 
 def test_files_say_one_thing():
-    lengths = {path.name: len(path.read_text("utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    lengths = {path.name: path.read_text("utf-8").count("\n") for path in PACKAGE.rglob("*.py")}
     assert {name for name, lines in lengths.items() if lines > 330} == set()

@@ -206,9 +206,9 @@ class _Job:
             raise ValueError("the sources hold no text (no documents, or only empty ones); give "
                              "files with text")
         if self.seen < every:
-            raise ValueError(f"the sources hold {self.seen} documents and every {every}th is held "
-                             f"out for validation, so none would be; give a smaller "
-                             "validation_every (0 for none), or validation sources of their own")
+            raise ValueError(f"the sources hold only {self.seen} document{'s' * (self.seen > 1)} "
+                             f"and every {every}th is held out for validation, so none would be; "
+                             "give a smaller --validation-every, or text with --validation")
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         write_json(self.folder / MANIFEST, {**self.recipe, "splits": splits})
         os.remove(self.folder / JOURNAL)

@@ -200,7 +200,7 @@ def _hub(place: Input) -> Iterator[tuple[str, bool]]:
         import datasets
     except ImportError:
         raise ValueError(f"{place.name} needs the datasets library; "
-                         "run: pip install 'fira[hub]'") from None
+                         "run: pip install 'fira-moe[hub]'") from None
     name, _, config = place.name[len("hub:"):].partition(":")
     try:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True)

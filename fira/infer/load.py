@@ -4,8 +4,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fira.checkpoint import find_damage
 from fira.data.tokenizer import Tokenizer
-from fira.model.files import find_model, load_pretrained
+from fira.model.files import MANIFEST, WEIGHTS, find_model, load_pretrained
 from fira.runtime import pick_device
 
 
@@ -21,6 +22,12 @@ def load(run: str | Path, device: str = "auto") -> Loaded:
     Raises ValueError, one line, if there is none, or if its tokenizer is not its model's.
     """
     folder = find_model(run)
+    fault = find_damage(folder, (WEIGHTS,)) if (folder / MANIFEST).exists() else None
+    if fault:
+        raise ValueError(f"{folder} is damaged: {fault}; use another step of the run")
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; copy it back from the data folder that "
+                         "the model was trained on, or use another step")
     tokenizer = Tokenizer.load(folder)
     model = load_pretrained(folder)
     if tokenizer.vocab_size > model.spec.vocab_size:

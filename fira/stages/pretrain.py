@@ -81,11 +81,12 @@ def pretrain(preset: str, settings: Iterable[str], run: Path, device_name: str, 
     runtime.keep_large_blocks()
     device = runtime.pick_device(device_name)
     config = _configure_run(preset, settings, run, resume, screen)
-    train_tokens, validation_tokens = _open_data(config)
-    tokenizer = Tokenizer.load(config.data.folder)
+    data = _data_folder(config)
+    train_tokens, validation_tokens = _open_data(data, config.train.validation_tokens)
+    tokenizer = Tokenizer.load(data)
     check_vocabulary(tokenizer, config)
-    checkpoints = Checkpoints(run, Path(config.data.folder), config.train.keep)
-    newest = checkpoints.newest_whole(screen.print)
+    checkpoints = Checkpoints(run, data, config.train.keep)
+    newest = checkpoints.newest_whole(lambda text: screen.print(text, soft_wrap=True))
     if newest is not None:
         _check_same_tokenizer(newest, tokenizer, config)
 
@@ -122,7 +123,7 @@ def _configure_run(preset: str, settings: Iterable[str], run: Path, resume: bool
     path = run / CONFIG
     if not path.exists():
         if resume:
-            screen.print(f"nothing to resume in {run}; starting at step 0")
+            screen.print(f"nothing to resume in {run}; starting at step 0", soft_wrap=True)
         return configure(load_preset(preset), settings)
     if not resume:
         raise ValueError(f"{run} already holds a run; --resume continues it, "
@@ -140,19 +141,22 @@ def _configure_run(preset: str, settings: Iterable[str], run: Path, resume: bool
     return now
 
 
-def _open_data(config: PretrainConfig) -> tuple[Any, Any]:
-    """Training and validation tokens, checked against their checksums."""
+def _data_folder(config: PretrainConfig) -> Path:
     if config.data.folder is None:
         raise ConfigError("data.folder is not set; prepare text with `fira data SOURCE "
                           "--tokenizer DIR --out DIR` and give data.folder=DIR")
-    splits = [Shards.open(config.data.folder, split) for split in ("train", "validation")]
-    for split in splits:
-        split.verify()
-    train_tokens, validation = splits
+    return Path(config.data.folder)
+
+
+def _open_data(folder: Path, validation_tokens: int) -> tuple[Any, Any]:
+    """Training and validation tokens, checked against their checksums."""
+    train_tokens, validation = (Shards.open(folder, split) for split in ("train", "validation"))
+    train_tokens.verify()
+    validation.verify()
     if len(validation) < 2:
-        raise ValueError(f"{config.data.folder} holds out no text; prepare it with more documents, "
+        raise ValueError(f"{folder} holds out no text; prepare it with more documents, "
                          "a smaller --validation-every, or --validation SOURCE")
-    return train_tokens, validation[:config.train.validation_tokens + 1]
+    return train_tokens, validation[:validation_tokens + 1]
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: PretrainConfig) -> None:
@@ -187,9 +191,9 @@ def _introduce(config: PretrainConfig, state: LoopState, device: torch.device,
     """Say what is about to run, and what a changed horizon does to a resumed one."""
     count = count_parameters(config.model)
     screen.print(f"{config.model.architecture}: {count.total / 1e6:.2f}M parameters, "
-                 f"{count.active / 1e6:.2f}M active per token, on {device}")
+                 f"{count.active / 1e6:.2f}M active per token, on {device}", soft_wrap=True)
     if state.step:
         fraction = fraction_done(config.train, state.step, state.seconds)
         rate = config.optim.lr * factor(config.schedule, fraction)
         screen.print(f"resuming after step {state.step}: {fraction:.0%} of the run is done, "
-                     f"the learning rate continues at {rate:.2e}")
+                     f"the learning rate continues at {rate:.2e}", soft_wrap=True)

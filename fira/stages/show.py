@@ -28,8 +28,8 @@ def show(what: str, settings: Iterable[str]) -> None:
     screen = Console(highlight=False)
     screen.print(table)
     screen.print(f"{count.total / 1e6:.2f}M parameters, {count.active / 1e6:.2f}M active per "
-                 f"token, {count.flops_per_token / 1e9:.3g} GFLOP per token of training at {length} "
-                 "tokens", soft_wrap=True)
+                 f"token, {count.flops_per_token / 1e9:.3g} GFLOP per token of training "
+                 f"at {length} tokens", soft_wrap=True)
 
 
 def _spec(what: str, settings: Iterable[str]) -> tuple[Any, int]:

@@ -1,7 +1,7 @@
 """The only training loop: every stage brings its own batches and loss.
 
-A run is never lost: it is saved before every evaluation, on Ctrl-C and on SIGTERM; what it did after
-its newest checkpoint is done again, to the bit, when it is resumed on one CPU.
+A run is never lost: it is saved before every evaluation, on Ctrl-C and on SIGTERM; what it did
+after its newest checkpoint is done again, to the bit, when it is resumed on one CPU.
 """
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ class Loop:
         state.skipped_in_a_row += 1
         text = f"step {state.step} skipped: loss {loss}, gradient norm {norm}"
         self.log.write("event", state.step, text=text)
-        self.screen.print(f"[red]{text}[/red]")
+        self.screen.print(text, style="red", soft_wrap=True)
         if state.skipped_in_a_row == MAX_SKIPS:
             raise ValueError(f"{MAX_SKIPS} steps in a row up to step {state.step} had a non-finite "
                              "loss or gradient; the newest checkpoint is from before them: "
@@ -236,7 +236,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn the first SIGINT or SIGTERM into a request; a second one ends the process at once."""
+        """Turn the first SIGINT or SIGTERM into a request; a second ends the process at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

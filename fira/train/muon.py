@@ -35,18 +35,18 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"betas": betas})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["rule"] == "muon":
                 for parameter in parameters:
-                    self._muon(parameter, group)
+                    self._muon(parameter, parameter.grad, group)
             elif parameters:
                 self._adamw(parameters, group)
 
-    def _muon(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, gradient = self.state[parameter], parameter.grad
+    def _muon(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
         momentum = group["betas"][0]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
@@ -66,7 +66,8 @@ class MuonAdamW(torch.optim.Optimizer):
         columns = {key: [self.state[p][key] for p in parameters]
                    for key in ("exp_avg", "exp_avg_sq", "step")}
         beta1, beta2 = group["betas"]
-        adamw(parameters, [p.grad for p in parameters], columns["exp_avg"], columns["exp_avg_sq"],
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        adamw(parameters, gradients, columns["exp_avg"], columns["exp_avg_sq"],
               [], columns["step"], fused=parameters[0].device.type in ("cpu", "cuda"),
               amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
               weight_decay=group["weight_decay"], eps=1e-8, maximize=False)

@@ -22,8 +22,8 @@ class OptimConfig(Config):
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Matrices and embeddings decay; norms, biases and routers do not; routers have their own rate."""
-    rules = {
+    """Matrices and embeddings decay, norms, biases and routers do not; routers have their rate."""
+    rules: dict[str, dict] = {
         "matrix": {"rule": config.rule, "lr": config.lr, "weight_decay": config.weight_decay},
         "embedding": {"rule": "adamw", "lr": config.lr, "weight_decay": config.weight_decay},
         "vector": {"rule": "adamw", "lr": config.lr, "weight_decay": 0.0},
@@ -45,7 +45,7 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW, fused where the device has it (on CPU 3-8 times faster than the foreach form), or Muon."""
+    """AdamW, fused where there is such a kernel (on CPU 3-8 times the foreach form), or Muon."""
     groups, betas = parameter_groups(model, config), (config.beta1, config.beta2)
     if config.rule == "muon":
         return MuonAdamW(groups, betas)

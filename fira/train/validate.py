@@ -13,7 +13,8 @@ from fira.runtime import autocast
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, batches: Iterable[Any], token_bytes_V: torch.Tensor) -> dict[str, float]:
+def validate(model: nn.Module, batches: Iterable[Any],
+             token_bytes_V: torch.Tensor) -> dict[str, float]:
     """Mean loss in nats per token, and bits per byte of the text the targets stand for.
 
     token_bytes_V holds the length in bytes of every token. Special tokens have none: they count in

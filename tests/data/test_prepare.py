@@ -228,7 +228,7 @@ def test_many_ids_need_four_bytes(tokenizer, documents, jsonl, tmp_path, monkeyp
 @pytest.mark.parametrize("documents, options, line", [
     ([], {}, "hold no text"),
     (["", ""], {}, "hold no text"),
-    (["one", "two"], {}, "hold 2 documents and every 20th is held out"),
+    (["one", "two"], {}, "hold only 2 documents and every 20th is held out"),
     (["one"], {"validation_every": 1}, "validation_every=1 must be 0"),
     (["one"], {"workers": 0}, "workers=0 must be at least 1"),
 ])

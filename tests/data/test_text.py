@@ -114,7 +114,7 @@ def test_hub_data_set_is_streamed(monkeypatch):
 
 def test_hub_without_its_library_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'fira\[hub\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'fira-moe\[hub\]'"):
         next(texts(["hub:owner/name"]))
 
 

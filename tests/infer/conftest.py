@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fira.checkpoint import write_manifest
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.model.files import build, save_weights
 from fira.model.spec import FIRA2Spec
@@ -29,6 +30,6 @@ def step_folder(tmp_path: Path, model, tokenizer: Tokenizer) -> Path:
     folder = tmp_path / "run" / "step-000010"
     save_weights(model, folder)
     tokenizer.save(folder)
-    (folder / "manifest.json").write_text("{}")
+    write_manifest(folder)
     (folder.parent / "config.json").write_text('{"config": {}}')
     return folder

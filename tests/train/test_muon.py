@@ -62,6 +62,7 @@ def test_only_inner_matrices_are_muons():
                             num_layers=1, d_ff=8, num_experts=2, top_k=1, context=8), seed=0)
     groups = make_optimizer(model, OptimConfig(rule="muon")).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    muons = {names[id(p)].split(".", 2)[2] for g in groups if g["rule"] == "muon" for p in g["params"]}
+    muons = {names[id(p)].split(".", 2)[2]
+             for group in groups if group["rule"] == "muon" for p in group["params"]}
     assert muons == {"attention.qkv.weight", "attention.output.weight", "moe.experts.gate.weight",
                      "moe.experts.up.weight", "moe.experts.down.weight"}
