@@ -57,7 +57,7 @@ def test_a_horizon_given_replaces_the_presets():
 
 def test_dry_run_marks_what_differs_from_the_preset():
     lines = describe("tiny", ["optim.lr=0.001"]).splitlines()
-    assert [line for line in lines if "# preset" in line] == ["optim.lr = 0.001   # preset: 0.003"]
+    assert [line for line in lines if "# preset" in line] == ["optim.lr = 0.001   # preset: 0.01"]
 
 
 def test_override_leaves_its_input_alone():
