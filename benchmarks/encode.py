@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tokenizers
+from record import append, machine
 
 from fira.data.prepare import prepare
 from fira.data.shards import Shards
@@ -44,13 +42,10 @@ def main() -> None:
         tokenizer, trained = _tokenizer(arguments, source)
         result = {**measure(source, tokenizer, arguments.turns, Path(scratch)), **trained}
     result.update(source=Path(arguments.source).name, repeat=arguments.repeat,
-                  vocab_size=tokenizer.vocab_size, cores=os.cpu_count(),
-                  machine=platform.processor() or platform.machine(),
-                  tokenizers=tokenizers.__version__, date=time.strftime("%Y-%m-%d"))
+                  vocab_size=tokenizer.vocab_size)
     _print(result)
     if arguments.json:
-        with open(arguments.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        append(Path(arguments.json), result)
 
 
 def measure(source: str, tokenizer: Tokenizer, turns: int, scratch: Path) -> dict:
@@ -114,7 +109,7 @@ def _tokenizer(arguments: argparse.Namespace, source: str) -> tuple[Tokenizer, d
 def _print(result: dict) -> None:
     print(f"{result['source']} x {result['repeat']}: {result['documents']:,} documents, "
           f"{result['megabytes']:.1f} MB, vocabulary {result['vocab_size']:,}, "
-          f"{result['cores']} cores")
+          f"{machine()}")
     print(f"{'':34}{'MB/s':>8}{'ratio':>8}")
     print(f"{'tokenizers encode_batch, in memory':34}{result['peer_mb_per_second']:8.2f}{1:8.2f}")
     print(f"{'fira data, file to shards':34}{result['fira_mb_per_second']:8.2f}"

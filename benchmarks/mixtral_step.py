@@ -11,8 +11,6 @@ carries its balance and z losses. A step is forward, backward, AdamW; the sides 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from record import append
 from torch.nn import functional as F
 
 from fira.model.files import build
@@ -41,8 +40,7 @@ def main() -> None:
                   f"{row[side]['seconds']:8.3f} {row[side]['tokens_per_second']:9.1f} "
                   f"{row['ratio'] if side == 'fira2' else 1:6.2f}", flush=True)
         if arguments.json:
-            with Path(arguments.json).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append(Path(arguments.json), row)
 
 
 def compare(arguments: argparse.Namespace, top_k: int) -> dict:
@@ -65,8 +63,7 @@ def compare(arguments: argparse.Namespace, top_k: int) -> dict:
     pairs = zip(seconds["transformers"], seconds["fira2"], strict=True)
     row["ratio"] = statistics.median(theirs / ours for theirs, ours in pairs)
     return {"benchmark": "mixtral_step", "top_k": top_k, **vars(arguments), **row,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "machine": platform.platform(), "date": time.strftime("%Y-%m-%d %H:%M")}
+            "peer": f"transformers {transformers.__version__}"}
 
 
 def mixtral_step(a: argparse.Namespace, top_k: int) -> tuple[int, Callable[[torch.Tensor], None]]:

@@ -1,8 +1,9 @@
 """Quickstart quality at equal wall clock: `fira quickstart` against nanoGPT's CPU recipe.
 
 Both get the same text and the same minutes on the same cores, one after the other. FIRA's share
-includes learning its tokenizer, tokenizing, evaluating and sampling. nanoGPT runs the command its README gives for a CPU
-(train_shakespeare_char, 4 layers of 128, blocks of 64), with iterations stretched to fill the time.
+includes learning its tokenizer, tokenizing, evaluating and sampling. nanoGPT runs the command its
+README gives for a CPU (train_shakespeare_char, 4 layers of 128, blocks of 64), with iterations
+stretched to fill the time.
 Each is scored in bits per byte on the same held-out speeches, every 20th, every byte once.
 
     python benchmarks/quickstart_quality.py --nanogpt PATH/TO/nanoGPT --minutes 5

@@ -143,7 +143,7 @@ class ProgressLine:
     def __init__(self, title: str, screen: Console, plain_every: float = 10.0) -> None:
         self.title, self.screen, self.plain_every = title, screen, plain_every
         self._last_plain, self._ended = -plain_every, False
-        self._bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(bar_width=18),
+        self._bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(bar_width=8),
                              TaskProgressColumn(), TimeRemainingColumn(compact=True),
                              TextColumn("{task.fields[note]}"), console=screen,
                              disable=not screen.is_terminal)

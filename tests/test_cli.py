@@ -72,7 +72,7 @@ def test_the_founding_model_is_counted(fira):
 
 def test_dry_run_prints_what_differs_and_makes_nothing(fira, tmp_path):
     answer = fira("train", "tiny", "optim.lr=0.001", "--dry-run", "--run", tmp_path / "run")
-    assert answer.code == 0 and "optim.lr = 0.001   # preset: 0.003" in answer.out
+    assert answer.code == 0 and "optim.lr = 0.001   # preset: 0.01" in answer.out
     assert answer.out.count("# preset:") == 1 and not (tmp_path / "run").exists()
 
 

@@ -1,8 +1,12 @@
 """The record of a run: every row once, whatever happens."""
 import csv
 import json
+import sys
+from types import SimpleNamespace
 
-from fira.runlog import METRICS, TABLE, RunLog, read_rows
+import pytest
+
+from fira.runlog import METRICS, TABLE, RunLog, read_rows, tracker
 
 
 def write_steps(log, first, last):
@@ -59,3 +63,30 @@ def test_sinks_see_every_row(tmp_path):
     write_steps(log, 1, 2)
     log.close()
     assert seen == [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+
+
+def test_a_tracker_receives_the_numbers_of_every_row(tmp_path, monkeypatch):
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            seen.append(folder)
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        SimpleNamespace(SummaryWriter=SummaryWriter))
+    log = RunLog(tmp_path, sinks=tracker("tensorboard", tmp_path))
+    log.write("step", 3, loss=1.5, note="text")
+    log.close()
+    assert seen == [str(tmp_path / "tensorboard"), ("step/loss", 1.5, 3)]
+
+
+def test_a_tracker_that_is_not_installed_names_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"pip install 'fira-moe\[track\]'"):
+        tracker("wandb", tmp_path)

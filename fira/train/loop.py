@@ -119,6 +119,7 @@ class Loop:
     stop_signal: int | None = None
     started: float = 0.0
     fraction: float = 0.0
+    score: float | None = None  # newest validation bits per byte
 
     def run(self) -> LoopState:
         """Train to the end of the horizon.
@@ -193,14 +194,14 @@ class Loop:
                        imbalance=imbalance, dead=dead, skipped=state.skipped)
         if health and self._checkpoint_due():
             self.log.write("routing", state.step, **health)
-        note = f"step {state.step}  loss {loss:.3f}"
-        if state.best_score is not None:
-            note += f"  best {state.best_score:.3f} bits/byte"
-        note += f"  {speed:,.0f} tok/s"
+        note = f"step {state.step} loss {loss:.3f}"
+        if self.score is not None:
+            note += f" val {self.score:.3f} bits/byte"
+        note += f" {speed:,.0f} tok/s"
         if imbalance is not None:
-            note += f"  cv {imbalance:.2f}" + (f"  dead {dead}" if dead else "")
+            note += f" cv {imbalance:.2f}" + (f" dead {dead}" if dead else "")
         if state.skipped:
-            note += f"  [red]skipped {state.skipped}[/red]"
+            note += f" skipped {state.skipped}"
         line.update(self.fraction, note, self._seconds())
 
     def _peak(self) -> float:
@@ -230,8 +231,9 @@ class Loop:
         state, result = self.state, self.probe(self.model)
         self.log.write("validation", state.step, tokens=state.tokens,
                        seconds=round(self._seconds(), 3), **result)
-        if state.best_score is None or result["bits_per_byte"] < state.best_score:
-            state.best_score, state.best_step = result["bits_per_byte"], state.step
+        self.score = result["bits_per_byte"]
+        if state.best_score is None or self.score < state.best_score:
+            state.best_score, state.best_step = self.score, state.step
         self.checkpoints.prune(state.best_step)
 
     @contextlib.contextmanager
