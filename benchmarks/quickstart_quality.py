@@ -79,9 +79,9 @@ def run_nanogpt(checkout: Path, seconds: float, train: list[str], held_out: list
             f"--lr_decay_iters={iterations}"], cwd=place, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - began
 
-    short, long = train_for(100), train_for(600)
-    per_iteration = (long - short) / 500
-    iterations = int((seconds - (short - 100 * per_iteration)) / per_iteration)
+    short, long = train_for(200), train_for(450)  # its warm-up alone takes 100
+    per_iteration = (long - short) / 250
+    iterations = int((seconds - (short - 200 * per_iteration)) / per_iteration)
     spent = train_for(iterations)
     bits, size = score_nanogpt(place, ids, held_out)
     return {"bits_per_byte": bits, "bytes": size, "seconds": spent, "iterations": iterations}
