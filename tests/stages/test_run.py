@@ -86,7 +86,7 @@ def test_at_least_thirty_kills_end_in_the_same_run(preset, data_folder, tmp_path
         if child == 0:
             run_child(preset, data_folder, run, settings)
         # Short lives at first, so that there are many; the last ones long enough to finish.
-        time.sleep(draw.uniform(0.01, 0.08 if kills < 32 else 1.5) * whole)
+        time.sleep(draw.uniform(0.01, 0.06 if kills < 32 else 1.5) * whole)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
