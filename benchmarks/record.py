@@ -21,10 +21,15 @@ def machine() -> str:
     return f"{name}, {runtime.workers()} cores"
 
 
+def _short(word: str) -> str:
+    """A word of the command without the folders that only this machine has."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
 def append(path: Path, result: dict[str, Any]) -> None:
     """Add `result` to the records in `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"date": time.strftime("%Y-%m-%d"), "commit": runtime.commit(), "machine": machine(),
-              "command": ["python", *sys.argv], "versions": runtime.versions(), **result}
+              "command": ["python", *map(_short, sys.argv)], "versions": runtime.versions(), **result}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
