@@ -30,6 +30,7 @@ def append(path: Path, result: dict[str, Any]) -> None:
     """Add `result` to the records in `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"date": time.strftime("%Y-%m-%d"), "commit": runtime.commit(), "machine": machine(),
-              "command": ["python", *map(_short, sys.argv)], "versions": runtime.versions(), **result}
+              "command": ["python", *map(_short, sys.argv)], "versions": runtime.versions(),
+              **result}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

@@ -73,7 +73,8 @@ def workers() -> int:
 def versions() -> dict[str, str]:
     """Versions that a result depends on, for the run's record."""
     names = ("fira-moe", "torch", "numpy", "safetensors", "tokenizers", "tiktoken")
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    found = {"python": platform.python_version(),
+             "platform": f"{platform.system()} {platform.machine()}"}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
