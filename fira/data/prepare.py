@@ -79,6 +79,7 @@ def _recipe(given: list[Input], train_inputs: int, validation_every: int, shard_
 def _finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     manifest = read_manifest(folder)
     _check_same(folder, {key: manifest.get(key) for key in recipe}, recipe)
+    (folder / JOURNAL).unlink(missing_ok=True)  # a kill came between the last two steps
     return manifest
 
 

@@ -73,6 +73,15 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tokenizer, documents, json
     assert digests(tmp_path / "1") == digests(tmp_path / "3")
 
 
+def test_a_kill_between_manifest_and_journal_leaves_no_trace(tokenizer, documents, jsonl, tmp_path):
+    source = jsonl(documents)
+    prepare([source], tmp_path / "data", tokenizer, workers=1)
+    before = digests(tmp_path / "data")
+    (tmp_path / "data" / "journal.json").write_text("{}")
+    prepare([source], tmp_path / "data", tokenizer, workers=1)
+    assert digests(tmp_path / "data") == before
+
+
 def test_many_killed_preparations_end_byte_identical(tokenizer, tokenizer_folder, documents, jsonl,
                                                      tmp_path):
     source = jsonl(documents * 4)
