@@ -85,8 +85,12 @@ def test_at_least_thirty_kills_end_in_the_same_run(preset, data_folder, tmp_path
         child = os.fork()
         if child == 0:
             run_child(preset, data_folder, run, settings)
-        # Short lives at first, so that there are many; the last ones long enough to finish.
-        time.sleep(draw.uniform(0.01, 0.06 if kills < 32 else 1.5) * whole)
+        # Short lives at first, so that there are many, every third ended in the midst of a save;
+        # the last ones long enough to finish.
+        if kills < 33 and kills % 3 == 0:
+            wait_for_save(run, whole)
+        else:
+            time.sleep(draw.uniform(0.01, 0.1 if kills < 33 else 1.5) * whole)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
@@ -95,8 +99,16 @@ def test_at_least_thirty_kills_end_in_the_same_run(preset, data_folder, tmp_path
         kills += 1
         during_save += any(run.glob(".step-*"))
     assert kills >= 30
-    assert during_save >= 1
+    assert during_save >= 3
     assert_same_run(run, calm)
+
+
+def wait_for_save(run, longest):
+    """Until a step folder is being written (not one left by an earlier kill), `longest` at most."""
+    end = time.monotonic() + longest
+    for present in (True, False):
+        while any(run.glob(".step-*")) is present and time.monotonic() < end:
+            time.sleep(0.0002)
 
 
 def run_child(preset, data_folder, run, settings):
