@@ -71,6 +71,8 @@ def main() -> None:
             measured = pipe.recv()
             if turn >= 2:
                 rows[name].append(measured)
+    for pipe in sides.values():
+        pipe.send(False)
     print(f"{options.preset}, {options.sequences} sequences a step, {machine()}")
     summary = {}
     for name, measured in rows.items():
