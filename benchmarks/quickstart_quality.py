@@ -40,7 +40,7 @@ def speeches() -> tuple[list[str], list[str]]:
 
 def run_fira(minutes: float, folder: Path, held_out: list[str], settings: list[str]) -> dict:
     """Quickstart with the clock on the whole process, then `fira eval`."""
-    overhead = 0.35  # minutes for tokenizer, data, evaluation, samples and pictures
+    overhead = 0.2  # minutes for tokenizer, data, evaluation, samples and pictures
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "fira", "quickstart", "--out", str(folder),
                     f"train.minutes={minutes - overhead}", *settings], check=True)
