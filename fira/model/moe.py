@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fira.model.router import Router
 
@@ -58,8 +59,7 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_R,) = ctx.saved_tensors
-        grad_RD = grad_RD.index_select(0, inverse_R)
-        return grad_RD.view(-1, ctx.top_k, grad_RD.shape[-1]).sum(1), None, None
+        return sum_rows(grad_RD, inverse_R.view(-1, ctx.top_k)), None, None
 
 
 class Gather(torch.autograd.Function):
@@ -69,9 +69,7 @@ class Gather(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, weights_NK: Tensor, order_R: Tensor,
                 inverse_R: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RD, weights_NK, order_R, inverse_R)
-        rows_NKD = rows_RD.index_select(0, inverse_R).view(*weights_NK.shape, -1)
-        weights_N1K = weights_NK.to(rows_RD.dtype).unsqueeze(1)
-        return torch.bmm(weights_N1K, rows_NKD).squeeze(1)
+        return sum_rows(rows_RD, inverse_R.view_as(weights_NK), weights_NK.to(rows_RD.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -80,6 +78,11 @@ class Gather(torch.autograd.Function):
         dots_R = torch.linalg.vecdot(grad_RD.to(weights_NK.dtype), rows_RD.to(weights_NK.dtype))
         weights_R1 = weights_NK.flatten()[order_R].unsqueeze(1).to(grad_RD.dtype)
         return grad_RD * weights_R1, dots_R[inverse_R].view_as(weights_NK), None, None
+
+
+def sum_rows(rows_RD: Tensor, index_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
+    """Each token the (weighted) sum of its K rows, gathered and added in one pass."""
+    return F.embedding_bag(index_NK, rows_RD, mode="sum", per_sample_weights=weights_NK)
 
 
 def routers(model: nn.Module) -> list[Router]:
