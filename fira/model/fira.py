@@ -6,6 +6,7 @@ dropped, so that every device keeps its fused attention.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,16 @@ class FIRA(nn.Module):
         self.head = nn.Linear(spec.d_model, spec.vocab_size)
         initialize(self, spec.num_layers, spec.init_std)
 
-    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits at every position. With a cache, the tokens continue what it holds."""
-        return self.logits(self.features(tokens_BT, cache))
+    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None,
+                targets_BT: Tensor | None = None, loss: Callable[..., Tensor] | None = None) -> Tensor:
+        """Logits at every position. With a cache, the tokens continue what it holds.
+
+        With `loss`, what it makes of features, head and targets: whole logits need not exist.
+        """
+        x_BTD = self.features(tokens_BT, cache)
+        if loss is not None:
+            return loss(x_BTD, self.head.weight, self.head.bias, targets_BT)
+        return self.logits(x_BTD)
 
     def features(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The normalized residual stream x_BTD that the head reads."""
