@@ -1,8 +1,8 @@
 """The output head and its cross-entropy in one, so that the whole logits never exist.
 
-At 50,304 tokens the logits, their log-softmax and its gradient are the largest tensors of a training
-step. Here a block of rows at a time gets its logits, its loss and at once its gradients, as in
-Liger's and Apple's fused losses; only the gradients of the features and of the head are kept.
+At 50,304 tokens the logits, their log-softmax and its gradient are the largest tensors of a
+training step. Here a block of rows at a time gets its logits, its loss and at once its gradients, as
+in Liger's and Apple's fused losses; only the gradients of the features and of the head are kept.
 `next_token.next_token_loss_plain` is the plain twin.
 """
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # a target that is not scored, as in torch's cross_entropy
-# Logits held at a time: 128 MiB in fp32 on a CPU (half of it is 8% slower, benchmarks/head_loss.py);
-# a GPU wants larger products.
+# Logits held at a time: 128 MiB in fp32 on a CPU (half of it is 8% slower); a GPU wants larger
+# products.
 BLOCK = {"cpu": 1 << 25}
 BLOCK_ELSEWHERE = 1 << 27
 

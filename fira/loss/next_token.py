@@ -20,7 +20,7 @@ class Batch(Protocol):
 def next_token_loss(model: Model, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
     """Mean cross-entropy over a batch's targets, in nats; targets of -100 are not scored.
 
-    The model is called once, wrapped or compiled as it may be, and applies the loss to its own head.
+    The model is called once, wrapped or compiled as it may be, and applies the loss to its head.
     """
     return model(batch.tokens_BT, targets_BT=batch.targets_BT, loss=head_loss), {}
 

@@ -39,7 +39,8 @@ class FIRA2(nn.Module):
         initialize(self, spec.num_layers, spec.init_std)
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None,
-                targets_BT: Tensor | None = None, loss: Callable[..., Tensor] | None = None) -> Tensor:
+                targets_BT: Tensor | None = None,
+                loss: Callable[..., Tensor] | None = None) -> Tensor:
         """Logits at every position. With a cache, the tokens continue what it holds.
 
         With `loss`, what it makes of features, head and targets: whole logits need not exist.
@@ -89,7 +90,8 @@ class Block(nn.Module):
         experts = SwiGLUExperts(spec.num_experts, spec.d_model, spec.d_ff)
         self.moe = Dense(experts) if spec.num_experts == 1 else MoE(
             Router(spec.d_model, spec.num_experts, spec.top_k, bias=False,
-                   balance_weight=spec.balance_weight, z_weight=spec.z_weight), experts)
+                   balance_weight=spec.balance_weight, z_weight=spec.z_weight,
+                   balance=spec.balance), experts)
 
     def forward(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor],
                 cache: LayerCache | None) -> Tensor:
