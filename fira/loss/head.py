@@ -1,8 +1,8 @@
 """The output head and its cross-entropy in one, so that the whole logits never exist.
 
 At 50,304 tokens the logits, their log-softmax and its gradient are the largest tensors of a
-training step. Here a block of rows at a time gets its logits, its loss and at once its gradients, as
-in Liger's and Apple's fused losses; only the gradients of the features and of the head are kept.
+training step. Here a block of rows at a time gets its logits, its loss and at once its gradients,
+as in Liger's and Apple's fused losses; only the gradients of the features and of the head are kept.
 `next_token.next_token_loss_plain` is the plain twin.
 """
 from __future__ import annotations
