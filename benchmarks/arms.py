@@ -1,4 +1,4 @@
-"""Arms of a comparison: training runs that are kept when finished, so that it may stop and go on."""
+"""Arms of a comparison: training runs, kept when finished, so that it may stop and go on."""
 from __future__ import annotations
 
 import json

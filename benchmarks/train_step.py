@@ -1,7 +1,7 @@
 """A whole training step, each side as its user runs it: FIRA, its dense twins, transformers.
 
     python benchmarks/train_step.py --small
-    python benchmarks/train_step.py --group mixtral --json docs/results/train_step.jsonl
+    python benchmarks/train_step.py --group "mixtral top-1" --json docs/results/train_step.jsonl
 
 Every side is a process of its own and takes its step in turn on the same random batch. FIRA: its
 loss, its AdamW, keep_large_blocks. transformers: model(input_ids, labels=...).loss, fused AdamW,
@@ -31,15 +31,20 @@ FOUNDING = {"dropout": 0.1, "context": 3072}
 MIXTRAL = {"n_head": 12, "n_kv_head": 12, "d_ff": 3072, "num_experts": 4, "context": 1024}
 QWEN = {"n_head": 12, "n_kv_head": 4, "d_ff": 256, "num_experts": 64, "top_k": 8, "context": 1024}
 Side = tuple[str, str, Any]  # name, who runs it (fira or a class of transformers), its shape
+
+
+def mixtral(small: dict[str, int], top_k: int) -> list[Side]:
+    spec = FIRA2Spec(top_k=top_k, **MIXTRAL | small)
+    return [("transformers Mixtral", "Mixtral", spec), ("FIRA2", "fira", spec)]
+
+
 GROUPS: dict[str, Callable[[dict[str, int]], list[Side]]] = {
     "gpt2": lambda small: [
         ("transformers GPT-2", "GPT2", FIRASpec(num_experts=1, **FOUNDING | small)),
         ("FIRA dense twin", "fira", FIRASpec(num_experts=1, **FOUNDING | small)),
         ("FIRA", "fira", FIRASpec(**FOUNDING | small))],
-    "mixtral": lambda small: [
-        side for k in (1, 2) for side in (
-            (f"transformers Mixtral top-{k}", "Mixtral", FIRA2Spec(top_k=k, **MIXTRAL | small)),
-            (f"FIRA2 top-{k}", "fira", FIRA2Spec(top_k=k, **MIXTRAL | small)))],
+    "mixtral top-1": lambda small: mixtral(small, 1),
+    "mixtral top-2": lambda small: mixtral(small, 2),
     "qwen3-moe": lambda small: [
         ("transformers Qwen3-MoE", "Qwen3Moe", FIRA2Spec(**QWEN | small)),
         ("FIRA2 dense twin", "fira", FIRA2Spec(**QWEN | small | {
