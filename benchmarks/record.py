@@ -34,3 +34,23 @@ def append(path: Path, result: dict[str, Any]) -> None:
               **result}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def reset_peak(device: Any) -> None:
+    """Forget the highest use of memory so far."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark of this process
+
+
+def peak_memory(device: Any) -> int:
+    """Bytes at the highest use since `reset_peak`: allocated on CUDA, resident on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

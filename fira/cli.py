@@ -193,9 +193,10 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
               help="Text to score; may be repeated.")
 @click.option("--context", type=click.IntRange(2),
               help="Window in tokens.  [default: the length trained on]")
+@click.option("--routing", is_flag=True, help="Also measure how far its experts specialize.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @device_option
-def evaluate(run: Path, texts: tuple[str, ...], context: int | None, as_json: bool,
+def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bool, as_json: bool,
              device: str) -> None:
     """Measure the model in RUN on any text: bits per byte, loss.
 
@@ -211,11 +212,20 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, as_json: bo
     from fira.runlog import console
 
     result = score_text(run, list(texts), context, device, console())
+    if routing:
+        from fira.eval.specialization import specialization
+
+        result["routing"] = specialization(str(run), list(texts), device)
     if as_json:
         click.echo(json.dumps(result))
     else:
-        for name, value in result.items():
-            click.echo(f"{name.replace('_', ' ')}: {value}")
+        routed = result.pop("routing", {})
+        for name, value in {**routed, **result}.items():
+            if name != "diet":
+                click.echo(f"{name.replace('_', ' ')}: {value}")
+        for layer, diet in enumerate(routed.get("diet", ())):
+            click.echo(f"layer {layer}: token decides {diet['information']:.1%} of the expert, "
+                       f"{diet['shuffled']:.1%} by chance")
 
 
 @fira.command(epilog=PRESETS)

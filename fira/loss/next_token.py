@@ -7,22 +7,26 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from fira.loss.head import head_loss
+
+Model = Callable[..., torch.Tensor]
+
 
 class Batch(Protocol):
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor
 
 
-def token_losses(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each target, in nats, float32 [B, T]."""
-    losses_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(),
-                               reduction="none")
-    return losses_N.view_as(targets_BT)
+def next_token_loss(model: Model, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Mean cross-entropy over a batch's targets, in nats; targets of -100 are not scored.
+
+    The model is called once, wrapped or compiled as it may be, and applies the loss to its head.
+    """
+    return model(batch.tokens_BT, targets_BT=batch.targets_BT, loss=head_loss), {}
 
 
-def next_token_loss(model: Callable[[torch.Tensor], torch.Tensor],
-                    batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Mean cross-entropy over a batch's targets, in nats."""
+def next_token_loss_plain(model: Model, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The same from whole logits: the definition."""
     logits_BTV = model(batch.tokens_BT)
     loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch.targets_BT.flatten())
     return loss, {}

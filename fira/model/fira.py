@@ -6,6 +6,7 @@ dropped, so that every device keeps its fused attention.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,17 @@ class FIRA(nn.Module):
         self.head = nn.Linear(spec.d_model, spec.vocab_size)
         initialize(self, spec.num_layers, spec.init_std)
 
-    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits at every position. With a cache, the tokens continue what it holds."""
-        return self.logits(self.features(tokens_BT, cache))
+    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None,
+                targets_BT: Tensor | None = None,
+                loss: Callable[..., Tensor] | None = None) -> Tensor:
+        """Logits at every position. With a cache, the tokens continue what it holds.
+
+        With `loss`, what it makes of features, head and targets: whole logits need not exist.
+        """
+        x_BTD = self.features(tokens_BT, cache)
+        if loss is not None:
+            return loss(x_BTD, self.head.weight, self.head.bias, targets_BT)
+        return self.logits(x_BTD)
 
     def features(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The normalized residual stream x_BTD that the head reads."""
@@ -85,7 +94,8 @@ class Block(nn.Module):
         experts = GELUExperts(spec.num_experts, spec.d_model, spec.d_ff)
         self.moe = Dense(experts) if spec.num_experts == 1 else MoE(
             Router(spec.d_model, spec.num_experts, spec.top_k, bias=True,
-                   balance_weight=spec.balance_weight, z_weight=spec.z_weight), experts)
+                   balance_weight=spec.balance_weight, z_weight=spec.z_weight,
+                   balance=spec.balance), experts)
 
     def forward(self, x_BTD: Tensor, cache: LayerCache | None) -> Tensor:
         attended_BTD = self.attention(self.attention_norm(x_BTD), cache)

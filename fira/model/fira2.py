@@ -5,6 +5,7 @@ tied embeddings, every layer MoE. With one expert it is the dense Qwen3.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,17 @@ class FIRA2(nn.Module):
         self.norm = RMSNorm(spec.d_model)
         initialize(self, spec.num_layers, spec.init_std)
 
-    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits at every position. With a cache, the tokens continue what it holds."""
-        return self.logits(self.features(tokens_BT, cache))
+    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None,
+                targets_BT: Tensor | None = None,
+                loss: Callable[..., Tensor] | None = None) -> Tensor:
+        """Logits at every position. With a cache, the tokens continue what it holds.
+
+        With `loss`, what it makes of features, head and targets: whole logits need not exist.
+        """
+        x_BTD = self.features(tokens_BT, cache)
+        if loss is not None:
+            return loss(x_BTD, self.token_embedding.weight, None, targets_BT)
+        return self.logits(x_BTD)
 
     def features(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The normalized residual stream x_BTD that the head reads."""
@@ -81,7 +90,8 @@ class Block(nn.Module):
         experts = SwiGLUExperts(spec.num_experts, spec.d_model, spec.d_ff)
         self.moe = Dense(experts) if spec.num_experts == 1 else MoE(
             Router(spec.d_model, spec.num_experts, spec.top_k, bias=False,
-                   balance_weight=spec.balance_weight, z_weight=spec.z_weight), experts)
+                   balance_weight=spec.balance_weight, z_weight=spec.z_weight,
+                   balance=spec.balance), experts)
 
     def forward(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor],
                 cache: LayerCache | None) -> Tensor:

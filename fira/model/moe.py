@@ -91,12 +91,9 @@ def routers(model: nn.Module) -> list[Router]:
 
 
 def end_step(model: nn.Module) -> None:
-    """After each optimizer step: its load shares become those of the next step's balance loss."""
+    """After each optimizer step: its loads decide what balances the next one."""
     for router in routers(model):
-        total = router.load_count_E.sum()
-        share_E = router.load_count_E / total.clamp(min=1)
-        router.load_share_E.copy_(torch.where(total > 0, share_E, router.load_share_E))
-        router.clear_counts()
+        router.end_step()
 
 
 def routing_health(model: nn.Module) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, with what weight, and the two losses that keep it fit.
+"""The router: which experts a token goes to, with what weight, and what keeps it fit.
 
 Token-choice top-k (Shazeer et al. 2017). Logits, softmax and weights are fp32, also under autocast.
 
@@ -10,11 +10,14 @@ Qwen3-MoE with `norm_topk_prob=false`: an export of a k = 1 model must write tha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fira.model.balance import METHODS
 
 
 class AddLoss(torch.autograd.Function):
@@ -37,38 +40,54 @@ class AddLoss(torch.autograd.Function):
 class Router(nn.Module):
     """tokens_ND -> weights_NK (fp32), experts_NK.
 
-    Balance loss, per layer: balance_weight * E * sum_e share_e * mean_probability_e (Switch, its
-    equation 4). `share` is each expert's share of the routed rows of the whole previous optimizer
-    step, so it is global over micro-batches and ranks (Qiu et al. 2025, 2501.11873), and the
-    gradients of micro-batches simply average. z-loss: z_weight * mean(logsumexp(logits)^2) (Zoph
-    et al. 2022).
+    `balance` names a row of balance.METHODS. Its loss, weighed by balance_weight, sees each
+    expert's share of the routed rows of the whole previous optimizer step, so it is global over
+    micro-batches and ranks (Qiu et al. 2025, 2501.11873), and the gradients of micro-batches simply
+    average. Its bias, where it has one, is added to the probabilities to select experts and not to
+    weigh them; it is saved with the weights. z-loss: z_weight * mean(logsumexp(logits)^2) (Zoph et
+    al. 2022).
+
+    `record` is shown the experts of every pass; `replay_NK`, when set, are the experts of a pass
+    that is being run again to recompute activations, and nothing is counted.
     """
 
     load_share_E: Tensor
+    selection_bias_E: Tensor | None
+    vote_sum_E: Tensor
+    votes: Tensor
     load_count_E: Tensor
     entropy_sum: Tensor
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, bias: bool,
-                 balance_weight: float, z_weight: float) -> None:
+                 balance_weight: float, z_weight: float, balance: str = "loss") -> None:
         super().__init__()
+        self.method = METHODS[balance]
+        self.record: Callable[[Tensor], None] | None = None
+        self.replay_NK: Tensor | None = None
         self.top_k = top_k
         self.balance_weight = balance_weight
         self.z_weight = z_weight
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))  # [E, D]
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None  # [E]
         self.register_buffer("load_share_E", torch.empty(num_experts))
+        biased = self.method.update is not None
+        self.register_buffer("selection_bias_E", torch.empty(num_experts) if biased else None)
+        self.register_buffer("vote_sum_E", torch.empty(num_experts), persistent=False)
+        self.register_buffer("votes", torch.empty(()), persistent=False)
         self.register_buffer("load_count_E", torch.empty(num_experts, dtype=torch.int64),
                              persistent=False)
         self.register_buffer("entropy_sum", torch.empty(()), persistent=False)
 
     def reset_buffers(self) -> None:
-        """Even shares and empty counters; needed after construction on the meta device."""
+        """Even shares, no bias, empty counters; needed after construction on the meta device."""
         self.load_share_E.fill_(1 / len(self.load_share_E))
+        if self.selection_bias_E is not None:
+            self.selection_bias_E.zero_()
         self.clear_counts()
 
     def clear_counts(self) -> None:
-        self.load_count_E.zero_()
-        self.entropy_sum.zero_()
+        for counter in (self.load_count_E, self.entropy_sum, self.vote_sum_E, self.votes):
+            counter.zero_()
 
     @property
     def num_tokens(self) -> int:
@@ -80,19 +99,33 @@ class Router(nn.Module):
             bias = None if self.bias is None else self.bias.float()
             logits_NE = F.linear(x_ND.float(), self.weight.float(), bias)
             probs_NE = logits_NE.softmax(dim=-1)
-            weights_NK, experts_NK = probs_NE.topk(self.top_k, dim=-1)
+            experts_NK = self._choose(probs_NE.detach())
+            weights_NK = probs_NE.gather(-1, experts_NK)
             if self.top_k > 1:
                 weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
             if self.training:
                 logsumexp_N = logits_NE.logsumexp(dim=-1)
                 weights_NK = AddLoss.apply(weights_NK, self._loss(probs_NE, logsumexp_N))
-                self._count(logits_NE, probs_NE, logsumexp_N, experts_NK)
+                if self.replay_NK is None:
+                    self._count(logits_NE, probs_NE, logsumexp_N, experts_NK)
         return weights_NK, experts_NK
 
+    def _choose(self, probs_NE: Tensor) -> Tensor:
+        """The experts of the K largest probabilities, each plus its expert's bias."""
+        if self.replay_NK is not None:
+            return self.replay_NK
+        if self.selection_bias_E is not None:
+            probs_NE = probs_NE + self.selection_bias_E.float()
+        experts_NK = probs_NE.topk(self.top_k, dim=-1).indices
+        if self.record is not None:
+            self.record(experts_NK)
+        return experts_NK
+
     def _loss(self, probs_NE: Tensor, logsumexp_N: Tensor) -> Tensor:
-        E = len(self.load_share_E)
-        balance = E * torch.dot(probs_NE.mean(dim=0), self.load_share_E)
-        return self.balance_weight * balance + self.z_weight * logsumexp_N.square().mean()
+        loss = self.z_weight * logsumexp_N.square().mean()
+        if self.method.loss is None:
+            return loss
+        return self.balance_weight * self.method.loss(probs_NE, self.load_share_E) + loss
 
     @torch.no_grad()
     def _count(self, logits_NE: Tensor, probs_NE: Tensor, logsumexp_N: Tensor,
@@ -100,6 +133,21 @@ class Router(nn.Module):
         """Routing health, counted in place so that the buffers stay the same tensors."""
         self.load_count_E += torch.bincount(experts_NK.flatten(), minlength=len(self.load_count_E))
         self.entropy_sum += logsumexp_N.sum() - torch.dot(probs_NE.flatten(), logits_NE.flatten())
+        if self.method.vote is not None and self.selection_bias_E is not None:
+            self.vote_sum_E += self.method.vote(probs_NE, self.selection_bias_E, self.top_k)
+            self.votes += 1
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Shares and bias of the next step from the counts of this one; in place."""
+        total = self.load_count_E.sum()
+        share_E = self.load_count_E / total.clamp(min=1)
+        self.load_share_E.copy_(torch.where(total > 0, share_E, self.load_share_E))
+        if self.method.update is not None and self.selection_bias_E is not None:
+            vote_E = self.vote_sum_E / self.votes.clamp(min=1)
+            bias_E = self.method.update(self.selection_bias_E, share_E, vote_E)
+            self.selection_bias_E.copy_(torch.where(total > 0, bias_E, self.selection_bias_E))
+        self.clear_counts()
 
     def entropy(self) -> float:
         """Mean entropy of the router's distribution since the last clearing, 0..1 of log E."""

@@ -26,6 +26,7 @@ from fira.model.spec import ModelSpec
 from fira.runlog import RunLog, tracker
 from fira.train.loop import Loop, LoopState, TrainConfig, fraction_done
 from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.recompute import recompute_blocks
 from fira.train.schedule import ScheduleConfig, factor
 from fira.train.validate import validate
 
@@ -102,7 +103,7 @@ def pretrain(preset: str, settings: Iterable[str], run: Path, device_name: str, 
     lengths = torch.tensor([len(text) for text in tokenizer.token_bytes()])
     token_bytes_V[:len(lengths)] = lengths
     loop = Loop(
-        model=model, forward=torch.compile(model) if device.type == "cuda" else model,
+        model=model, forward=_forward(model, config.train, device),
         optimizer=optimizer, clip=config.optim.clip, config=config.train, schedule=config.schedule,
         batches=Batches(train_tokens, config.train.sequence_length, config.train.batch_size,
                         config.train.seed),
@@ -115,6 +116,14 @@ def pretrain(preset: str, settings: Iterable[str], run: Path, device_name: str, 
         return loop.run()
     finally:
         log.close()
+
+
+def _forward(model: Any, config: TrainConfig, device: torch.device) -> Any:
+    """The model as training calls it. Compiled code would not keep what recomputing saves."""
+    if config.recompute:
+        recompute_blocks(model)
+        return model
+    return torch.compile(model) if device.type == "cuda" else model
 
 
 def _configure_run(preset: str, settings: Iterable[str], run: Path, resume: bool,

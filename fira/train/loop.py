@@ -21,9 +21,10 @@ from torch import nn
 
 from fira.checkpoint import Checkpoints
 from fira.config import Config
-from fira.model.moe import end_step, routing_health
+from fira.model.moe import end_step, routers, routing_health
 from fira.runlog import ProgressLine, RunLog
 from fira.runtime import seed_step
+from fira.train.collapse import PATIENCE, collapse
 from fira.train.optim import set_rate
 from fira.train.schedule import ScheduleConfig, factor
 from fira.train.step import LossFn, accumulate, finish_step
@@ -35,6 +36,8 @@ class TrainConfig(Config):
     sequence_length: int = Field(512, ge=1, description="tokens per sequence")
     batch_tokens: int = Field(8192, ge=1, description="tokens per optimizer step")
     micro_batch: int = Field(4, ge=1, description="sequences per forward and backward pass")
+    recompute: bool = Field(
+        False, description="save memory: keep each block's input only, run it again in backward")
     steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps")
     minutes: float | None = Field(None, gt=0, description="length of the run on the clock")
     save_every: int = Field(500, ge=1, description="steps between checkpoints, each evaluated")
@@ -70,6 +73,7 @@ class LoopState:
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    collapsed_in_a_row: int = 0
     best_step: int | None = None
     best_score: float | None = None
 
@@ -172,6 +176,8 @@ class Loop:
         if not updated:
             state.skipped += 1
         self._record(line, loss, norm, rate, speed, health)
+        if health:
+            self._watch_routing(health)
         self._limit_skips(updated, loss, norm)
 
     def _micro_batches(self, batch: Any) -> Iterator[Any]:
@@ -203,6 +209,15 @@ class Loop:
         if state.skipped:
             note += f" skipped {state.skipped}"
         line.update(self.fraction, note, self._seconds())
+
+    def _watch_routing(self, health: dict[str, Any]) -> None:
+        """Say once, in a line and a row, that routing has been collapsed for a while."""
+        state, text = self.state, collapse(health, routers(self.model)[0].top_k)
+        state.collapsed_in_a_row = state.collapsed_in_a_row + 1 if text else 0
+        if state.collapsed_in_a_row == PATIENCE:
+            text = f"routing has been collapsed for {PATIENCE} steps up to {state.step}: {text}"
+            self.log.write("event", state.step, text=text)
+            self.screen.print(text, style="yellow", soft_wrap=True)
 
     def _peak(self) -> float:
         return self.optimizer.param_groups[0]["peak_lr"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fira.loss.next_token import token_losses
+from fira.loss.head import head_token_losses
 from fira.runtime import autocast
 
 
@@ -28,8 +28,8 @@ def validate(model: nn.Module, batches: Iterable[Any],
     for batch in batches:
         targets_BT = batch.targets_BT.to(device)
         with autocast(device):
-            logits_BTV = model(batch.tokens_BT.to(device))
-        losses_BT = token_losses(logits_BTV, targets_BT).double()
+            losses_BT = model(batch.tokens_BT.to(device), targets_BT=targets_BT,
+                              loss=head_token_losses).double()
         bytes_BT = token_bytes_V[targets_BT]
         nats += float(losses_BT.sum())
         tokens += targets_BT.numel()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fira.loss.head import head_loss
 from fira.model.files import build
 from fira.model.moe import routing_health
 from fira.model.spec import FIRA2Spec, FIRASpec
@@ -29,3 +30,17 @@ def test_compiled_training_equals_plain_in_values_gradients_and_counts(spec):
     for ours, theirs in zip(grads, plain_grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert health["load"] == plain_health["load"]
+
+
+@pytest.mark.parametrize("spec", [FIRASpec(**TINY, dropout=0.0),
+                                  FIRA2Spec(**TINY, n_kv_head=2, head_dim=8)])
+def test_a_compiled_model_applies_the_head_loss_as_a_plain_one_does(spec):
+    tokens_BT = torch.randint(31, (2, 12), generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    results = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
+        model = build(spec, seed=0).train()
+        loss = wrap(model)(tokens_BT, targets_BT=tokens_BT, loss=head_loss)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)

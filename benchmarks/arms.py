@@ -1,0 +1,85 @@
+"""Arms of a comparison: training runs, kept when finished, so that it may stop and go on."""
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fira.config import load_preset
+from fira.model.count import count_parameters
+from fira.report.read import Run, read_run
+from fira.stages.pretrain import configure
+
+DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side: a preset with settings. `key` names its folders."""
+
+    key: str
+    preset: str
+    settings: tuple[str, ...]
+
+    def config(self) -> Any:
+        return configure(load_preset(self.preset), self.settings)
+
+    def with_settings(self, *settings: str) -> Arm:
+        return Arm(self.key, self.preset, (*self.settings, *settings))
+
+    @property
+    def flops_per_token(self) -> int:
+        config = self.config()
+        return count_parameters(config.model, config.train.sequence_length).flops_per_token
+
+
+def train_arm(arm: Arm, folder: Path, seed: int) -> Run:
+    """The run of `arm` with `seed` in `folder`: read if finished, else trained or continued.
+
+    Raises ValueError if the finished run had other settings, and CalledProcessError if one fails.
+    """
+    command = [arm.preset, *arm.settings, f"train.seed={seed}"]
+    done = folder / DONE
+    if done.is_file():
+        if (before := json.loads(done.read_text(encoding="utf-8"))) != command:
+            raise ValueError(f"{folder} was run with {before}, not {command}; "
+                             "choose another --out, or remove that folder")
+        return read_run(folder)
+    subprocess.run([sys.executable, "-m", "fira", "train", *command, "--run", str(folder),
+                    "--resume"], check=True)
+    done.write_text(json.dumps(command) + "\n", encoding="utf-8")
+    return read_run(folder)
+
+
+def best_rate(arm: Arm, folder: Path, factors: Iterable[float], horizon: str) -> float:
+    """The learning rate, of `factors` times the arm's own, with the lowest final bits per byte.
+
+    Each is tried once, with seed 0, over a whole shorter run `horizon` (such as train.minutes=2).
+    """
+    base = arm.config().optim.lr
+    scores = {}
+    for factor in factors:
+        run = train_arm(arm.with_settings(f"optim.lr={base * factor}", horizon),
+                        folder / f"rate-{arm.key}-{factor:g}", seed=0)
+        scores[base * factor] = final(run)
+    rate = min(scores, key=lambda rate: scores[rate])
+    if len(scores) > 2 and rate in (min(scores), max(scores)):
+        print(f"{arm.key}: the best rate {rate:g} is at the edge of {sorted(scores)}; "
+              "widen --factors", file=sys.stderr)
+    return rate
+
+
+def final(run: Run) -> float:
+    """Bits per byte after the last step."""
+    return run.validations[-1].bits_per_byte
+
+
+def spread(values: list[float]) -> str:
+    """mean ± standard deviation over seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"

@@ -1,0 +1,200 @@
+"""One MoE layer, forward and backward, over a dense layer of the same active FLOPs.
+
+    python benchmarks/moe_layer.py
+    python benchmarks/moe_layer.py --shape fine --json docs/results/moe_layer.jsonl
+
+Real router, random data, SwiGLU experts on every side; transformers' Qwen3-MoE block with each of
+its experts implementations stands beside ours. The sides take turns; a row is the median of its
+turns and of its ratios to the dense layer of that turn. Memory is the peak over what the layer and
+its input hold, of one pass in a process of its own. `decode` is one token without gradients,
+against the products of K experts that are simply there. On CUDA everything is bf16 by autocast.
+"""
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from record import append, machine, peak_memory, reset_peak
+from torch import nn
+from torch.nn import functional as F
+
+from fira.model.experts import SwiGLUExperts
+from fira.model.initialize import initialize
+from fira.model.moe import Dense, MoE
+from fira.model.router import Router
+from fira.runtime import autocast, keep_large_blocks, pick_device
+
+PEERS = ("eager", "grouped_mm", "batched_mm")
+
+
+class Shape(NamedTuple):
+    tokens: int
+    width: int
+    hidden: int
+    experts: int
+    top_k: int
+
+
+SHAPES = {
+    "cpu": {"coarse top-1": Shape(8192, 768, 3072, 4, 1),
+            "coarse top-2": Shape(8192, 768, 3072, 4, 2),
+            "fine": Shape(4096, 256, 256, 32, 4), "decode": Shape(1, 768, 256, 64, 8)},
+    "cuda": {f"{experts} experts": Shape(32768, 768, 6144 // top_k, experts, top_k)
+             for experts, top_k in ((4, 2), (8, 2), (32, 4), (64, 8))}
+    | {"decode": Shape(1, 768, 256, 64, 8)},
+}
+
+
+def layer(side: str, shape: Shape, device: torch.device) -> nn.Module:
+    """`dense`, `fira`, or `transformers NAME`."""
+    if side.startswith("transformers"):
+        return peer(side.split()[1], shape).to(device)
+    if side == "dense":
+        module: nn.Module = Dense(SwiGLUExperts(1, shape.width, shape.top_k * shape.hidden))
+    else:
+        module = MoE(Router(shape.width, shape.experts, shape.top_k, bias=False,
+                            balance_weight=0.01, z_weight=0.001),
+                     SwiGLUExperts(shape.experts, shape.width, shape.hidden))
+    initialize(nn.ModuleDict({"moe": module}), 12, 0.02, torch.Generator().manual_seed(0))
+    return module.to(device)
+
+
+def peer(implementation: str, shape: Shape) -> nn.Module:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    config = Qwen3MoeConfig(hidden_size=shape.width, moe_intermediate_size=shape.hidden,
+                            num_experts=shape.experts, num_experts_per_tok=shape.top_k,
+                            norm_topk_prob=True)
+    config._experts_implementation = implementation
+    block = Qwen3MoeSparseMoeBlock(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(0, 0.02, generator=generator)
+    return block
+
+
+def work(side: str, shape: Shape, device: torch.device) -> Callable[[], None]:
+    """One pass of `side`: forward and backward, or one decoded token where shape has one."""
+    if shape.tokens == 1 and side == "dense":
+        return products(shape, device)
+    module = layer(side, shape, device)
+    x = torch.randn(1, shape.tokens, shape.width, device=device)
+    if shape.tokens == 1:
+        module.eval()
+
+        def decode() -> None:
+            with torch.inference_mode(), autocast(device):
+                module(x)
+        return decode
+    module.train()
+    x.requires_grad_()
+    upstream = torch.randn_like(x)
+
+    def step() -> None:
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+        with autocast(device):
+            out = module(x)
+        out.backward(upstream.to(out.dtype))
+    return step
+
+
+def products(shape: Shape, device: torch.device) -> Callable[[], None]:
+    """What K chosen experts cost one token when nothing needs choosing."""
+    F_, D = shape.hidden, shape.width
+    stacks = [torch.randn(shape.experts, *size, device=device) * 0.02
+              for size in ((F_, D), (F_, D), (D, F_))]
+    picks = torch.randint(shape.experts, (1000, shape.top_k),
+                          generator=torch.Generator().manual_seed(0)).tolist()
+    x, turn = torch.randn(1, D, device=device), iter(picks * 1000)
+
+    def decode() -> None:
+        with torch.inference_mode(), autocast(device):
+            for e in next(turn):
+                gate, up, down = (stack[e] for stack in stacks)
+                F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    return decode
+
+
+def memory(pipe: Any, side: str, shape: Shape, name: str) -> None:
+    device = pick_device(name)
+    one = work(side, shape, device)
+    reset_peak(device)
+    before = peak_memory(device)
+    one()
+    pipe.send(peak_memory(device) - before)
+
+
+def peak(side: str, shape: Shape, name: str) -> int:
+    """Bytes at the peak of one pass, over what is there before it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=memory, args=(theirs, side, shape, name))
+    process.start()
+    result = ours.recv()
+    process.join()
+    return result
+
+
+def compare(shape: Shape, sides: list[str], device: torch.device, turns: int) -> dict[str, dict]:
+    passes = {side: work(side, shape, device) for side in sides}
+    repeat = 50 if shape.tokens == 1 else 1
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for turn in range(turns + 1):
+        for side in sides if turn % 2 else reversed(sides):
+            synchronize(device)
+            began = time.perf_counter()
+            for _ in range(repeat):
+                passes[side]()
+            synchronize(device)
+            if turn:
+                seconds[side].append((time.perf_counter() - began) / repeat)
+    return {side: {"seconds": statistics.median(times), "ratio": statistics.median(
+        mine / dense for mine, dense in zip(times, seconds["dense"], strict=True))}
+        for side, times in seconds.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--shape", action="append", help="only shapes whose name contains this")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    keep_large_blocks()
+    device = pick_device(options.device)
+    print(machine())
+    for name, shape in SHAPES[device.type].items():
+        if options.shape and not any(word in name for word in options.shape):
+            continue
+        print(f"\n{name}: {shape}\n{'':26}{'ms':>10}{'ratio':>8}{'peak MB':>10}")
+        sides = ["dense", "fira", *(f"transformers {kind}" for kind in options.peers
+                                    if kind != "batched_mm" or shape.tokens == 1)]
+        rows = compare(shape, sides, device, options.turns)
+        for side, row in rows.items():
+            if not options.no_memory and shape.tokens > 1:
+                row["peak_bytes"] = peak(side, shape, options.device)
+            print(f"{side:26}{1e3 * row['seconds']:10.3f}{row['ratio']:8.2f}"
+                  f"{row.get('peak_bytes', 0) / 1e6:10.1f}", flush=True)
+        if options.json:
+            append(options.json, {"benchmark": "moe_layer", "shape": {"name": name,
+                                  **shape._asdict()}, "device": str(device), "sides": rows})
+
+
+if __name__ == "__main__":
+    main()

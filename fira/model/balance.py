@@ -1,0 +1,69 @@
+"""What keeps experts evenly loaded: one table, a row per method.
+
+loss      a loss on the router's probabilities (Switch, Fedus et al. 2021), with the loads of the
+          whole previous step (decision 0002)
+bias      a bias per expert that only selects, nudged by the sign of its lack of load, so that no
+          balance gradient disturbs the language model (Wang et al. 2024, 2408.15664)
+quantile  the same bias, set to the score quantile at which an expert gets its even share: one round
+          of solving the balanced assignment, without a coefficient
+none      nothing
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RATE = 1e-3  # a step's nudge, in probability (2408.15664); lost in bf16, so the bias stays fp32
+
+
+def share_loss(probs_NE: Tensor, share_E: Tensor) -> Tensor:
+    """E * sum_e share_e * mean probability_e: 1 when even (Switch, equation 4)."""
+    return len(share_E) * torch.dot(probs_NE.mean(dim=0), share_E)
+
+
+def nudge(bias_E: Tensor, share_E: Tensor) -> Tensor:
+    """The bias after one step in which expert e had share_e of the rows."""
+    return _centered(bias_E + RATE * torch.sign(share_E.mean() - share_E))
+
+
+def even_bias(probs_NE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
+    """The bias that gives every expert N*K/E of these tokens, were their thresholds to stay.
+
+    A token's threshold lies between its K-th and next biased score; an expert's bias between its
+    margins over those thresholds of rank N*K/E and the next. Alternating the two descends on the
+    dual of the balanced assignment problem.
+    """
+    N, E = probs_NE.shape
+    if top_k == E or N == 1:
+        return bias_E
+    threshold_N1 = (probs_NE + bias_E).topk(top_k + 1)[0][:, -2:].mean(dim=1, keepdim=True)
+    margins_EN = (probs_NE - threshold_N1).t().contiguous()
+    even = max(1, N * top_k // E)
+    last_E, next_E = (margins_EN.kthvalue(N - rank)[0] for rank in (even - 1, even))
+    return _centered(-(last_E + next_E) / 2)
+
+
+def _centered(bias_E: Tensor) -> Tensor:
+    return bias_E - bias_E.mean()
+
+
+class Method(NamedTuple):
+    """loss enters the training loss; vote is taken of every micro-batch; update ends a step.
+
+    update(bias_E, share_E, mean vote_E) -> bias_E; a method with an update has a selection bias.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    vote: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    update: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+METHODS = {
+    "loss": Method(loss=share_loss),
+    "bias": Method(update=lambda bias_E, share_E, _: nudge(bias_E, share_E)),
+    "quantile": Method(vote=even_bias, update=lambda bias_E, share_E, vote_E: vote_E),
+    "none": Method(),
+}

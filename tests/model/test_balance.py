@@ -1,0 +1,107 @@
+"""Each balance method evens a skewed router, and a bias selects without weighing."""
+import pytest
+import torch
+
+from fira.model.balance import METHODS, even_bias
+from fira.model.experts import SwiGLUExperts
+from fira.model.files import build, load_pretrained, save_weights
+from fira.model.initialize import initialize
+from fira.model.moe import MoE, end_step, routers, routing_health
+from fira.model.router import Router
+from fira.model.spec import FIRA2Spec
+
+
+def skewed(balance, top_k=2, num_experts=8) -> MoE:
+    """A layer whose router prefers its first experts."""
+    router = Router(8, num_experts, top_k, bias=True, balance_weight=1.0, z_weight=0.0,
+                    balance=balance)
+    moe = MoE(router, SwiGLUExperts(num_experts, 8, 4))
+    initialize(torch.nn.ModuleDict({"moe": moe}), 1, 0.3, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        router.bias.copy_(torch.linspace(1, -1, num_experts))
+    return moe.train()
+
+
+def imbalances(moe, steps, rows=512):
+    """Train with nothing but what balances, on random data in two micro-batches a step."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([moe.router.weight, moe.router.bias], lr=0.02)
+    found = []
+    for _ in range(steps):
+        for _ in range(2):
+            (0.0 * moe(torch.randn(1, rows, 8, generator=generator)).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(routing_health(moe)["cv"][0])
+        end_step(moe)
+    return found
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("balance, steps", [("loss", 100), ("bias", 300), ("quantile", 15)])
+def test_each_method_evens_a_skewed_router(balance, steps, top_k):
+    found = imbalances(skewed(balance, top_k), steps)
+    assert found[-1] < 0.3 * found[0]
+
+
+def test_without_a_method_the_skew_stays():
+    found = imbalances(skewed("none"), 50)
+    assert found[-1] > 0.7 * found[0]
+
+
+@pytest.mark.parametrize("balance", ["bias", "quantile"])
+def test_the_bias_selects_and_raw_probabilities_weigh_and_learn(balance):
+    moe = skewed(balance)
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(3))
+    before = moe.router(x)[1]
+    bias = torch.linspace(-0.5, 0.5, 8)
+    moe.router.selection_bias_E.copy_(bias)
+    weights, experts = moe.router(x)
+    assert not torch.equal(before, experts)
+    probs = torch.nn.functional.linear(x, moe.router.weight, moe.router.bias).softmax(-1)
+    assert torch.equal(experts, (probs + bias).topk(2).indices)
+    gates = probs.gather(-1, experts)
+    plain = gates / gates.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights, plain)
+    upstream = torch.randn(40, 2, generator=torch.Generator().manual_seed(4))
+    for ours, theirs in zip(torch.autograd.grad(moe.router(x)[0], moe.router.weight, upstream),
+                            torch.autograd.grad(plain, moe.router.weight, upstream), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_bias_is_zero_mean_fp32_and_updated_in_place():
+    moe = skewed("bias")
+    buffer = moe.router.selection_bias_E
+    imbalances(moe, 5)
+    assert moe.router.selection_bias_E is buffer and buffer.dtype == torch.float32
+    assert buffer.abs().max() > 1e-3 and abs(float(buffer.mean())) < 1e-7
+    kept = buffer.clone()
+    end_step(moe)  # a step in which nothing was counted
+    assert torch.equal(buffer, kept)
+
+
+def test_the_quantile_is_exact_where_thresholds_do_not_move():
+    probs = torch.rand(600, 6, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    bias = torch.zeros(6)
+    probs[:, 0] += 0.1
+    for _ in range(50):
+        bias = even_bias(probs, bias, 2)
+    counts = torch.bincount((probs + bias).topk(2).indices.flatten(), minlength=6)
+    assert counts.tolist() == pytest.approx([200] * 6, abs=6)
+
+
+@pytest.mark.parametrize("balance", METHODS)
+def test_a_selection_bias_survives_files_and_others_have_none(balance, tmp_path):
+    spec = FIRA2Spec(vocab_size=31, d_model=16, n_head=2, n_kv_head=1, head_dim=8, num_layers=2,
+                     d_ff=8, num_experts=4, top_k=2, context=12, balance=balance)
+    model = build(spec, seed=0)
+    for layer, router in enumerate(routers(model)):
+        if router.selection_bias_E is not None:
+            router.selection_bias_E.copy_(torch.tensor([0.3, -0.1, -0.1, -0.1]) * (1 - 2 * layer))
+    save_weights(model, tmp_path)
+    again = load_pretrained(tmp_path)
+    assert again.spec.balance == balance
+    tokens = torch.arange(12)[None]
+    assert torch.equal(again(tokens), model.eval()(tokens))
+    found = [router.selection_bias_E is not None for router in routers(again)]
+    assert found == [balance in ("bias", "quantile")] * 2
