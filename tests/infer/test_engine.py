@@ -113,7 +113,7 @@ def test_prompts_that_come_together_read_what_they_share_once(either, tokenizer)
     shared = list(range(10, 50))
     prompts = [[*shared, 60 + n] for n in range(4)]
     events = run(either, tokenizer, prompts, [GREEDY] * 4, slots=4, prefill_tokens=16)
-    assert [seen[-1].cached_tokens for seen in events] == [0, 40, 40, 40]
+    assert [seen[-1].cached_tokens for seen in events] == [0, 32, 32, 32]  # 8 more: no wait
     for prompt, seen in zip(prompts, events, strict=True):
         assert ids(seen) == naive(either, prompt, 20)
 
