@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fira import runtime
 from fira.infer.crew import Crew
+from fira.infer.pack import WORK, Packed
 from fira.model.attention import KeyValueCache
 from fira.model.experts import ExpertLinear
 from fira.model.files import build_meta
@@ -34,8 +35,7 @@ class FusedStep:
     """
 
     def __init__(self, model: Any, precision: str = "float32", threads: int | None = None) -> None:
-        from fira.infer.kernel import WORK, step
-        from fira.infer.pack import Packed
+        from fira.infer.kernel import step
 
         self.packed = Packed(model, precision)
         self.spec = model.spec

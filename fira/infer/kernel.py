@@ -1,154 +1,20 @@
-"""One token step of a whole model as a single compiled function, on a crew of threads.
+"""One token step of a whole model as a single compiled function, run by every rank of a crew.
 
-Everything the step reads is found by address, so packing shares the memory of torch's parameters.
-What a model lacks has address 0: no bias, no rotation, no gate, no router. Each rank of the crew
-owns a part of the rows of every matrix and meets the others at a barrier between the phases; small
-work (norms, routing) is done by every rank for itself, which is cheaper than a barrier.
+Everything the step reads is found by address in the records of `fira.infer.pack`. What a model
+lacks has address 0: no bias, no rotation, no gate, no router. Each rank owns a part of the rows of
+every matrix and meets the others at a barrier between the phases; small work (norms, routing) is
+done by every rank for itself, which is cheaper than a barrier.
 
 A weight row is read from memory once and meets all S tokens of the step while it is in the cache.
-All compiled functions stand in this file because numba's cache on disk only notices changes in the
-file of the function it was asked for.
 """
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
 
-FLOAT32, INT8, INT4 = 0, 1, 2
-GROUP = 32  # int4 weights that share a scale
-YIELD_AFTER = 2000  # looks at the barrier before the processor is offered to others
-YIELD = types.ExternalFunction("sched_yield", types.int32())
-# Sums may be reordered and fused; infinities and NaN keep their meaning.
-MATH = {"reassoc", "contract", "nsz", "arcp"}
-
-MATRIX = np.dtype([(name, np.int64) for name in ("weight", "scale", "bias")])
-NORM = np.dtype([(name, np.int64) for name in ("weight", "bias")])
-LAYER = np.dtype([
-    ("attention_norm", NORM), ("qkv", MATRIX), ("query_norm", np.int64), ("key_norm", np.int64),
-    ("output", MATRIX), ("moe_norm", NORM), ("router", MATRIX), ("gate", MATRIX), ("up", MATRIX),
-    ("down", MATRIX), ("keys", np.int64), ("values", np.int64)])
-SHAPE = np.dtype([(name, np.int64) for name in (
-    "width", "heads", "kv_heads", "head_width", "hidden", "experts", "top_k", "vocabulary",
-    "context", "precision", "embedding", "positions", "cosines", "sines", "slot_stride",
-    "group_stride")] + [("norm", NORM), ("head", MATRIX), ("epsilon", np.float64)])
-WORK = np.dtype([(name, np.int64) for name in (
-    "x", "qkv", "mixed", "hidden",  # shared by the crew
-    "normed", "scores", "probs", "weights", "chosen", "order",  # each rank's own
-    "counter")])
-
-
-def compiled(function: Any) -> Any:
-    """Compile on first use and keep the result on disk, where any place on disk can be written."""
-    options = {"nogil": True, "fastmath": MATH, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no folder for its cache: it compiles in every process
-        return njit(**options)(function)
-
-
-@intrinsic
-def _pointer(context: Any, address: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-    return types.voidptr(types.int64), build
-
-
-@intrinsic
-def _arrive(context: Any, counter: Any) -> Any:
-    """Add one to the counter; what this thread wrote before is seen by those who read it."""
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "acq_rel")
-    return types.int64(types.int64), build
-
-
-@intrinsic
-def _look(context: Any, counter: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.load_atomic(place, "acquire", 8)
-    return types.int64(types.int64), build
-
-
-@compiled
-def meet(counter, target):
-    """Wait until the counter has reached `target`, which is returned: a barrier."""
-    _arrive(counter)
-    looks = 0
-    while _look(counter) < target:
-        looks += 1
-        if looks > YIELD_AFTER:
-            YIELD()
-    return target
-
-
-@compiled
-def floats(address, size):
-    return carray(_pointer(address), size, np.float32)
-
-
-@compiled
-def integers(address, size):
-    return carray(_pointer(address), size, np.int64)
-
-
-@compiled
-def matrix(address, rows, columns):
-    return carray(_pointer(address), (rows, columns), np.float32)
-
-
-@compiled
-def dot_float32(weight, row, x):
-    total = np.float32(0)
-    w = floats(weight + 4 * row * len(x), len(x))
-    for i in range(len(x)):
-        total += w[i] * x[i]
-    return total
-
-
-@compiled
-def dot_int8(weight, row, x):
-    total = np.float32(0)
-    w = carray(_pointer(weight + row * len(x)), len(x), np.int8)
-    for i in range(len(x)):
-        total += np.float32(w[i]) * x[i]
-    return total
-
-
-@compiled
-def dot_int4(weight, scale, row, x):
-    """Byte i of a group holds elements i (low half) and i + 16 (high half), each plus 8."""
-    total = np.float32(0)
-    groups, half = len(x) // GROUP, GROUP // 2
-    scales = floats(scale + 4 * row * groups, groups)
-    w = carray(_pointer(weight + row * groups * half), groups * half, np.uint8)
-    for group in range(groups):
-        part = np.float32(0)
-        for i in range(half):
-            byte = np.int32(w[group * half + i])
-            part += np.float32((byte & 15) - 8) * x[group * GROUP + i]
-            part += np.float32((byte >> 4) - 8) * x[group * GROUP + half + i]
-        total += scales[group] * part
-    return total
-
-
-@compiled
-def dot(precision, linear, row, x):
-    """One row of a matrix times x, plus the row's bias."""
-    if precision == FLOAT32:
-        total = dot_float32(linear.weight, row, x)
-    elif precision == INT8:
-        total = dot_int8(linear.weight, row, x) * floats(linear.scale, row + 1)[row]
-    else:
-        total = dot_int4(linear.weight, linear.scale, row, x)
-    if linear.bias:
-        total += floats(linear.bias, row + 1)[row]
-    return total
+from fira.infer.dots import compiled, dot, dot_float32, floats, integers, matrix, meet
+from fira.infer.pack import FLOAT32
 
 
 @compiled

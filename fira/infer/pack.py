@@ -6,13 +6,36 @@ Embeddings, norms and routers always stay fp32; a tied head is quantized as a co
 """
 from __future__ import annotations
 
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fira.infer.kernel import FLOAT32, GROUP, INT4, INT8, LAYER, SHAPE
+FLOAT32, INT8, INT4 = 0, 1, 2
+GROUP = 32  # int4 weights that share a scale
+
+# numba's cache on disk sees changes in the file of the function it compiled but not in the others
+# that it was built from. A field named after their content makes it another function.
+SOURCES = "sources_%08x" % zlib.crc32(b"".join(
+    (Path(__file__).parent / name).read_bytes() for name in ("dots.py", "kernel.py")))
+
+MATRIX = np.dtype([(name, np.int64) for name in ("weight", "scale", "bias")])
+NORM = np.dtype([(name, np.int64) for name in ("weight", "bias")])
+LAYER = np.dtype([
+    ("attention_norm", NORM), ("qkv", MATRIX), ("query_norm", np.int64), ("key_norm", np.int64),
+    ("output", MATRIX), ("moe_norm", NORM), ("router", MATRIX), ("gate", MATRIX), ("up", MATRIX),
+    ("down", MATRIX), ("keys", np.int64), ("values", np.int64)])
+SHAPE = np.dtype([(name, np.int64) for name in (
+    "width", "heads", "kv_heads", "head_width", "hidden", "experts", "top_k", "vocabulary",
+    "context", "precision", "embedding", "positions", "cosines", "sines", "slot_stride",
+    "group_stride")] + [("norm", NORM), ("head", MATRIX), ("epsilon", np.float64)])
+WORK = np.dtype([(name, np.int64) for name in (
+    "x", "qkv", "mixed", "hidden",  # shared by the crew
+    "normed", "scores", "probs", "weights", "chosen", "order",  # each rank's own
+    "counter", SOURCES)])
 
 PRECISIONS = {"float32": FLOAT32, "int8": INT8, "int4": INT4}
 
