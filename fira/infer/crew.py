@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Crew:
-    """`run(*arguments)` calls function(rank, ranks, *arguments) on every rank; rank 0 is the caller.
+    """`run(*arguments)` calls function(rank, ranks, *arguments) on all ranks; the caller is rank 0.
 
     The function must release the GIL and let no rank return before all have arrived at its end.
     """

@@ -23,7 +23,7 @@ MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 def compiled(function: Any) -> Any:
     """Compile on first use and keep the result on disk, where any place on disk can be written."""
-    options = {"nogil": True, "fastmath": MATH, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "fastmath": MATH, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no folder for its cache: it compiles in every process

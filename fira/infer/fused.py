@@ -10,7 +10,7 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fira import runtime
 from fira.infer.crew import Crew
-from fira.infer.pack import WORK, Packed
+from fira.infer.pack import GROUP, WORK, Packed
 from fira.model.attention import KeyValueCache
 from fira.model.experts import ExpertLinear
 from fira.model.files import build_meta
@@ -63,8 +63,8 @@ class FusedStep:
                       logits, int(self.counter[0]))
         return torch.from_numpy(logits)
 
-    def continue_cache(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits [B, V] after one more token of every row of a cache, as a model would give."""
+    def __call__(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits [B, V] after one more token of every row: a `fira.model.generate.Step`."""
         B, length = len(tokens_B), cache.length
         keys = [layer.keys_BGSC for layer in cache.layers]
         values = [layer.values_BGSC for layer in cache.layers]
@@ -132,23 +132,34 @@ def find_obstacle(model: Any, precision: str = "float32") -> str | None:
         return f"it runs float32 on cpu, and the model is {', '.join(sorted(odd))}"
     inputs = {m.weight.shape[-1] for m in model.modules()
               if isinstance(m, torch.nn.Linear | ExpertLinear)}
-    if precision == "int4" and any(width % 32 for width in inputs):
-        return f"int4 needs widths that are multiples of 32, and the model has {sorted(inputs)}"
+    if precision == "int4" and any(width % GROUP for width in inputs):
+        return f"int4 needs widths that {GROUP} divides, and the model has {sorted(inputs)}"
     return None
 
 
-def fused_step(model: Any, precision: str, say: Any) -> FusedStep:
-    """A compiled step; `say` gets a line when compiling takes long. See `find_obstacle` first."""
+def open_step(model: Any, precision: str, say: Callable[[str], object]) -> FusedStep | None:
+    """The fused step of a model on a CPU, compiled, or None where plain torch decodes.
+
+    `say` is told in one line why there is none, or what takes so long. Raises ValueError if another
+    precision than float32 is asked for and cannot be had.
+    """
+    obstacle = find_obstacle(model, precision)
+    if obstacle and precision != "float32":
+        raise ValueError(f"precision={precision} cannot be had: {obstacle}; use float32")
+    if obstacle:
+        if next(model.parameters()).device.type == "cpu":
+            say(f"Decoding with plain torch: {obstacle}.")
+        return None
     start = time.perf_counter()
-    timer = threading.Timer(PATIENCE, say, ["compiling the decoding step for this processor (once)"])
+    timer = threading.Timer(PATIENCE, say, ["Compiling the decoding step, once on this machine."])
     timer.start()
     try:
         fused = FusedStep(model, precision)
         cache = model.new_cache(1, 1)
-        fused.continue_cache(torch.zeros(1, dtype=torch.int64), cache)
+        fused(torch.zeros(1, dtype=torch.int64), cache)
     finally:
         timer.cancel()
     seconds = time.perf_counter() - start
     if seconds > PATIENCE:
-        say(f"compiled in {seconds:.0f} s")
+        say(f"The decoding step is ready after {seconds:.0f} s.")
     return fused

@@ -19,8 +19,8 @@ GROUP = 32  # int4 weights that share a scale
 
 # numba's cache on disk sees changes in the file of the function it compiled but not in the others
 # that it was built from. A field named after their content makes it another function.
-SOURCES = "sources_%08x" % zlib.crc32(b"".join(
-    (Path(__file__).parent / name).read_bytes() for name in ("dots.py", "kernel.py")))
+SOURCES = "sources_" + str(zlib.crc32(b"".join(
+    (Path(__file__).parent / name).read_bytes() for name in ("dots.py", "kernel.py"))))
 
 MATRIX = np.dtype([(name, np.int64) for name in ("weight", "scale", "bias")])
 NORM = np.dtype([(name, np.int64) for name in ("weight", "bias")])
