@@ -151,7 +151,7 @@ def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool
 @click.argument("run", type=FOLDER)
 @click.argument("prompt")
 @sampling_options
-def generate(run: Path, prompt: str, device: str, **sampling: Any) -> None:
+def generate(run: Path, prompt: str, device: str, precision: str, **sampling: Any) -> None:
     """Continue PROMPT with the model in RUN.
 
     RUN is a run folder (its newest checkpoint is used) or a step folder in it.
@@ -159,11 +159,14 @@ def generate(run: Path, prompt: str, device: str, **sampling: Any) -> None:
     \b
     Example: fira generate out/quickstart/run "Fellow citizens," --temperature 0.7
     """
+    from fira.infer.fused import open_step
     from fira.infer.load import load
     from fira.infer.text import complete
+    from fira.runlog import console
 
     loaded = load(run, device)
-    pieces = complete(loaded.model, loaded.tokenizer, prompt, **sampling)
+    step = open_step(loaded.model, precision, console().print)
+    pieces = complete(loaded.model, loaded.tokenizer, prompt, step=step, **sampling)
     click.echo(prompt, nl=False)
     for piece in pieces:
         click.echo(piece, nl=False)

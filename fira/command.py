@@ -26,6 +26,9 @@ def sampling_options(command: Any) -> Any:
         click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
                      help="Sample among the likeliest that reach p together."),
         click.option("--seed", type=int, help="Repeat the same draw."),
+        click.option("--precision", type=click.Choice(["float32", "int8", "int4"]),
+                     default="float32", show_default=True,
+                     help="Weights while decoding on a CPU; the smaller ones need numba."),
         device_option,
     ]):
         command = option(command)

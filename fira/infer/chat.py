@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fira.data.chat import render
 from fira.data.tokenizer import TURN_END
+from fira.infer.fused import open_step
 from fira.infer.load import load
 from fira.infer.text import pieces
 from fira.model.generate import window_length
@@ -88,7 +89,8 @@ class Conversation:
 
 def chat(run: str | Path, system: str | None = None, temperature: float = 0.8,
          top_k: int | None = 50, top_p: float | None = None, max_new_tokens: int = 256,
-         seed: int | None = None, device: str = "auto") -> None:
+         seed: int | None = None, device: str = "auto",
+         precision: str = "float32") -> None:
     """Load a run and talk until end of input. Raises ValueError, one line, as loading does."""
     notes, out = console(), Console(highlight=False)
     loaded = load(run, device)
@@ -99,7 +101,8 @@ def chat(run: str | Path, system: str | None = None, temperature: float = 0.8,
                          style="dim"))
     conversation = Conversation(loaded.model, loaded.tokenizer, tuned, system,
                                 min(max_new_tokens, fits), seed,
-                                temperature=temperature, top_k=top_k, top_p=top_p)
+                                temperature=temperature, top_k=top_k, top_p=top_p,
+                                step=open_step(loaded.model, precision, notes.print))
     if not tuned:
         notes.print(Text(BASE, style="yellow"), soft_wrap=True)
     talk(conversation, out, notes)

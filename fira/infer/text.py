@@ -5,12 +5,12 @@ import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from fira.model.generate import stream
+from fira.model.generate import Step, stream
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 128,
              temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-             seed: int | None = None) -> Iterator[str]:
+             seed: int | None = None, step: Step | None = None) -> Iterator[str]:
     """Yield the continuation of `prompt` as text, without the prompt, until end of text.
 
     As in training, the model reads the end-of-text token before the prompt. Arguments are those of
@@ -20,15 +20,18 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 128,
         raise ValueError("the prompt is empty; give the text to continue, for example "
                          "'The state of the Union is'")
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    return pieces(model, tokenizer, ids, max_new_tokens, temperature, top_k, top_p, seed)
+    return pieces(model, tokenizer, ids, max_new_tokens, temperature, top_k, top_p, seed,
+                  step=step)
 
 
 def pieces(model: Any, tokenizer: Any, ids: Sequence[int], max_new_tokens: int = 128,
            temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           seed: int | None = None, stop: Iterable[int] = ()) -> Iterator[str]:
+           seed: int | None = None, stop: Iterable[int] = (),
+           step: Step | None = None) -> Iterator[str]:
     """Yield what follows `ids` as text, until end of text or one of the `stop` ids."""
     ends = {tokenizer.end_of_text, *stop}
-    tokens = stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, end_of_text=-1)
+    tokens = stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, end_of_text=-1,
+                    step=step)
     return decode(_until(tokens, ends), tokenizer.token_bytes())
 
 

@@ -9,7 +9,7 @@ rebuilt from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,10 @@ from torch.nn import functional as F
 
 NUCLEUS = 256  # tokens sorted to find top_p's; the whole vocabulary where they fall short
 
+from fira.model.attention import KeyValueCache
+
 Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor
+Step = Callable[[Tensor, KeyValueCache], Tensor]
 
 
 def generate(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float = 1.0,
@@ -37,12 +40,13 @@ def generate(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float
 
 def stream(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float = 1.0,
            top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
-           end_of_text: int | None = None) -> Iterator[Tensor]:
+           end_of_text: int | None = None, step: Step | None = None) -> Iterator[Tensor]:
     """Yield the next token of every row, [B], until `max_new_tokens` or all rows have ended.
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p keeps the fewest likeliest
     whose probabilities reach it. `seed` fixes the draw; None takes one from torch's global
-    generator. `end_of_text` None means the model's own id, if it has one; -1 never ends.
+    generator. `end_of_text` None means the model's own id, if it has one; -1 never ends. `step`
+    reads one more token of every row in the model's place: (tokens_B, cache) -> logits_BV.
     The model is in eval mode while streaming. Raises ValueError on a value out of range.
     """
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
@@ -51,13 +55,13 @@ def stream(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float =
         end_of_text = model.end_of_text
     generator = torch.Generator(device=prompt_BT.device)
     generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
-    return _stream(model, prompt_BT, max_new_tokens, end_of_text,
+    return _stream(model, prompt_BT, max_new_tokens, end_of_text, step,
                    lambda logits_BV: sample(logits_BV, temperature, top_k, top_p, generator))
 
 
 @torch.inference_mode()
 def _stream(model: Any, prompt_BT: Tensor, max_new_tokens: int, end_of_text: int | None,
-            choose: Any) -> Iterator[Tensor]:
+            step: Step | None, choose: Any) -> Iterator[Tensor]:
     context = window_length(model)
     window_BT = prompt_BT[:, -context:]
     cache = model.new_cache(len(prompt_BT), min(context, window_BT.shape[1] + max_new_tokens))
@@ -67,8 +71,10 @@ def _stream(model: Any, prompt_BT: Tensor, max_new_tokens: int, end_of_text: int
     try:
         unread_BT = window_BT
         for _ in range(max_new_tokens):
-            x_BTD = model.features(unread_BT, cache)
-            token_B = choose(model.logits(x_BTD[:, -1]))
+            if step is not None and unread_BT.shape[1] == 1:
+                token_B = choose(step(unread_BT[:, 0], cache))
+            else:
+                token_B = choose(model.logits(model.features(unread_BT, cache)[:, -1]))
             if end_of_text is not None:
                 token_B = torch.where(ended_B, end_of_text, token_B)
                 ended_B = ended_B | (token_B == end_of_text)

@@ -1,0 +1,146 @@
+"""A model's weights as the table of addresses that the compiled step reads.
+
+In fp32 nothing is copied: the table points into torch's own parameters. int8 keeps one fp32 scale
+per output row, int4 one per 32 inputs of a row; both are symmetric, and activations stay fp32.
+Embeddings, norms and routers always stay fp32; a tied head is quantized as a copy.
+"""
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOAT32, INT8, INT4 = 0, 1, 2
+GROUP = 32  # int4 weights that share a scale
+
+# numba's cache on disk sees changes in the file of the function it compiled but not in the others
+# that it was built from. A field named after their content makes it another function.
+SOURCES = "sources_" + str(zlib.crc32(b"".join(
+    (Path(__file__).parent / name).read_bytes() for name in ("dots.py", "kernel.py"))))
+
+MATRIX = np.dtype([(name, np.int64) for name in ("weight", "scale", "bias")])
+NORM = np.dtype([(name, np.int64) for name in ("weight", "bias")])
+LAYER = np.dtype([
+    ("attention_norm", NORM), ("qkv", MATRIX), ("query_norm", np.int64), ("key_norm", np.int64),
+    ("output", MATRIX), ("moe_norm", NORM), ("router", MATRIX), ("gate", MATRIX), ("up", MATRIX),
+    ("down", MATRIX), ("keys", np.int64), ("values", np.int64)])
+SHAPE = np.dtype([(name, np.int64) for name in (
+    "width", "heads", "kv_heads", "head_width", "hidden", "experts", "top_k", "vocabulary",
+    "context", "precision", "embedding", "positions", "cosines", "sines", "slot_stride",
+    "group_stride")] + [("norm", NORM), ("head", MATRIX), ("epsilon", np.float64)])
+WORK = np.dtype([(name, np.int64) for name in (
+    "x", "qkv", "mixed", "hidden",  # shared by the crew
+    "normed", "scores", "probs", "weights", "chosen", "order",  # each rank's own
+    "counter", SOURCES)])
+
+PRECISIONS = {"float32": FLOAT32, "int8": INT8, "int4": INT4}
+
+
+class Packed:
+    """The records `shape` and `layers` of a model, and `held`, the memory that they point into."""
+
+    def __init__(self, model: Any, precision: str = "float32") -> None:
+        self.precision = precision
+        self.held: list[Tensor] = []
+        spec = model.spec
+        self.shape = np.zeros(1, SHAPE)
+        self.layers = np.zeros(spec.num_layers, LAYER)
+        self._fill_shape(model)
+        for record, block in zip(self.layers, model.blocks, strict=True):
+            self._fill_layer(record, block)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that is held beside the model's own parameters and with them."""
+        return sum(tensor.nbytes for tensor in self.held)
+
+    def _fill_shape(self, model: Any) -> None:
+        spec, record = model.spec, self.shape[0]
+        kv_heads = getattr(spec, "n_kv_head", spec.n_head)
+        sizes = {"width": spec.d_model, "heads": spec.n_head, "kv_heads": kv_heads,
+                 "head_width": spec.head_dim, "hidden": spec.d_ff, "experts": spec.num_experts,
+                 "top_k": spec.top_k, "vocabulary": spec.vocab_size, "context": spec.context,
+                 "precision": PRECISIONS[self.precision], "epsilon": model.norm.eps}
+        for name, size in sizes.items():
+            record[name] = size
+        record["embedding"] = self._hold(model.token_embedding.weight)
+        if hasattr(model, "position_embedding"):
+            record["positions"] = self._hold(model.position_embedding.weight)
+        if hasattr(model, "rotary"):
+            record["cosines"] = self._hold(model.rotary.cos)
+            record["sines"] = self._hold(model.rotary.sin)
+        record["norm"] = self._norm(model.norm)
+        record["head"] = self._matrix(getattr(model, "head", model.token_embedding))
+
+    def _fill_layer(self, record: Any, block: Any) -> None:
+        attention, experts = block.attention, block.moe.experts
+        record["attention_norm"] = self._norm(block.attention_norm)
+        record["moe_norm"] = self._norm(block.moe_norm)
+        record["qkv"] = self._matrix(attention.qkv)
+        record["output"] = self._matrix(attention.output)
+        if hasattr(attention, "query_norm"):
+            record["query_norm"] = self._hold(attention.query_norm.weight)
+            record["key_norm"] = self._hold(attention.key_norm.weight)
+        if hasattr(block.moe, "router"):
+            router = block.moe.router
+            record["router"] = self._hold(router.weight), 0, self._bias(router)
+        if hasattr(experts, "gate"):
+            record["gate"] = self._matrix(experts.gate)
+        record["up"] = self._matrix(experts.up)
+        record["down"] = self._matrix(experts.down)
+
+    def _hold(self, tensor: Tensor) -> int:
+        """The address of a tensor that will live as long as this table."""
+        tensor = tensor.detach()
+        assert tensor.is_contiguous(), tensor.shape
+        self.held.append(tensor)
+        return tensor.data_ptr()
+
+    def _bias(self, module: Any) -> int:
+        bias = getattr(module, "bias", None)
+        return 0 if bias is None else self._hold(bias)
+
+    def _norm(self, norm: Any) -> tuple[int, int]:
+        return self._hold(norm.weight), self._bias(norm)
+
+    def _matrix(self, module: Any) -> tuple[int, int, int]:
+        """Weight, scale and bias of a matrix [..., out, in]."""
+        weight = module.weight.detach()
+        if self.precision == "float32":
+            return self._hold(weight), 0, self._bias(module)
+        numbers, scale = (quantize_int8 if self.precision == "int8" else quantize_int4)(weight)
+        return self._hold(numbers), self._hold(scale), self._bias(module)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., out, in] -> int8 [..., out, in] and fp32 scales [..., out]."""
+    scale = weight.abs().amax(dim=-1) / 127
+    numbers = (weight / scale.clamp(min=1e-30).unsqueeze(-1)).round_()
+    return numbers.to(torch.int8), scale.contiguous()
+
+
+def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., out, in] -> bytes [..., out, in/2] and fp32 scales [..., out, in/32].
+
+    The weight of largest magnitude in a group is -8 steps, so that all 16 values are used. Byte i
+    of a group holds weights i and i + 16, each plus 8.
+    """
+    groups = weight.unflatten(-1, (-1, GROUP))
+    largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
+    scale = largest / -8
+    steps = torch.where(scale == 0, torch.zeros(()), groups / scale)
+    low, high = (steps.round_().clamp_(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
+    return (low | high << 4).flatten(-2).contiguous(), scale.squeeze(-1).contiguous()
+
+
+def dequantize(numbers: Tensor, scale: Tensor) -> Tensor:
+    """What the numbers of `quantize_int8` or `quantize_int4` stand for: [..., out, in]."""
+    if numbers.dtype == torch.int8:
+        return numbers * scale.unsqueeze(-1)
+    pairs = numbers.unflatten(-1, (-1, GROUP // 2))
+    steps = torch.cat([pairs & 15, pairs >> 4], dim=-1).float() - 8
+    return (steps * scale.unsqueeze(-1)).flatten(-2)
