@@ -61,6 +61,9 @@ CHAT_MODELFILE = """{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ end }}<|im_start|>assistant
 """
 BASE_MODELFILE = "{end}{{{{ .Prompt }}}}"  # as in training, a text begins after an end of text
+BASE_TEMPLATE = (  # a model that knows no chat turns continues the text so far, as in fira chat
+    "{end}{{% for message in messages %}}{{{{ message['content'] }}}}"
+    "{{% if message['role'] != 'user' %}}{{{{ '\n' }}}}{{% endif %}}{{% endfor %}}")
 
 
 def export_gguf(model: Any, tokenizer: Tokenizer, file: Path, type_name: str,
@@ -81,6 +84,8 @@ def export_gguf(model: Any, tokenizer: Tokenizer, file: Path, type_name: str,
         writer = gguf.GGUFWriter(partial, "qwen3" if kind(model.spec) == DENSE else "qwen3moe")
         _describe(writer, model, file.stem, mix)
         _add_tokenizer(writer, tokenizer, model.spec.vocab_size)
+        template = tokenizer.settings.get("chat_template") if chat else None
+        writer.add_chat_template(template or BASE_TEMPLATE.format(end=_end(tokenizer)))
         for name, tensor, type in planned:
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, type)
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), type)
@@ -194,13 +199,16 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
         writer.add_eot_token_id(tokenizer.special(TURN_END))
     if PAD in names:
         writer.add_pad_token_id(tokenizer.special(PAD))
-    if tokenizer.settings.get("chat_template"):
-        writer.add_chat_template(tokenizer.settings["chat_template"])
+
+
+def _end(tokenizer: Tokenizer) -> str:
+    """The name of the end-of-text token."""
+    return next(token["content"] for token in tokenizer.description["added_tokens"]
+                if token["id"] == tokenizer.end_of_text)
 
 
 def _modelfile(model: Any, tokenizer: Tokenizer, name: str, chat: bool) -> str:
-    end = next(token["content"] for token in tokenizer.description["added_tokens"]
-               if token["id"] == tokenizer.end_of_text)
+    end = _end(tokenizer)
     template = CHAT_MODELFILE if chat else BASE_MODELFILE.format(end=end)
     stops = [end, TURN_END] if chat else [end]
     return "\n".join([f"FROM ./{name}", f'TEMPLATE """{template}"""',
