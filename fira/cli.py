@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fira.cli_exchange import VERBS as EXCHANGE
 from fira.command import (
     FOLDER,
     OUT,
@@ -180,12 +181,16 @@ def generate(run: Path, prompt: str, device: str, precision: str, **sampling: An
 def chat(run: Path, system: str | None, **options: Any) -> None:
     """Talk with the model in RUN, in the terminal or through a pipe.
 
-    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
+    RUN is a run folder (its newest checkpoint is used), a step folder in it, or a .gguf file, which
+    llama.cpp runs (pip install 'fira-moe[edge]').
 
     \b
     Example: fira chat out/quickstart/run
     """
-    from fira.infer.chat import chat as run_chat
+    if run.suffix == ".gguf":
+        from fira.infer.edge import chat as run_chat
+    else:
+        from fira.infer.chat import chat as run_chat
 
     run_chat(run, system=system, **options)
 
@@ -268,6 +273,10 @@ def report(run: Path) -> None:
     for path in write_report(run):
         click.echo(path)
     print_summary(run, console())
+
+
+for verb in EXCHANGE:
+    fira.add_command(verb)
 
 
 def _print_routing(run: Path, screen: Any) -> None:

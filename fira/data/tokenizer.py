@@ -43,7 +43,7 @@ class Tokenizer:
         self.reference = reference
         self.description: dict[str, Any] = json.loads(reference.to_str())
         _check_byte_level(self.description)
-        self.settings = settings if settings is not None else _settings(self._names())
+        self.settings = settings if settings is not None else _settings(self.added_names())
         self.vocab_size = 1 + max(reference.get_vocab(with_added_tokens=True).values())
 
     @classmethod
@@ -109,7 +109,7 @@ class Tokenizer:
         named = self.settings.get("eos_token")
         named = named["content"] if isinstance(named, dict) else named
         for name in (END_OF_TEXT, named, *_ENDS):
-            if name in self._names():
+            if name in self.added_names():
                 return self.special(name)
         raise ValueError("the tokenizer has no end-of-text token; add one named "
                          f"{END_OF_TEXT} to its added_tokens")
@@ -163,7 +163,8 @@ class Tokenizer:
             return quick.encode(text)
         return np.array(self._plain.encode(text, add_special_tokens=False).ids, np.uint32)
 
-    def _names(self) -> set[str]:
+    def added_names(self) -> set[str]:
+        """Names of the tokens beside the vocabulary, the special ones among them."""
         return {token["content"] for token in self.description["added_tokens"]}
 
 

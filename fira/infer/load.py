@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fira.checkpoint import find_damage
+from fira.convert.quantize import load_model
 from fira.data.tokenizer import Tokenizer
-from fira.model.files import MANIFEST, WEIGHTS, find_model, load_pretrained
+from fira.model.files import MANIFEST, WEIGHTS, find_model
 from fira.runtime import pick_device
 
 
@@ -29,7 +30,7 @@ def load(run: str | Path, device: str = "auto") -> Loaded:
         raise ValueError(f"{folder} has no tokenizer.json; copy it back from the data folder that "
                          "the model was trained on, or use another step")
     tokenizer = Tokenizer.load(folder)
-    model = load_pretrained(folder)
+    model = load_model(folder)
     if tokenizer.vocab_size > model.spec.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
                          f"only {model.spec.vocab_size}; put back the tokenizer.json it came with")

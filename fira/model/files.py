@@ -19,7 +19,8 @@ from fira.model.spec import ModelSpec
 
 CLASSES: dict[str, type[FIRA] | type[FIRA2]] = {"fira": FIRA, "fira2": FIRA2}
 WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
-NOTES = ("end_of_text", "trained_length")  # what a model learned with, besides its spec
+# what a model learned with, besides its spec, and how its weights are stored if not as numbers
+NOTES = ("end_of_text", "trained_length", "quantization")
 
 
 def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:
@@ -40,7 +41,7 @@ def save_weights(model: Any, folder: str | Path) -> None:
     """Write model.safetensors and config.json: the spec, and of NOTES what is known."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    notes = {note: getattr(model, note) for note in NOTES}
+    notes = {note: getattr(model, note, None) for note in NOTES}
     config = model.spec.model_dump() | {k: v for k, v in notes.items() if v is not None}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -59,10 +60,17 @@ def load_pretrained(folder: str | Path, expected: type[nn.Module] | None = None)
     if expected not in (None, found):
         raise ValueError(f"{folder} holds a {found.__name__}, not a {expected.__name__}; "
                          f"use {found.__name__}.from_pretrained or load_pretrained")
+    if notes["quantization"]:
+        raise ValueError(f"{folder} holds {notes['quantization']} weights, which cannot be trained "
+                         "or converted; use the run it was made from")
     model = build_meta(spec)
-    tensors = _read_tensors(folder / WEIGHTS, model.state_dict())
+    return assemble(model, read_tensors(folder / WEIGHTS, model.state_dict()), notes)
+
+
+def assemble(model: Any, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> Any:
+    """Give a model of `build_meta` its weights and notes; buffers not in `tensors` start anew."""
     _materialize_buffers(model)
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict({**model.state_dict(), **tensors}, assign=True)
     for note, value in notes.items():
         setattr(model, note, value)
     return model.eval()
@@ -100,7 +108,7 @@ def newest_step(run: str | Path) -> Path:
     return max(complete)[1]
 
 
-def read_config(path: Path) -> tuple[Any, dict[str, int | None]]:
+def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
     """The spec in a config.json, and its notes: the end-of-text id, the length trained on."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -121,8 +129,11 @@ def read_config(path: Path) -> tuple[Any, dict[str, int | None]]:
                          "copy the file again or use another step") from None
 
 
-def _read_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors copied out of the file, so that it may change while the model lives."""
+def read_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The `wanted` tensors, copied out of the file so that it may change while the model lives.
+
+    Raises ValueError, one line, if the file is damaged, or has others or other shapes.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing; use another step or copy the file again")
     try:

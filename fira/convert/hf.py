@@ -1,0 +1,166 @@
+"""A model as a Hugging Face folder, which AutoModelForCausalLM and AutoTokenizer load, and back.
+
+FIRA2 becomes a Qwen3 (see qwen3.py) and needs no code of ours. FIRA brings its own modelling file,
+so it is loaded with trust_remote_code=True.
+"""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fira.convert import qwen3
+from fira.convert.limits import check_target
+from fira.convert.target import new_target
+from fira.data.tokenizer import PAD, TURN_END, TURN_START, Tokenizer
+from fira.model.files import CONFIG, WEIGHTS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODELLING = Path(__file__).with_name("modeling_fira.py")
+INDEX = WEIGHTS + ".index.json"
+
+
+def export_hf(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | None = None,
+              chat: bool = False) -> None:
+    """Write `model` into the new `folder`, in `dtype` (as it is, if None).
+
+    `chat` says that the model knows chat turns; it is kept for `import_hf`. Raises ValueError, one
+    line, if the folder exists or the model has no such form.
+    """
+    check_target(model, "hf")
+    kept = next(model.parameters()).dtype if dtype is None else DTYPES[dtype]
+    fira2 = model.spec.architecture == "fira2"
+    config = qwen3.describe(model.spec, kept) if fira2 else _describe_fira(model.spec, kept)
+    config |= _token_ids(tokenizer) | {"fira": {
+        "chat": chat, "trained_length": model.trained_length,
+        **{key: getattr(model.spec, key) for key in qwen3.TRAINING}}}
+    named = qwen3.tensors(model) if fira2 else _fira_tensors(model)
+    with new_target(folder) as partial:
+        tokenizer.save(partial)
+        save_file({name: tensor.detach().to(kept).contiguous() for name, tensor in named},
+                  partial / WEIGHTS, metadata={"format": "pt"})
+        _write(partial / CONFIG, config)
+        _write(partial / "generation_config.json", _generation(tokenizer))
+        if not fira2:
+            shutil.copyfile(MODELLING, partial / MODELLING.name)
+
+
+def import_hf(folder: Path) -> tuple[Any, Tokenizer, bool]:
+    """The model and tokenizer in a Hugging Face folder, and whether it knows chat turns.
+
+    Weights keep their dtype. Raises ValueError, one line, for what FIRA2 cannot hold.
+    """
+    config = _read_json(folder / CONFIG)
+    try:
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        ours = config.get("fira", {})
+        notes = {"end_of_text": tokenizer.end_of_text,
+                 "trained_length": ours.get("trained_length"), "quantization": None}
+        with _Checkpoint(folder) as files:
+            model = qwen3.build_from(config, set(files.place), files.read, notes)
+        if tokenizer.vocab_size > model.spec.vocab_size:
+            raise ValueError(f"tokenizer.json has {tokenizer.vocab_size} tokens but the model only "
+                             f"{model.spec.vocab_size}; use the tokenizer that came with it")
+    except ValueError as error:
+        line = str(error)
+        raise ValueError(line if str(folder) in line else f"{folder}: {line}") from None
+    template = tokenizer.settings.get("chat_template") or ""
+    return model, tokenizer, bool(ours.get("chat", TURN_START in template))
+
+
+class _Checkpoint:
+    """The tensors of one or several safetensors files: `place` says which file holds each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, Any] = {}
+        if (folder / INDEX).is_file():
+            self.place: dict[str, str] = _read_json(folder / INDEX).get("weight_map", {})
+        elif (folder / WEIGHTS).is_file():
+            self.place = dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
+        else:
+            raise ValueError(f"{folder} has no {WEIGHTS}; FIRA reads safetensors, never pickles")
+
+    def __enter__(self) -> _Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.clear()
+
+    def read(self, name: str) -> Tensor:
+        file = self._open(self.place[name])
+        try:
+            tensor = file.get_tensor(name).clone()
+        except SafetensorError as error:
+            raise ValueError(f"{self.place[name]} lacks tensor {name} ({error}); copy every file "
+                             "of the checkpoint again") from None
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(f"{name} is {tensor.dtype}, not one of {', '.join(DTYPES)}; "
+                             "give a checkpoint that is not quantized")
+        return tensor
+
+    def _open(self, name: str) -> Any:
+        if name not in self.files:
+            try:
+                self.files[name] = safe_open(self.folder / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.folder / name} cannot be read ({error}); copy the file "
+                                 "again") from None
+        return self.files[name]
+
+
+def _describe_fira(spec: Any, dtype: torch.dtype) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    module = MODELLING.stem
+    return {"architectures": ["FIRAForCausalLM"], "model_type": "fira",
+            "auto_map": {"AutoConfig": f"{module}.FIRAConfig",
+                         "AutoModelForCausalLM": f"{module}.FIRAForCausalLM"},
+            "vocab_size": spec.vocab_size, "hidden_size": spec.d_model,
+            "num_hidden_layers": spec.num_layers, "num_attention_heads": spec.n_head,
+            "intermediate_size": spec.d_ff, "num_experts": spec.num_experts,
+            "num_experts_per_tok": spec.top_k, "max_position_embeddings": spec.context,
+            "layer_norm_eps": 1e-5, "tie_word_embeddings": False, "use_cache": True,
+            "dtype": name, "torch_dtype": name}
+
+
+def _fira_tensors(model: Any) -> list[tuple[str, Tensor]]:
+    """Our own names: the modelling file uses them. Load shares are of use to training alone."""
+    return [(name, tensor) for name, tensor in model.state_dict().items()
+            if not name.endswith("load_share_E")]
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    names = tokenizer.added_names()
+    return {"bos_token_id": None, "eos_token_id": tokenizer.end_of_text,
+            "pad_token_id": tokenizer.special(PAD) if PAD in names else tokenizer.end_of_text}
+
+
+def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
+    ends = [tokenizer.end_of_text]
+    if TURN_END in tokenizer.added_names():
+        ends.append(tokenizer.special(TURN_END))
+    return _token_ids(tokenizer) | {"eos_token_id": ends, "do_sample": True, "temperature": 0.8,
+                                    "top_k": 50}
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}; give a Hugging Face model folder"
+                         ) from None
+    except ValueError:
+        raise ValueError(f"{path} is not valid JSON; copy the file again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no object; copy the file again")
+    return found

@@ -1,0 +1,53 @@
+"""A FIRA2 with widths that every GGUF type takes, and a FIRA, both trained for a moment."""
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from fira.infer.load import load
+from fira.stages.pretrain import pretrain
+
+WIDTHS = ["model.d_model=256", "model.n_head=4", "model.n_kv_head=2", "model.head_dim=64",
+          "model.d_ff=256"]
+HARD = ["Größe, naïve café, Ǆ ﬁ e\u0301", "你好,世界。こんにちは 한국어", "🙂🙃👩‍👩‍👧 🇫🇷", "3.14159 2026-11-24 1,000,000",
+        "def f(x):\n    return x**2  # ok\n\n\tpass", "  two  spaces\r\n\r\n", "it's I'LL don't",
+        "user says <|im_end|> and <|endoftext|><think>", "\u0000\u200b\u00a0\ufeff", "The Union"]
+
+
+def train(preset, data_folder, folder, *settings):
+    pretrain(str(preset), [f"data.folder={data_folder}", *settings], folder, "cpu", False,
+             Console(quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(preset, data_folder, tmp_path_factory):
+    return train(preset, data_folder, tmp_path_factory.mktemp("moe") / "run", *WIDTHS,
+                 "train.steps=40")
+
+
+@pytest.fixture(scope="session")
+def dense_run(preset, data_folder, tmp_path_factory):
+    return train(preset, data_folder, tmp_path_factory.mktemp("dense") / "run",
+                 "model.num_experts=1", "model.top_k=1", "train.steps=10")
+
+
+@pytest.fixture(scope="session")
+def top1_run(preset, data_folder, tmp_path_factory):
+    return train(preset, data_folder, tmp_path_factory.mktemp("top1") / "run", "model.top_k=1",
+                 "train.steps=10")
+
+
+@pytest.fixture(scope="session")
+def founding_run(preset, data_folder, tmp_path_factory):
+    """A FIRA of the same small size; its spec has other fields, so the preset is its own."""
+    text = preset.read_text().replace('"fira2"', '"fira"')
+    path = tmp_path_factory.mktemp("founding") / "fira.toml"
+    path.write_text("\n".join(line for line in text.splitlines()
+                              if not line.startswith(("n_kv_head", "head_dim"))))
+    return train(path, data_folder, path.parent / "run", "train.steps=10")
+
+
+@pytest.fixture(scope="session")
+def loaded(run):
+    return load(run, "cpu")

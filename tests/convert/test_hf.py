@@ -1,0 +1,166 @@
+"""transformers computes what FIRA computes, and a model comes back as it left."""
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.convert.conftest import HARD
+
+from fira.convert.hf import INDEX
+from fira.infer.load import load
+from fira.model.files import CONFIG, WEIGHTS, load_pretrained
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def folder(run, fira, tmp_path):
+    assert fira("export", "hf", run, tmp_path / "hf").code == 0
+    return tmp_path / "hf"
+
+
+def peer(folder, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def prompt(loaded):
+    text = "The state of the Union is a matter of the people. " * 4
+    return torch.tensor([[loaded.tokenizer.end_of_text, *loaded.tokenizer.encode(text)][:48]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["run", "dense_run", "top1_run", "founding_run"])
+def test_log_probabilities_and_greedy_text_equal_those_of_transformers(which, request, fira,
+                                                                       tmp_path):
+    source = request.getfixturevalue(which)
+    assert fira("export", "hf", source, tmp_path / "hf").code == 0
+    loaded = load(source, "cpu")
+    theirs = peer(tmp_path / "hf", trust_remote_code=which == "founding_run")
+    ids_BT = prompt(loaded)
+    ours = loaded.model(ids_BT).log_softmax(-1)
+    assert (theirs(ids_BT).logits.log_softmax(-1) - ours).abs().max() < 1e-4
+    greedy = theirs.generate(ids_BT[:, :8], attention_mask=torch.ones_like(ids_BT[:, :8]),
+                             max_new_tokens=24, do_sample=False, eos_token_id=None)
+    assert torch.equal(greedy, loaded.model.generate(ids_BT[:, :8], 24, 0, end_of_text=-1))
+
+
+def test_hard_texts_have_the_same_ids(folder, loaded):
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in HARD:
+        assert theirs(text, split_special_tokens=True)["input_ids"] == loaded.tokenizer.encode(text)
+        allowed = loaded.tokenizer.encode(text, allow_special=True)
+        assert theirs(text)["input_ids"] == allowed
+    turns = [{"role": "user", "content": "Größe?"}]
+    text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nGröße?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("which", ["run", "dense_run", "top1_run"])
+def test_export_and_import_give_the_same_bits(which, request, fira, tmp_path):
+    source = request.getfixturevalue(which)
+    assert fira("export", "hf", source, tmp_path / "hf").code == 0
+    assert fira("import", "hf", tmp_path / "hf", tmp_path / "again").code == 0
+    before, after = load(source, "cpu"), load(tmp_path / "again", "cpu")
+    assert after.model.spec == before.model.spec
+    assert after.model.trained_length == before.model.trained_length
+    assert after.tokenizer.hash == before.tokenizer.hash
+    for name, tensor in before.model.named_parameters():
+        assert torch.equal(tensor, after.model.get_parameter(name)), name
+
+
+def test_an_imported_run_is_read_by_the_other_verbs(folder, fira, text_file, tmp_path):
+    run = tmp_path / "again"
+    assert fira("import", "hf", folder, run).code == 0
+    assert fira("generate", run, "The", "--max-new-tokens", 4).code == 0
+    assert fira("eval", run, "--text", text_file).code == 0
+    assert "active" in fira("show", run).out
+
+
+def test_what_transformers_saves_comes_in_also_in_several_files(folder, loaded, fira, tmp_path):
+    theirs = peer(folder)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="2MB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path / "theirs")
+    assert (tmp_path / "theirs" / INDEX).is_file()
+    assert fira("import", "hf", tmp_path / "theirs", tmp_path / "run").code == 0
+    ids_BT = prompt(loaded)
+    again = load_pretrained(tmp_path / "run")
+    assert torch.equal(again(ids_BT), loaded.model(ids_BT))
+
+
+def test_stacked_experts_come_in(folder, loaded, fira, tmp_path):
+    tensors = load_file(folder / WEIGHTS)
+    for layer in range(loaded.model.spec.num_layers):
+        at = f"model.layers.{layer}.mlp.experts."
+        parts = {part: torch.stack([tensors.pop(f"{at}{e}.{part}_proj.weight") for e in range(4)])
+                 for part in ("gate", "up", "down")}
+        tensors[f"{at}gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        tensors[f"{at}down_proj"] = parts["down"]
+    save_file(tensors, folder / WEIGHTS)
+    assert fira("import", "hf", folder, tmp_path / "run").code == 0
+    ids_BT = prompt(loaded)
+    assert torch.equal(load_pretrained(tmp_path / "run")(ids_BT), loaded.model(ids_BT))
+
+
+def test_the_dtype_can_be_chosen(run, fira, tmp_path):
+    assert fira("export", "hf", run, tmp_path / "hf", "--dtype", "bfloat16").code == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "hf" / WEIGHTS).values()} == {
+        torch.bfloat16}
+    assert json.loads((tmp_path / "hf" / CONFIG).read_text())["torch_dtype"] == "bfloat16"
+
+
+def edit_config(folder, **changes):
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+MISTAKES = {
+    "model_type='llama' is not one that FIRA2 can hold":
+        lambda folder: edit_config(folder, model_type="llama"),
+    "hidden_act=gelu": lambda folder: edit_config(folder, hidden_act="gelu"),
+    "norm_topk_prob=False": lambda folder: edit_config(folder, norm_topk_prob=False),
+    "mlp_only_layers=[0]": lambda folder: edit_config(folder, mlp_only_layers=[0]),
+    "rope_type=yarn": lambda folder: edit_config(
+        folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+    "num_hidden_layers is missing": lambda folder: edit_config(folder, num_hidden_layers=None),
+    "would have shape": lambda folder: edit_config(folder, moe_intermediate_size=128),
+    "tensor model.norm.weight is missing": lambda folder: edit_weights(
+        folder, lambda tensors: tensors.pop("model.norm.weight")),
+    "tensor extra.weight is unknown": lambda folder: edit_weights(
+        folder, lambda tensors: tensors.update({"extra.weight": torch.ones(1)})),
+    "lm_head.weight differs": lambda folder: edit_weights(
+        folder, lambda tensors: tensors["lm_head.weight"].add_(1)),
+    "is torch.int8": lambda folder: edit_weights(
+        folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(
+            256, dtype=torch.int8)})),
+    "has no model.safetensors": lambda folder: (folder / WEIGHTS).unlink(),
+    "model.safetensors cannot be read": lambda folder: (folder / WEIGHTS).write_bytes(b"no"),
+    "has no config.json": lambda folder: (folder / CONFIG).unlink(),
+    "is not valid JSON": lambda folder: (folder / CONFIG).write_text("{"),
+    "tokenizer.json does not exist": lambda folder: (folder / "tokenizer.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_what_fira2_cannot_hold_is_one_line_and_leaves_nothing(words, folder, refused, tmp_path):
+    MISTAKES[words](folder)
+    line = refused("import", "hf", folder, tmp_path / "run")
+    assert words in line and str(folder) in line and "; " in line
+    assert not list(tmp_path.glob("*run*"))
+
+
+def test_a_bad_target_or_source_is_one_line(run, folder, refused, text_file, tmp_path):
+    assert "exists already" in refused("export", "hf", run, folder)
+    assert "exists already" in refused("import", "hf", folder, folder)
+    assert "not a run folder" in refused("export", "hf", folder.parent, tmp_path / "x")
+    assert "cannot be written" in refused("export", "hf", run, text_file / "x")
+    assert "--dtype" in refused("export", "hf", run, tmp_path / "x", "--dtype", "int8", code=2)
