@@ -9,7 +9,7 @@ LAYERS = [
     {"checkpoint"},
     {"train", "infer"},
     {"eval"},
-    {"stages"},
+    {"stages", "serve"},
     {"cli", "command", "report", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
