@@ -1,7 +1,7 @@
 """What is asked of the engine and what it answers: plain values, no torch.
 
-The engine calls a request's listener with one `Piece` per generated token and then, exactly once,
-with an `End`. Text is released as soon as its characters are whole and no stop string can begin in
+The engine calls a request's listener with one `Piece` per generated token, the one that ended the
+answer included, and then, exactly once, with an `End`. Text is released as soon as its characters are whole and no stop string can begin in
 it, so the text of a piece may be empty, and the text of all pieces and the end together is the
 answer.
 """
@@ -28,7 +28,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # over the answer, as OpenAI defines both
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to a token's logit
-    stop: tuple[str, ...] = ()  # the answer ends before the first of these
+    stop: tuple[str, ...] = ()  # the answer ends before the one that is complete first
     stop_ids: tuple[int, ...] = ()  # ids that end the answer, beside the end of text
     ignore_end: bool = False  # go on after the end of text
     seed: int | None = None  # None: another answer each time
@@ -46,7 +46,8 @@ class SamplingParams:
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 is none"),
             "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
             "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
-            "logit_bias": (not any(map(math.isnan, self.logit_bias.values())), "numbers"),
+            "logit_bias": (all(bias < math.inf for bias in self.logit_bias.values()),
+                           "numbers, or -inf to forbid a token"),
             "stop": ("" not in self.stop, "strings that are not empty"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more, or left out"),
             "prompt_logprobs": (self.prompt_logprobs is None or self.prompt_logprobs >= 0,

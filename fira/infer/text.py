@@ -45,6 +45,47 @@ def decode(ids: Iterable[int], token_bytes: Sequence[bytes]) -> Iterator[str]:
             yield text
 
 
+class Release:
+    """The text of one answer, let go as soon as no stop string can begin in it.
+
+    Characters come whole, as in `decode`. Of several stop strings the one that is complete first
+    ends the answer, the longest of those complete at once, so that it does not matter how the text
+    is cut into tokens.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:
+        self.token_bytes, self.stop = token_bytes, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held = ""
+        self.stopped: str | None = None  # the stop string that ended the answer
+
+    def push(self, token: int) -> str:
+        """The text that this token sets free."""
+        data = self.token_bytes[token] if token < len(self.token_bytes) else b""
+        self.held += self.decoder.decode(data)
+        found = [(self.held.find(stop) + len(stop), -len(stop), stop)
+                 for stop in self.stop if stop in self.held]
+        if found:
+            end, _, self.stopped = min(found)
+            free, self.held = self.held[:end - len(self.stopped)], ""
+            return free
+        keep = max((_overlap(self.held, stop) for stop in self.stop), default=0)
+        cut = len(self.held) - keep
+        free, self.held = self.held[:cut], self.held[cut:]
+        return free
+
+    def finish(self) -> str:
+        """What was held back, at an end that no stop string made."""
+        free, self.held = self.held, ""
+        return free
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest beginning of `stop` that `text` ends with."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1)
+                 if text.endswith(stop[:size])), 0)
+
+
 def _until(tokens: Iterator[Any], ends: set[int]) -> Iterator[int]:
     for token_B in tokens:
         token = int(token_B[0])

@@ -21,6 +21,10 @@ class LayerCache:
         self.values_BGSC = values_BGSC
         self.length = 0
 
+    def attend(self, q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
+        """Attention of T new positions to themselves and to all before: BHTC."""
+        return attention(q_BHTC, *self.extend(k_BGTC, v_BGTC))
+
     def extend(self, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
         """Append T positions; return views of all positions so far."""
         start, self.length = self.length, self.length + k_BGTC.shape[2]
@@ -44,6 +48,13 @@ class KeyValueCache:
     def length(self) -> int:
         return self.layers[-1].length
 
+    def end(self, T: int) -> int:
+        """The sequence's length once T more tokens are read."""
+        return self.length + T
+
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        return torch.arange(self.length, self.length + T, device=device)
+
     def reset(self) -> None:
         for layer in self.layers:
             layer.length = 0
@@ -51,9 +62,12 @@ class KeyValueCache:
 
 def attention(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor,
               cache: LayerCache | None = None) -> Tensor:
-    """Causal attention of T new positions to themselves and to everything in the cache: BHTC."""
+    """Causal attention of T new positions to themselves and to everything in the cache: BHTC.
+
+    With a cache the work is the cache's (`attend`), for it knows which rows belong together.
+    """
     if cache is not None:
-        k_BGTC, v_BGTC = cache.extend(k_BGTC, v_BGTC)
+        return cache.attend(q_BHTC, k_BGTC, v_BGTC)
     B, H, T, C = q_BHTC.shape
     G, S = k_BGTC.shape[1:3]
     if T == 1:  # heads that share keys become query positions, so nothing is copied per head
@@ -76,6 +90,20 @@ def attention_plain(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor,
     scores_BHTS = q_BHTC @ k_BHSC.transpose(-2, -1) / math.sqrt(C)
     scores_BHTS = scores_BHTS.masked_fill(~_causal_mask(T, S, q_BHTC.device), -math.inf)
     return scores_BHTS.softmax(dim=-1) @ v_BHSC
+
+
+def find_positions(tokens_BT: Tensor, cache: KeyValueCache | None, context: int) -> Tensor:
+    """Absolute positions of the new tokens, [T]. Raises ValueError past the context."""
+    T, device = tokens_BT.shape[1], tokens_BT.device
+    check_length(T if cache is None else cache.end(T), context)
+    return torch.arange(T, device=device) if cache is None else cache.positions(T, device)
+
+
+def check_length(length: int, context: int) -> None:
+    """Raises ValueError for a sequence the model has no positions for."""
+    if length > context:
+        raise ValueError(f"sequence of {length} tokens is longer than context={context}; "
+                         f"shorten it to {context} tokens or train with a larger context")
 
 
 def _causal_mask(T: int, S: int, device: torch.device) -> Tensor:
@@ -106,9 +134,9 @@ class Rotary(nn.Module):
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
 
-    def forward(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The tables of positions start..stop."""
-        return self.cos[start:stop], self.sin[start:stop]
+    def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """The tables' rows at these positions, [T, C/2] each."""
+        return self.cos[positions_T], self.sin[positions_T]
 
 
 class Rotate(torch.autograd.Function):

@@ -9,14 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fira.config import parse
-from fira.model.attention import KeyValueCache, LayerCache, attention
+from fira.model.attention import KeyValueCache, LayerCache, attention, find_positions
 from fira.model.experts import GELUExperts
-from fira.model.generate import check_length, generate
+from fira.model.generate import generate
 from fira.model.initialize import initialize
 from fira.model.moe import Dense, MoE
 from fira.model.router import Router
@@ -45,9 +44,7 @@ class FIRA(nn.Module):
 
     def features(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The normalized residual stream x_BTD that the head reads."""
-        T, start = tokens_BT.shape[1], cache.length if cache else 0
-        check_length(start + T, self.spec.context)
-        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
+        positions_T = find_positions(tokens_BT, cache, self.spec.context)
         x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(positions_T)
         x_BTD = F.dropout(x_BTD, self.spec.dropout, self.training)
         for layer, block in enumerate(self.blocks):
@@ -61,7 +58,7 @@ class FIRA(nn.Module):
     def new_cache(self, batch: int, capacity: int | None = None) -> KeyValueCache:
         """An empty key-value cache for `capacity` positions (the whole context)."""
         spec = self.spec
-        return KeyValueCache(spec.num_layers, batch, spec.n_head, capacity or spec.context,
+        return KeyValueCache(spec.num_layers, batch, spec.n_kv_head, capacity or spec.context,
                              spec.head_dim, like=self.token_embedding.weight)
 
     generate = generate

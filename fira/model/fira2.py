@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fira.config import parse
-from fira.model.attention import KeyValueCache, LayerCache, Rotary, Rotate, attention
+from fira.model.attention import (
+    KeyValueCache,
+    LayerCache,
+    Rotary,
+    Rotate,
+    attention,
+    find_positions,
+)
 from fira.model.experts import SwiGLUExperts
-from fira.model.generate import check_length, generate
+from fira.model.generate import generate
 from fira.model.initialize import initialize
 from fira.model.moe import Dense, MoE
 from fira.model.norm import RMSNorm
@@ -43,9 +50,7 @@ class FIRA2(nn.Module):
 
     def features(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The normalized residual stream x_BTD that the head reads."""
-        T, start = tokens_BT.shape[1], cache.length if cache else 0
-        check_length(start + T, self.spec.context)
-        tables = self.rotary(start, start + T)
+        tables = self.rotary(find_positions(tokens_BT, cache, self.spec.context))
         x_BTD = self.token_embedding(tokens_BT)
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, tables, cache.layers[layer] if cache else None)

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+NUCLEUS = 256  # tokens sorted first to find top_p's; sorting the whole vocabulary takes 20 times as long
 
 Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -90,21 +93,41 @@ def window_length(model: Any) -> int:
 
 
 def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None,
-           top_p: float | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token per row, [B]; greedy at temperature 0."""
+           top_p: float | None = None, generator: torch.Generator | None = None,
+           min_p: float = 0.0) -> Tensor:
+    """Draw one token per row, [B]; greedy at temperature 0.
+
+    One uniform number per row is looked up in the cumulated probabilities of what is kept: first
+    the `top_k` likeliest, of these the fewest whose share reaches `top_p`, of these the ones at
+    least `min_p` times as likely as the likeliest (Nguyen et al. 2024).
+    """
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
-    scores_BV = logits_BV.float() / temperature
+    probs_BV = (logits_BV.float() / temperature).softmax(dim=-1)
     order_BV = None
     if top_k is not None or top_p is not None:
-        keep = min(top_k or scores_BV.shape[-1], scores_BV.shape[-1])
-        scores_BV, order_BV = scores_BV.topk(keep, dim=-1)
-    probs_BV = scores_BV.softmax(dim=-1)
-    if top_p is not None:  # a token stays while the likelier ones before it fall short of top_p
-        before_BV = probs_BV.cumsum(dim=-1) - probs_BV
-        probs_BV = probs_BV.masked_fill(before_BV >= top_p, 0)
-    drawn_B1 = torch.multinomial(probs_BV, 1, generator=generator)
+        probs_BV, order_BV = _likeliest(probs_BV, top_k, top_p)
+    if min_p > 0:
+        floor_B1 = min_p * probs_BV.amax(dim=-1, keepdim=True)
+        probs_BV = probs_BV.masked_fill(probs_BV < floor_B1, 0)
+    sums_BV = probs_BV.cumsum(dim=-1)
+    point_B1 = sums_BV[:, -1:] * torch.rand(len(sums_BV), 1, generator=generator,
+                                            device=sums_BV.device)
+    drawn_B1 = torch.searchsorted(sums_BV, point_B1, right=True).clamp(max=sums_BV.shape[1] - 1)
     return (drawn_B1 if order_BV is None else order_BV.gather(-1, drawn_B1)).squeeze(-1)
+
+
+def _likeliest(probs_BV: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+    """Probabilities in falling order, 0 for what is cut, and the tokens they belong to."""
+    vocab = probs_BV.shape[-1]
+    sorted_BK, order_BK = probs_BV.topk(min(top_k or NUCLEUS, vocab), dim=-1)
+    if top_p is None:
+        return sorted_BK, order_BK
+    mass_B1 = sorted_BK.sum(dim=-1, keepdim=True) if top_k else torch.ones_like(probs_BV[:, :1])
+    if top_k is None and bool((sorted_BK.sum(dim=-1) < top_p).any()):  # a very flat distribution
+        sorted_BK, order_BK = probs_BV.topk(vocab, dim=-1)
+    before_BK = F.pad(sorted_BK.cumsum(dim=-1)[:, :-1], (1, 0))
+    return sorted_BK.masked_fill(before_BK >= top_p * mass_B1, 0), order_BK
 
 
 def prompt_tensor(model: Any, ids: Ids) -> Tensor:
@@ -127,13 +150,6 @@ def prompt_tensor(model: Any, ids: Ids) -> Tensor:
         raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of "
                          f"{size}; encode the prompt with this model's own tokenizer")
     return ids_BT
-
-
-def check_length(length: int, context: int) -> None:
-    """Raises ValueError for a sequence the model has no positions for."""
-    if length > context:
-        raise ValueError(f"sequence of {length} tokens is longer than context={context}; "
-                         f"shorten it to {context} tokens or train with a larger context")
 
 
 def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None,

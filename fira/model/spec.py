@@ -49,6 +49,11 @@ class FIRASpec(Spec):
     def head_dim(self) -> int:
         return self.d_model // self.n_head
 
+    @property
+    def n_kv_head(self) -> int:
+        """Every query head has keys and values of its own."""
+        return self.n_head
+
 
 class FIRA2Spec(Spec):
     """The second generation: exactly Qwen3-MoE's mathematics, so that its weights run elsewhere."""

@@ -54,7 +54,7 @@ def test_rotary_equals_transformers():
     rotary = Rotary(context=32, head_dim=16, theta=10000.0)
     rotary.reset_buffers()
     x = torch.randn(2, 9, 3, 16)
-    cos, sin = rotary(5, 14)
+    cos, sin = rotary(torch.arange(5, 14))
     theirs, _ = apply_rotary_pos_emb(x, x, cos.repeat(1, 2)[None], sin.repeat(1, 2)[None],
                                      unsqueeze_dim=2)
     torch.testing.assert_close(Rotate.apply(x, cos, sin), theirs)
