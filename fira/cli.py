@@ -197,7 +197,7 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
 @click.option("--name", help="The model's id.  [default: the run folder's name]")
 @click.option("--slots", type=click.IntRange(1), default=8, show_default=True,
               help="Answers written at the same time.")
-@click.option("--queue", type=click.IntRange(0), default=256, show_default=True,
+@click.option("--queue", type=click.IntRange(1), default=256, show_default=True,
               help="Requests that may wait for a slot; more are told to come back.")
 @device_option
 def serve(run: Path, **options: Any) -> None:

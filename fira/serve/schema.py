@@ -84,7 +84,7 @@ class Sampling(Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
@@ -162,7 +162,8 @@ def _refusal(schema: type[BaseModel], error: ValidationError) -> Refused:
     if fault["type"] == "missing":
         return Refused(400, f"{param} is missing; give it", param, "missing_field")
     rule = _WORDS.sub("must ", fault["msg"].partition(" after validation")[0])
-    rule = rule.replace("a valid integer", "an integer").replace("a valid", "a")
+    rule = rule.replace("a valid integer", "an integer").replace("a valid array", "a list")
+    rule = rule.replace("a valid", "a")
     field = schema.model_fields.get(path[0])
     if len({str(other["loc"]) for other in faults if other["loc"][0] == fault["loc"][0]}) > 1 \
             and field and field.description and len(path) <= 2:
