@@ -33,7 +33,7 @@ def main() -> None:
             @given(case=found.as_strategy(generation_mode=mode))
             @settings(max_examples=options.cases, deadline=None, database=None,
                       suppress_health_check=list(HealthCheck))
-            def ask(case: schemathesis.Case) -> None:
+            def ask(case: schemathesis.Case, mode: GenerationMode = mode) -> None:
                 status = case.call(timeout=30).status_code
                 counts[mode.value, case.path, status] += 1
                 assert status < 500, case.as_curl_command()

@@ -5,7 +5,7 @@ import functools
 import re
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 from typing_extensions import NotRequired, TypedDict
 
@@ -132,10 +132,11 @@ class Health(TypedDict):
 
 RESPONSES: tuple[Any, ...] = (Error, ChatCompletion, Completion, Model, Models, Tokens, Text,
                               Health)
-POSTS = {"/v1/chat/completions": ("Answer a chat", ChatRequest, ChatCompletion),
-         "/v1/completions": ("Continue a text", CompletionRequest, Completion),
-         "/tokenize": ("Text to token ids", TokenizeRequest, Tokens),
-         "/detokenize": ("Token ids to text", DetokenizeRequest, Text)}
+POSTS: dict[str, tuple[str, type[BaseModel], Any]] = {
+    "/v1/chat/completions": ("Answer a chat", ChatRequest, ChatCompletion),
+    "/v1/completions": ("Continue a text", CompletionRequest, Completion),
+    "/tokenize": ("Text to token ids", TokenizeRequest, Tokens),
+    "/detokenize": ("Token ids to text", DetokenizeRequest, Text)}
 GETS: dict[str, tuple[str, Any]] = {
     "/v1/models": ("The served model", Models), "/v1/models/{model}": ("One model", Model),
     "/health": ("Whether the model is loaded", Health)}
@@ -149,9 +150,9 @@ REFUSALS = {"400": "Something in the request cannot be honoured",
 @functools.cache
 def document(keys: bool) -> dict[str, Any]:
     """The OpenAPI description. `keys` says that the server wants one."""
-    requests = [request for _, request, _ in POSTS.values()]
-    _, top = models_json_schema([(request, "validation") for request in requests],
-                                ref_template=REF)
+    requests: list[tuple[type[BaseModel], Any]] = [
+        (request, "validation") for _, request, _ in POSTS.values()]
+    _, top = models_json_schema(requests, ref_template=REF)
     schemas = dict(top["$defs"])
     for response in RESPONSES:
         found = TypeAdapter(response).json_schema(ref_template=REF, mode="serialization")

@@ -124,8 +124,8 @@ def test_greedy_completions_equal_plain_generation(openai, model, tokenizer):
 def lm_scores(real, tokenizer, folder, requests):
     for needed in ("lm_eval", "tenacity"):
         pytest.importorskip(needed, reason="lm-eval[api] is not installed")
-    from lm_eval.models import openai_completions as api
     from lm_eval.api.instance import Instance
+    from lm_eval.models import openai_completions as api
 
     tokenizer.save(folder)
     scorer = api.LocalCompletionsAPI(base_url=real.address + "/v1/completions", model="tiny",
