@@ -113,7 +113,7 @@ class SlotLayer(NamedTuple):
 
     def _attend_together(self, q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor) -> Tensor:
         """Parts of one token: one masked attention over the slots in use, without a copy."""
-        batch, (H, N, C) = self.batch, q_1HNC.shape[1:]
+        batch, (H, _, C) = self.batch, q_1HNC.shape[1:]
         S, G = batch.rows, self.keys_SGTC.shape[1]
         self.keys_SGTC[batch.slots_N, :, batch.starts_N] = k_1GNC[0].transpose(0, 1)
         self.values_SGTC[batch.slots_N, :, batch.starts_N] = v_1GNC[0].transpose(0, 1)

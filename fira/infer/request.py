@@ -1,9 +1,9 @@
 """What is asked of the engine and what it answers: plain values, no torch.
 
 The engine calls a request's listener with one `Piece` per generated token, the one that ended the
-answer included, and then, exactly once, with an `End`. Text is released as soon as its characters are whole and no stop string can begin in
-it, so the text of a piece may be empty, and the text of all pieces and the end together is the
-answer.
+answer included, and then, exactly once, with an `End`. Text is released as soon as its characters
+are whole and no stop string can begin in it, so the text of a piece may be empty, and the text of
+all pieces and the end together is the answer.
 """
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ def decode(ids: Iterable[int], token_bytes: Sequence[bytes]) -> Iterator[str]:
     Bytes that are no UTF-8 appear as U+FFFD. Ids without text, the special ones and the rows that
     pad the vocabulary, show nothing; neither does a character cut off by the end of the stream.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    release = Release(token_bytes)
     for token in ids:
-        text = decoder.decode(token_bytes[token] if token < len(token_bytes) else b"")
+        text = release.push(token)
         if text:
             yield text
 

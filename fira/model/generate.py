@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NUCLEUS = 256  # tokens sorted first to find top_p's; sorting the whole vocabulary takes 20 times as long
+NUCLEUS = 256  # tokens sorted to find top_p's; the whole vocabulary where they fall short
 
 Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor
 

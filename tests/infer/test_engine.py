@@ -1,0 +1,211 @@
+"""The engine's tokens are those of one request computed alone, token by token."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fira.infer.cache import Part, SlotCache, common_prefix
+from fira.infer.engine import Engine
+from fira.infer.request import End, SamplingParams
+from fira.infer.step import TorchStep
+from fira.model.files import build
+from fira.model.spec import FIRA2Spec, FIRASpec
+
+SHAPE = dict(vocab_size=320, d_model=32, n_head=4, num_layers=2, d_ff=32, num_experts=4, top_k=2,
+             context=96, init_std=0.3)
+SPECS = {"fira": FIRASpec(**SHAPE), "fira2": FIRA2Spec(**SHAPE, n_kv_head=2, head_dim=16),
+         "dense": FIRA2Spec(**SHAPE | {"num_experts": 1, "top_k": 1}, n_kv_head=2, head_dim=16)}
+GREEDY = dict(max_new_tokens=20, temperature=0.0, ignore_end=True)
+PROMPTS = [list(range(5, 5 + length)) for length in (1, 40, 3, 17, 60, 2, 2)]
+
+
+@pytest.fixture(scope="module", params=list(SPECS))
+def either(request):
+    return build(SPECS[request.param], seed=1).eval()
+
+
+def run(model, tokenizer, prompts, params, **options) -> list[list]:
+    """The events of each prompt, all in one engine."""
+    engine = Engine(model, tokenizer, **options)
+    events: list[list] = [[] for _ in prompts]
+    for prompt, one, seen in zip(prompts, params, events, strict=True):
+        engine.add(prompt, SamplingParams(**one), seen.append)
+    engine.close(drain=True)
+    assert all(isinstance(seen[-1], End) for seen in events)
+    return events
+
+
+def ids(events) -> list[int]:
+    return [piece.id for piece in events[:-1]]
+
+
+@torch.no_grad()
+def naive(model, prompt, new) -> list[int]:
+    """Greedy tokens with everything read anew for each."""
+    known = list(prompt)
+    for _ in range(new):
+        known.append(int(model(torch.tensor([known]))[0, -1].argmax()))
+    return known[len(prompt):]
+
+
+@pytest.mark.parametrize("options", [
+    {"slots": 1}, {"slots": 3, "prefill_tokens": 7}, {"slots": 8, "prefill_tokens": 512}])
+def test_greedy_tokens_equal_naive_recomputation(either, tokenizer, options):
+    events = run(either, tokenizer, PROMPTS, [GREEDY] * len(PROMPTS), **options)
+    for prompt, seen in zip(PROMPTS, events, strict=True):
+        assert ids(seen) == naive(either, prompt, 20)
+        assert (seen[-1].reason, seen[-1].new_tokens) == ("length", 20)
+
+
+def test_a_request_does_not_depend_on_what_else_is_in_the_batch(either, tokenizer):
+    params = [dict(max_new_tokens=15, seed=n, temperature=0.5 + n / 4, top_k=(None, 9)[n % 2],
+                   top_p=(1.0, 0.8)[n % 3 == 0], frequency_penalty=n / 5) for n in range(7)]
+    together = run(either, tokenizer, PROMPTS, params, slots=7)
+    crowded = run(either, tokenizer, PROMPTS, params, slots=2, prefill_tokens=5)
+    for prompt, one, *seen in zip(PROMPTS, params, together, crowded, strict=True):
+        (alone,) = run(either, tokenizer, [prompt], [one], slots=1)
+        assert ids(seen[0]) == ids(seen[1]) == ids(alone)
+        assert len(ids(alone)) > 0
+
+
+def test_a_seed_fixes_the_answer_and_none_gives_another(model, tokenizer):
+    def answer(seed):
+        params = dict(max_new_tokens=20, seed=seed, ignore_end=True)
+        return ids(run(model, tokenizer, [[7, 8]], [params])[0])
+    assert answer(1) == answer(1) != answer(2)
+    assert answer(None) != answer(None)
+
+
+def test_attention_in_one_masked_call_equals_part_by_part(either):
+    logits = []
+    for together in (True, False):
+        cache = SlotCache(either, 4, 32)
+        generator = torch.Generator().manual_seed(0)
+        for rows in (cache.keys, cache.values):
+            rows.normal_(generator=generator)
+        batch = cache.batch([Part(3, 5, 1), Part(0, 31, 1), Part(1, 0, 1)])
+        batch.together = together
+        with torch.no_grad():
+            logits.append(either.logits(either.features(torch.tensor([[4, 5, 6]]), batch)))
+        logits.append(cache.keys)
+    torch.testing.assert_close(logits[0], logits[2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits[1], logits[3], rtol=1e-5, atol=1e-5)
+
+
+def test_reusing_a_prefix_changes_nothing_but_work(either, tokenizer):
+    shared = list(range(10, 50))
+    prompts = [[*shared, 60 + n, 70 + n] for n in range(4)]
+    fresh = [ids(run(either, tokenizer, [prompt], [GREEDY])[0]) for prompt in prompts]
+    engine = Engine(either, tokenizer, slots=3)
+    cached = []
+    for prompt, expected in zip([*prompts, prompts[0]], [*fresh, fresh[0]], strict=True):
+        *pieces, end = engine.stream(prompt, SamplingParams(**GREEDY))
+        assert [piece.id for piece in pieces] == expected
+        cached.append(end.cached_tokens)
+    # the fourth takes the slot of the first, so of the first only what all share is left
+    assert cached == [0, 40, 40, 40, 40]
+    *_, end = engine.stream([*prompts[3], *fresh[3], 5], SamplingParams(**GREEDY))
+    assert end.cached_tokens == len(prompts[3]) + 19  # a turn that goes on reads the new alone
+    engine.close()
+
+
+def test_prompts_that_come_together_read_what_they_share_once(either, tokenizer):
+    shared = list(range(10, 50))
+    prompts = [[*shared, 60 + n] for n in range(4)]
+    events = run(either, tokenizer, prompts, [GREEDY] * 4, slots=4, prefill_tokens=16)
+    assert [seen[-1].cached_tokens for seen in events] == [0, 32, 32, 32]  # 8 more: no wait
+    for prompt, seen in zip(prompts, events, strict=True):
+        assert ids(seen) == naive(either, prompt, 20)
+
+
+def test_a_live_slot_is_copied_from_and_not_disturbed(either, tokenizer):
+    engine = Engine(either, tokenizer, slots=2)
+    first: list = []
+    second: list = []
+    engine.add(PROMPTS[1], SamplingParams(**GREEDY), first.append)
+    for _ in range(5):
+        engine.step()
+    engine.add([*PROMPTS[1], 99], SamplingParams(**GREEDY), second.append)
+    engine.close(drain=True)
+    assert second[-1].cached_tokens == len(PROMPTS[1])
+    assert ids(first) == naive(either, PROMPTS[1], 20)
+    assert ids(second) == naive(either, [*PROMPTS[1], 99], 20)
+
+
+def test_the_answer_ends_at_the_capacity(model, tokenizer):
+    events = run(model, tokenizer, [[5] * 10, [6] * 16],
+                 [dict(GREEDY, max_new_tokens=99)] * 2, capacity=16)
+    assert [seen[-1].reason for seen in events] == ["length", "length"]
+    assert [len(ids(seen)) for seen in events] == [7, 1]
+    assert ids(events[0]) == naive(model, [5] * 10, 7)
+
+
+def test_scores_are_the_models_own_log_probabilities(either, tokenizer):
+    prompt = PROMPTS[4]
+    params = dict(GREEDY, max_new_tokens=4, logprobs=3, prompt_logprobs=2, repetition_penalty=1.3)
+    (seen,) = run(either, tokenizer, [prompt], [params], prefill_tokens=9)
+    whole = torch.tensor([[*prompt, *ids(seen)]])
+    with torch.no_grad():
+        logprobs_TV = either(whole)[0].log_softmax(-1)
+    assert seen[-1].prompt[0].logprob is None and len(seen[-1].prompt) == len(prompt)
+    scored = [*seen[-1].prompt[1:], *(piece.score for piece in seen[:-1])]
+    for place, one in enumerate(scored):
+        assert one.id == whole[0, place + 1]
+        assert one.logprob == pytest.approx(float(logprobs_TV[place, one.id]), abs=1e-4)
+        best = logprobs_TV[place].topk(len(one.rivals))
+        assert [rival for rival, _ in one.rivals] == best.indices.tolist()
+        assert [value for _, value in one.rivals] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert {len(one.rivals) for one in scored[:len(prompt) - 1]} == {2}
+    assert len(scored[-1].rivals) == 3
+
+
+def test_a_prompt_may_be_scored_without_an_answer(model, tokenizer):
+    (seen,) = run(model, tokenizer, [PROMPTS[1]], [dict(max_new_tokens=0, prompt_logprobs=0)])
+    assert len(seen) == 1 and len(seen[0].prompt) == 40 and seen[0].reason == "length"
+
+
+@pytest.mark.parametrize("name", ["fira", "fira2"])
+def test_experts_and_loads_are_the_routers_choices(name, tokenizer):
+    model = build(SPECS[name], seed=1).eval()
+    engine = Engine(model, tokenizer)
+    params = SamplingParams(**GREEDY | {"max_new_tokens": 5}, experts=True)
+    *pieces, _ = engine.stream(PROMPTS[3], params)
+    chosen = [[] for _ in model.blocks]
+    hooks = [block.moe.router.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
+             for block, seen in zip(model.blocks, chosen, strict=True)]
+    with torch.no_grad():
+        model(torch.tensor([[*PROMPTS[3], *(piece.id for piece in pieces)]]))
+    for hook in hooks:
+        hook.remove()
+    start = len(PROMPTS[3]) - 1
+    for layer, ((_, experts_NK),) in enumerate(chosen):
+        for place, piece in enumerate(pieces, start):
+            assert list(piece.experts[layer]) == experts_NK[place].tolist()
+        counts = experts_NK[:-1].flatten().bincount(minlength=4)  # the last token is never read
+        assert engine.loads[layer] == counts.tolist()
+    engine.close()
+    assert not any(block.moe.router._forward_hooks for block in model.blocks)
+
+
+def test_another_decode_step_plugs_in_with_one_line(model, tokenizer):
+    calls = []
+    engine = Engine(model, tokenizer, slots=2)
+    plain = TorchStep(model)
+
+    def step(model, cache, tokens_N, positions_N, slots):
+        calls.append((tokens_N.tolist(), positions_N.tolist(), list(slots)))
+        return plain(model, cache, tokens_N, positions_N, slots)[0], None
+
+    engine.decode_step = step
+    *pieces, _ = engine.stream([9, 8, 7], SamplingParams(**GREEDY | {"max_new_tokens": 4}))
+    made = [piece.id for piece in pieces]
+    assert made == naive(model, [9, 8, 7], 4)
+    assert calls == [([token], [3 + n], [0]) for n, token in enumerate(made[:3])]
+
+
+def test_common_prefix_is_the_longest():
+    for a in ([], [1], [1, 2, 3], [1, 2, 4, 4], [2]):
+        for b in ([], [1], [1, 2, 3, 4], [1, 2, 4, 5, 6], [2, 2]):
+            expected = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
+                            min(len(a), len(b)))
+            assert common_prefix(a, b) == expected

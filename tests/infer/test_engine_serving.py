@@ -1,0 +1,252 @@
+"""The engine under many callers: bounded, fair, cancellable, and of constant size."""
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from fira.infer.engine import Engine
+from fira.infer.queue import Queue, Request, share
+from fira.infer.request import End, Piece, QueueFull, SamplingParams
+
+LONG = SamplingParams(max_new_tokens=50, temperature=0.0, ignore_end=True)
+SHORT = SamplingParams(max_new_tokens=3, temperature=0.0, ignore_end=True)
+
+
+@pytest.fixture
+def engine(model, tokenizer):
+    engine = Engine(model, tokenizer, slots=2, max_waiting=3)
+    yield engine
+    engine.close()
+
+
+def test_cancelling_frees_the_slot_for_the_next(engine):
+    seen: dict[int, list] = {n: [] for n in range(3)}
+    numbers = [engine.add([5, 6], LONG, seen[n].append) for n in range(3)]
+    engine.step()
+    assert (engine.stats["running"], engine.stats["waiting"]) == (2, 1)
+    engine.cancel(numbers[0])
+    engine.cancel(numbers[0])
+    engine.step()
+    assert seen[0][-1].reason == "cancelled" and engine.stats["waiting"] == 0
+    assert seen[0][-1].new_tokens == len(seen[0]) - 1
+    engine.cancel(numbers[0])
+    engine.cancel(12345)
+    while engine.step():
+        pass
+    assert [seen[n][-1].reason for n in range(3)] == ["cancelled", "length", "length"]
+    assert [sum(isinstance(event, End) for event in seen[n]) for n in range(3)] == [1, 1, 1]
+    assert (engine.stats["cancelled"], engine.stats["finished"]) == (1, 2)
+
+
+def test_a_waiting_request_can_be_cancelled(engine):
+    seen: list = []
+    for _ in range(2):
+        engine.add([5], LONG, lambda event: None)
+    engine.step()
+    engine.cancel(engine.add([5], LONG, seen.append))
+    engine.step()
+    assert seen == [End("cancelled", prompt_tokens=1)]
+
+
+def test_the_queue_is_bounded_and_first_come_first_served(engine):
+    order: list[int] = []
+    for n in range(3):
+        engine.add([5, n], SHORT, lambda event, n=n: isinstance(event, End) and order.append(n))
+    with pytest.raises(QueueFull, match="3 requests wait already"):
+        engine.add([5], SHORT, order.append)
+    engine.step()
+    engine.add([5, 3], SHORT, lambda event: isinstance(event, End) and order.append(3))
+    while engine.step():
+        pass
+    assert order == [0, 1, 2, 3]
+
+
+def test_a_queue_gives_the_oldest_first_and_drops_the_cancelled():
+    queue = Queue(9)
+    requests = [Request(n, [1], SHORT, print) for n in range(5)]
+    for request in requests:
+        queue.push(request)
+    requests[1].cancelled = True
+    assert queue.take_cancelled() == [requests[1]] and queue.take_cancelled() == []
+    assert queue.next_batch(2) == [requests[0], requests[2]]
+    assert queue.next_batch(9) == requests[3:] and queue.next_batch(1) == []
+
+
+@pytest.mark.parametrize("budget, needs, expected", [
+    (8, [], []), (8, [3], [3]), (8, [30], [8]), (8, [30, 2], [6, 2]), (8, [30, 30, 3], [5, 0, 3]),
+    (8, [2, 30], [2, 6]), (1, [5, 1], [1, 0]), (9, [4, 4, 4], [4, 4, 1])])
+def test_the_oldest_prompt_moves_on_and_short_ones_pass(budget, needs, expected):
+    assert share(budget, needs) == expected
+
+
+def test_a_long_prompt_does_not_stall_the_others(model, tokenizer):
+    engine = Engine(model, tokenizer, slots=3, prefill_tokens=4)
+    events: list[str] = []
+    engine.add([5], LONG, lambda event: events.append("answering"))
+    engine.step()
+    engine.add(list(range(60)), SHORT, lambda event: events.append("long"))
+    engine.add([7, 8], SHORT, lambda event: events.append("short"))
+    while "long" not in events:
+        engine.step()
+    assert events.index("short") < events.index("long")
+    assert events.count("answering") >= 15  # one for each piece of the prompt
+    engine.close()
+
+
+def test_a_stream_left_early_frees_its_slot(engine):
+    stream = engine.stream([5, 6], LONG)
+    assert isinstance(next(stream), Piece)
+    stream.close()
+    engine.step()
+    assert (engine.stats["running"], engine.stats["cancelled"]) == (0, 1)
+
+
+@pytest.mark.parametrize("drain, reason", [(True, "length"), (False, "cancelled")])
+@pytest.mark.parametrize("threaded", [True, False])
+def test_close_ends_every_request(model, tokenizer, drain, reason, threaded):
+    engine = Engine(model, tokenizer, slots=2)
+    seen: list[list] = [[] for _ in range(5)]
+    for events in seen:
+        engine.add([5, 6], LONG, events.append)
+    if threaded:
+        engine.start()
+    engine.close(drain=drain)
+    assert [events[-1].reason for events in seen] == [reason] * 5
+    with pytest.raises(QueueFull, match="closed"):
+        engine.add([5], SHORT, print)
+
+
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(model, tokenizer, caplog):
+    engine = Engine(model, tokenizer)
+    plain, seen = engine.decode_step, []
+    expected = [event.id for event in engine.stream([5, 6], SHORT) if isinstance(event, Piece)]
+
+    def broken(*_):
+        raise RuntimeError("out of memory\nmore words")
+
+    engine.decode_step = broken
+    engine.add([5, 6], SHORT, seen.append)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        while engine.step():
+            pass
+    assert (seen[-1].reason, seen[-1].error) == ("error", "RuntimeError: out of memory")
+    engine.start()
+    assert list(engine.stream([5, 6], SHORT))[-1].reason == "error"
+    engine.decode_step = plain
+    events = list(engine.stream([5, 6], SHORT))
+    assert [event.id for event in events[:-1]] == expected
+    assert engine.stats["failed"] == 2 and engine.stats["running"] == 0
+    engine.close()
+    assert "its requests have ended with an error" in caplog.text
+
+
+def test_a_failing_listener_ends_its_own_request_only(engine, caplog):
+    def broken(event):
+        raise OSError("gone")
+
+    seen: list = []
+    engine.add([5, 6], LONG, broken)
+    engine.add([5, 6], LONG, seen.append)
+    while engine.step():
+        pass
+    assert seen[-1].reason == "length" and len(seen) == 51
+    assert "the listener of request" in caplog.text and engine.stats["cancelled"] == 1
+
+
+def test_weights_that_are_no_numbers_end_the_request_with_an_error(model, tokenizer):
+    engine = Engine(model, tokenizer)
+    plain = engine.decode_step
+    engine.decode_step = lambda *a: (plain(*a)[0] * torch.nan, None)
+    for temperature in (0.0, 1.0):
+        *_, end = engine.stream([5, 6], SamplingParams(temperature=temperature))
+        assert end.reason == "error" and "the largest logit is nan" in end.error
+    engine.close()
+
+
+@pytest.mark.parametrize("prompt, params, line", [
+    ([], {}, "the prompt is empty; give"),
+    ([320], {}, "token id 320 in prompt is outside the vocabulary of 320"),
+    ([-1], {}, "token id -1 in prompt"),
+    ([1], {"logit_bias": {999: 1.0}}, "token id 999 in logit_bias"),
+    ([1], {"stop_ids": (320,)}, "token id 320 in stop_ids"),
+    ([1] * 65, {}, "prompt of 65 tokens leaves no room: 64 fit"),
+])
+def test_what_cannot_run_is_refused_at_once(engine, prompt, params, line):
+    with pytest.raises(ValueError, match=line):
+        engine.add(prompt, SamplingParams(**params), print)
+    assert engine.stats["waiting"] == 0
+
+
+@pytest.mark.parametrize("options, line", [
+    ({"slots": 0}, "slots=0 must be at least 1"), ({"prefill_tokens": 0}, "prefill_tokens=0"),
+    ({"capacity": 65}, "capacity=65 must be at least 1 and at most the model's context=64")])
+def test_an_engine_of_impossible_size_is_refused(model, tokenizer, options, line):
+    with pytest.raises(ValueError, match=line):
+        Engine(model, tokenizer, **options)
+
+
+def test_many_threads_adding_and_cancelling(model, tokenizer):
+    engine = Engine(model, tokenizer, slots=4, max_waiting=8)
+    engine.start()
+    ends: list[tuple[bool, End, int]] = []
+    prompts = [[3 + n, 4, 5][:1 + n % 3] for n in range(6)]
+    params = SamplingParams(max_new_tokens=8, temperature=0.9, seed=1, ignore_end=True)
+    expected = {}
+    for prompt in prompts:
+        *pieces, _ = Engine(model, tokenizer).stream(prompt, params)
+        expected[tuple(prompt)] = [piece.id for piece in pieces]
+
+    def client(number: int) -> None:
+        draw = random.Random(number)
+        for turn in range(6):
+            prompt, pieces, over = draw.choice(prompts), [], threading.Event()
+
+            def hear(event, pieces=pieces, over=over):
+                pieces.append(event)
+                if isinstance(event, End):
+                    over.set()
+
+            while True:
+                try:
+                    request = engine.add(prompt, params, hear)
+                    break
+                except QueueFull:
+                    time.sleep(0.002)
+            if stopped := turn % 3 == 2:
+                engine.cancel(request)
+            assert over.wait(30)
+            made = [event.id for event in pieces[:-1]]
+            assert made == expected[tuple(prompt)][:len(made)]
+            ends.append((stopped, pieces[-1], len(made)))
+
+    threads = [threading.Thread(target=client, args=[n]) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    engine.close()
+    assert len(ends) == 48
+    for stopped, end, made in ends:
+        assert end.reason == "length" and made == 8 or stopped and end.reason == "cancelled"
+    stats = engine.stats
+    assert stats["running"] == stats["waiting"] == 0
+    assert stats["finished"] + stats["cancelled"] == 48
+
+
+def test_memory_is_flat_over_many_requests(model, tokenizer):
+    import gc
+
+    engine = Engine(model, tokenizer, slots=2)
+    draw, sizes = random.Random(0), []
+    for number in range(120):
+        prompt = [draw.randrange(320) for _ in range(1 + number % 20)]
+        list(engine.stream(prompt, SamplingParams(max_new_tokens=3, seed=number)))
+        if number in (59, 119):
+            gc.collect()
+            sizes.append((len(gc.get_objects()), len(engine._requests), len(engine._running)))
+    assert sizes[1][0] < sizes[0][0] + 200 and sizes[1][1:] == (0, 0)
+    engine.close()

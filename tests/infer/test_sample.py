@@ -1,0 +1,107 @@
+"""Penalties, biases and cuts against their formulas, one token at a time in plain Python."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fira.infer.request import SamplingParams
+from fira.infer.sample import Sampler, penalize, score
+from fira.model.generate import sample
+
+CPU = torch.device("cpu")
+
+
+@given(st.lists(st.floats(-5, 5, width=32), min_size=8, max_size=8),
+       st.sets(st.integers(0, 7)), st.dictionaries(st.integers(0, 7), st.integers(1, 5)),
+       st.floats(0.5, 2), st.floats(-2, 2), st.floats(-2, 2),
+       st.dictionaries(st.integers(0, 7), st.floats(-9, 9)))
+@settings(max_examples=200, deadline=None)
+def test_penalties_equal_their_formulas(logits, prompt, answer, repetition, presence, frequency,
+                                        bias) -> None:
+    params = SamplingParams(repetition_penalty=repetition, presence_penalty=presence,
+                            frequency_penalty=frequency, logit_bias=bias)
+    seen = prompt | set(answer)
+    expected = []
+    for token, logit in enumerate(logits):
+        if token in seen:
+            logit = logit / repetition if logit > 0 else logit * repetition
+        if token in answer:
+            logit -= answer[token] * frequency + presence
+        expected.append(logit + bias.get(token, 0))
+    given = torch.tensor(logits)
+    found = penalize(given, seen, answer, params)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=1e-5,
+                               atol=1e-5)
+    assert given.tolist() == torch.tensor(logits).tolist()
+
+
+def test_penalties_follow_the_answer() -> None:
+    logits = torch.tensor([3.0, 2.9, 0.0])
+    sampler = Sampler(SamplingParams(temperature=0, presence_penalty=0.5), [0, 0], CPU)
+    assert [sampler.choose(logits) for _ in range(3)] == [0, 1, 0]
+    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=1.5), [0, 0], CPU)
+    assert [sampler.choose(logits) for _ in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.3},
+                                  {"top_k": 6, "top_p": 0.8, "min_p": 0.2}, {"top_p": 1e-6}])
+def test_draws_follow_the_distribution_that_the_cuts_leave(cuts) -> None:
+    probs = [0.02, 0.3, 0.1, 0.25, 0.05, 0.13, 0.07, 0.08]
+    order = sorted(range(8), key=lambda token: -probs[token])[:cuts.get("top_k")]
+    mass, kept = sum(probs[token] for token in order), []
+    for token in order:
+        if sum(probs[one] for one in kept) < cuts.get("top_p", 1) * mass:
+            kept.append(token)
+    kept = [token for token in kept if probs[token] >= cuts.get("min_p", 0) * max(probs)]
+    expected = torch.zeros(8)
+    for token in kept:
+        expected[token] = probs[token] / sum(probs[one] for one in kept)
+    drawn = sample(torch.tensor(probs).log().expand(20000, 8), **cuts,
+                   generator=torch.Generator().manual_seed(0)).bincount(minlength=8) / 20000
+    assert (drawn > 0).equal(expected > 0)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize("spread", [0.001, 0.01, 3.0])
+def test_top_p_is_exact_where_many_tokens_share_the_mass(spread) -> None:
+    logits = torch.randn(1, 2000, generator=torch.Generator().manual_seed(1)) * spread
+    probs = logits.softmax(-1)[0].tolist()
+    order, total, kept = sorted(range(2000), key=lambda token: -probs[token]), 0.0, set()
+    for token in order:
+        if total >= 0.9:
+            break
+        kept.add(token)
+        total += probs[token]
+    drawn = sample(logits.expand(20000, -1), top_p=0.9, generator=torch.Generator().manual_seed(2))
+    outside = set(drawn.tolist()) - kept
+    assert len(outside) <= 1 and len(set(drawn.tolist())) > 0.9 * min(len(kept), 900)
+
+
+def test_a_forbidden_token_is_never_chosen() -> None:
+    params = SamplingParams(seed=0, temperature=5.0, logit_bias={1: -math.inf, 2: -math.inf})
+    sampler = Sampler(params, [0], CPU)
+    assert {sampler.choose(torch.zeros(4)) for _ in range(100)} == {0, 3}
+    with pytest.raises(ValueError, match="forbids every token"):
+        Sampler(SamplingParams(logit_bias=dict.fromkeys(range(3), -math.inf)), [0], CPU).choose(
+            torch.zeros(3))
+
+
+def test_a_score_has_the_rivals_best_first() -> None:
+    one = score(torch.tensor([1.0, 3.0, 2.0]), 0, 2)
+    total = math.log(sum(math.exp(x) for x in (1, 3, 2)))
+    assert (one.id, one.logprob) == (0, pytest.approx(1 - total))
+    assert [token for token, _ in one.rivals] == [1, 2]
+    assert len(score(torch.zeros(3), 0, 99).rivals) == 3
+
+
+@pytest.mark.parametrize("field, value", [
+    ("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("min_p", 2.0), ("stop", ("",)),
+    ("logit_bias", {1: math.inf}), ("logit_bias", {1: math.nan}), ("logprobs", -1),
+    ("repetition_penalty", 0.0), ("max_new_tokens", -1)])
+def test_values_out_of_range_are_refused_by_name(field, value) -> None:
+    with pytest.raises(ValueError, match=f"^{field}="):
+        SamplingParams(**{field: value})
