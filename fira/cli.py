@@ -195,6 +195,36 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
     run_chat(run, system=system, **options)
 
 
+@fira.command()
+@click.argument("run", type=FOLDER)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
+              help="0 takes a free one.")
+@click.option("--keys", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="File of API keys, one a line; without it none is asked for.")
+@click.option("--name", help="The model's id.  [default: the run folder's name]")
+@click.option("--slots", type=click.IntRange(1), default=8, show_default=True,
+              help="Answers written at the same time.")
+@click.option("--queue", type=click.IntRange(1), default=256, show_default=True,
+              help="Requests that may wait for a slot; more are told to come back.")
+@device_option
+def serve(run: Path, **options: Any) -> None:
+    """Serve the model in RUN over HTTP: OpenAI's API and a chat page.
+
+    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
+
+    \b
+    Example: fira serve out/quickstart/run --port 8000
+    """
+    try:
+        from fira.serve.process import serve as run_server
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serving needs {error.name}; install it with: "
+                         "pip install 'fira-moe[serve]'") from None
+
+    run_server(run, **options)
+
+
 @fira.command("eval")
 @click.argument("run", type=FOLDER)
 @click.option("--text", "texts", multiple=True, required=True, metavar="SOURCE",

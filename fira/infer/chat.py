@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,15 @@ class Conversation:
             self.turns.append({"role": "assistant", "content": "".join(said)})
 
     def prompt(self, turns: list[dict[str, str]]) -> list[int]:
-        """What the model reads: chat turns, or for an untuned model the plain text so far."""
-        if self.tuned:
-            return render(self.tokenizer, [*self.system, *turns])
-        texts = [turn["content"] + "\n" * (turn["role"] != "user")
-                 for turn in [*self.system, *turns]]
-        return [self.tokenizer.end_of_text, *self.tokenizer.encode("".join(texts))]
+        return prompt_ids(self.tokenizer, [*self.system, *turns], self.tuned)
+
+
+def prompt_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]], tuned: bool) -> list[int]:
+    """What the model reads: chat turns, or for an untuned model the plain text so far."""
+    if tuned:
+        return render(tokenizer, turns)
+    texts = [turn["content"] + "\n" * (turn["role"] != "user") for turn in turns]
+    return [tokenizer.end_of_text, *tokenizer.encode("".join(texts))]
 
 
 def chat(run: str | Path, system: str | None = None, temperature: float = 0.8,

@@ -1,0 +1,149 @@
+"""A server over a fake engine that answers by rule, in this process, on a free port."""
+from __future__ import annotations
+
+import threading
+import time
+
+import httpx
+import pytest
+import uvicorn
+
+from fira.data.tokenizer import train_tokenizer
+from fira.infer.request import End, Piece, QueueFull, TokenScore
+from fira.infer.text import decode
+from fira.serve.api import Served
+from fira.serve.guard import Keys
+from fira.serve.process import listen
+from fira.serve.server import Server, Service
+
+TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 8]
+
+
+class FakeEngine:
+    """Says one sentence, over and over; each request in a thread of its own.
+
+    `pause` seconds lie between two tokens. `running` counts the answers under way.
+    """
+
+    def __init__(self, tokenizer, capacity=1000, pause=0.0):
+        self.tokenizer, self.capacity, self.pause = tokenizer, capacity, pause
+        self.said = tokenizer.encode("Größe 🙂 of the Union. ")
+        self.cancelled, self.running, self.fault = set(), {}, ""
+        self.stats = {"running": 0, "waiting": 0, "generated_tokens": 7, "prompt_tokens": 5,
+                      "cached_tokens": 1}
+        self.loads = [[3, 1, 0, 0], [1, 1, 1, 1]]
+        self.asked = []
+
+    def add(self, ids, params, listener):
+        if len(self.running) >= self.capacity:
+            raise QueueFull(f"{self.capacity} requests wait")
+        self.asked.append((list(ids), params))
+        number = len(self.asked)
+        self.running[number] = params
+        threading.Thread(target=self._say, args=(number, ids, params, listener),
+                         daemon=True).start()
+        return number
+
+    def cancel(self, number):
+        self.cancelled.add(number)
+
+    def close(self):
+        self.cancelled |= set(self.running)
+
+    def _say(self, number, ids, params, listener):
+        table, new, text, held = self.tokenizer.token_bytes(), [], "", ""
+        reason = "length"
+        while len(new) < params.max_new_tokens:
+            if self.pause:
+                time.sleep(self.pause)
+            if number in self.cancelled or self.fault:
+                reason = "error" if self.fault else "cancelled"
+                break
+            new.append(self.said[len(new) % len(self.said)])
+            whole = "".join(decode(new, table))
+            piece, text = whole[len(text):], whole
+            cuts = [text.index(stop) for stop in params.stop if stop in text]
+            if cuts:
+                piece, reason = piece[:max(0, min(cuts) - len(text))], "stop"
+            listener(Piece(new[-1], piece, self._score(new[-1], params.logprobs),
+                           ((0, 1), (2, 3)) if params.experts else None))
+            if cuts:
+                break
+        del self.running[number]
+        prompt = [self._score(id, params.prompt_logprobs) for id in ids
+                  ] if params.prompt_logprobs is not None else []
+        if prompt:
+            prompt[0] = TokenScore(ids[0], None)
+        listener(End(reason, held, len(ids), 0, len(new), prompt=prompt, error=self.fault))
+
+    def _score(self, id, rivals):
+        if rivals is None:
+            return None
+        ranked = ((id, -0.5), *((other, -2.0 - other) for other in range(rivals)))
+        return TokenScore(id, -0.5, ranked[:rivals])
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(TEXT, vocab_size=310)
+
+
+@pytest.fixture
+def served(tokenizer):
+    return Served("tiny", tokenizer, window=200, vocab_size=320, tuned=True)
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return FakeEngine(tokenizer)
+
+
+class Running:
+    """A server in a thread; `http` is a client of it."""
+
+    def __init__(self, load, keys=None, loopback=True):
+        self.server = Server(load, keys and Keys(keys), loopback)
+        self.socket = listen("127.0.0.1", 0)
+        self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        config = uvicorn.Config(self.server.app(), log_level="error", lifespan="on",
+                                timeout_graceful_shutdown=5)
+        self.process = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.process.run,
+                                       kwargs={"sockets": [self.socket]}, daemon=True)
+        self.thread.start()
+        self.http = httpx.Client(base_url=self.address, timeout=20)
+
+    def wait(self):
+        """Until the model is loaded."""
+        while self.http.get("/health").status_code != 200:
+            time.sleep(0.01)
+        return self
+
+    def stop(self):
+        self.http.close()
+        self.process.should_exit = True
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def start():
+    """Start a server over a loading function; stopped when the test ends."""
+    started = []
+
+    def begin(load, **options):
+        started.append(Running(load, **options))
+        return started[-1]
+    yield begin
+    for running in started:
+        running.stop()
+
+
+@pytest.fixture
+def running(start, served, engine):
+    return start(lambda: Service(served, engine)).wait()
+
+
+@pytest.fixture
+def http(running):
+    return running.http

@@ -1,0 +1,193 @@
+"""Clients that others wrote, against the real engine: openai's package, lm-eval, schemathesis."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from fira.infer.engine import Engine
+from fira.model.files import build
+from fira.model.generate import generate
+from fira.model.spec import FIRA2Spec
+from fira.serve.api import Served
+from fira.serve.process import facts
+from fira.serve.server import Service
+
+from .conftest import Running
+
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    spec = FIRA2Spec(vocab_size=320, d_model=32, n_head=2, n_kv_head=1, head_dim=16, num_layers=2,
+                     d_ff=32, num_experts=4, top_k=2, context=128, init_std=0.3)
+    return build(spec, seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def real(model, tokenizer):
+    """A server over a real engine."""
+    yield from over_engine(model, tokenizer, 128)
+
+
+@pytest.fixture(scope="module")
+def short(model, tokenizer):
+    """The same, whose longest answers are short."""
+    yield from over_engine(model, tokenizer, 40)
+
+
+def over_engine(model, tokenizer, window):
+    engine = Engine(model, tokenizer, slots=8, capacity=window)
+    engine.start()
+    served = Served("tiny", tokenizer, window, 320, tuned=True, facts=facts(model))
+    running = Running(lambda: Service(served, engine)).wait()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def openai(real):
+    module = pytest.importorskip("openai", reason="the openai package is not installed")
+    return module.OpenAI(base_url=real.address + "/v1", api_key="none", max_retries=0)
+
+
+# openai
+
+
+def test_openai_reads_answers_and_streams(openai):
+    options = {"model": "tiny", "messages": CHAT, "max_tokens": 12, "temperature": 0}
+    whole = openai.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+    assert whole.usage.completion_tokens <= 12
+    scores = whole.choices[0].logprobs.content
+    assert all(score.logprob == score.top_logprobs[0].logprob for score in scores)
+    stream = openai.chat.completions.create(**options, stream=True,
+                                            stream_options={"include_usage": True})
+    *chunks, last = stream
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks
+                   ) == whole.choices[0].message.content
+    assert last.usage == whole.usage or last.usage.total_tokens == whole.usage.total_tokens
+
+
+def test_openai_gets_n_answers_that_a_seed_repeats(openai):
+    def texts():
+        answer = openai.completions.create(model="tiny", prompt="The state", n=3, seed=5,
+                                           max_tokens=10, temperature=1.5)
+        return [choice.text for choice in answer.choices]
+    first = texts()
+    assert first == texts() and len(set(first)) == 3
+
+
+def test_openai_stops_and_biases(openai, tokenizer):
+    (wanted,) = tokenizer.encode("a")
+    answer = openai.completions.create(model="tiny", prompt="x", max_tokens=8, temperature=0,
+                                       logit_bias={str(wanted): 100})
+    assert answer.choices[0].text == "a" * 8
+    answer = openai.completions.create(model="tiny", prompt="x", max_tokens=8, stop="aaa",
+                                       temperature=0, logit_bias={str(wanted): 100})
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("", "stop")
+
+
+def test_openai_reads_the_experts(openai, model):
+    answer = openai.chat.completions.create(model="tiny", messages=CHAT, max_tokens=4,
+                                            extra_body={"experts": True, "ignore_eos": True})
+    experts = answer.choices[0].experts
+    assert len(experts) == 4 and all(len(token) == 2 for token in experts)
+    assert all(len(set(chosen)) == 2 and max(chosen) < 4 for token in experts for chosen in token)
+
+
+def test_openai_raises_its_own_errors(openai):
+    import openai as package
+    with pytest.raises(package.BadRequestError, match="at least 1") as refused:
+        openai.chat.completions.create(model="tiny", messages=[])
+    assert refused.value.param == "messages"
+    with pytest.raises(package.NotFoundError, match="use 'tiny'"):
+        openai.completions.create(model="gpt-4", prompt="x")
+    assert [model.id for model in openai.models.list()] == ["tiny"]
+    assert openai.models.retrieve("tiny").id == "tiny"
+
+
+def test_greedy_completions_equal_plain_generation(openai, model, tokenizer):
+    ids = [tokenizer.end_of_text, *tokenizer.encode("The state")]
+    new = generate(model, [ids], 20, temperature=0, end_of_text=-1)[0, len(ids):].tolist()
+    answer = openai.completions.create(model="tiny", prompt="The state", max_tokens=20,
+                                       temperature=0, extra_body={"ignore_eos": True}, logprobs=0)
+    names = Served("tiny", tokenizer, 128, 320, True).name_of
+    assert answer.choices[0].logprobs.tokens == [names(id) for id in new]
+
+
+# lm-eval
+
+
+def lm_scores(real, tokenizer, folder, requests):
+    for needed in ("lm_eval", "tenacity"):
+        pytest.importorskip(needed, reason="lm-eval[api] is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models import openai_completions as api
+
+    tokenizer.save(folder)
+    scorer = api.LocalCompletionsAPI(base_url=real.address + "/v1/completions", model="tiny",
+                                     tokenizer=str(folder), tokenizer_backend="huggingface",
+                                     max_length=128, batch_size=4)
+    return scorer.loglikelihood([Instance("loglikelihood", {}, pair, number)
+                                 for number, pair in enumerate(requests)], disable_tqdm=True)
+
+
+@torch.inference_mode()
+def in_process(model, ids, start):
+    """Sum of log-probabilities of ids[start:], and whether each was the likeliest."""
+    logprobs_TV = model(torch.tensor([ids]))[0].log_softmax(-1)
+    rows = range(start, len(ids))
+    total = sum(float(logprobs_TV[row - 1, ids[row]]) for row in rows)
+    return total, all(int(logprobs_TV[row - 1].argmax()) == ids[row] for row in rows)
+
+
+def test_lm_eval_scores_the_server_as_in_process(real, model, tokenizer, tmp_path):
+    requests = [("The state of the", " Union"), ("The state of the", " naïve café"),
+                ("Größe and", " text too."), ("you", " and 🙂🙃 are text")]
+    for (context, rest), (score, greedy) in zip(
+            requests, lm_scores(real, tokenizer, tmp_path, requests), strict=True):
+        start = len(tokenizer.encode(context))
+        wanted, likeliest = in_process(model, tokenizer.encode(context + rest), start)
+        assert score == pytest.approx(wanted, abs=1e-3) and greedy == likeliest
+
+
+# schemathesis
+
+
+@pytest.mark.parametrize("extreme", [
+    {"temperature": 5e-324}, {"temperature": 1e-30}, {"top_p": 5e-324}, {"min_p": 1.0},
+    {"repetition_penalty": 0.1}, {"repetition_penalty": 10}, {"top_k": 10**30},
+    {"presence_penalty": -2, "frequency_penalty": -2, "temperature": 1e-5}, {"seed": -2**63},
+    {"logit_bias": {str(id): -100 for id in range(320)}}, {"seed": 2**63 - 1, "n": 2},
+])
+def test_extreme_parameters_are_answered(real, extreme):
+    body = {"prompt": "The state", "max_tokens": 12, "logprobs": 2, **extreme}
+    response = real.http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+
+def test_no_generated_request_breaks_the_server(short):
+    """Some hundred cases; benchmarks/serve_fuzz.py runs thousands."""
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    description = json.loads(short.http.get("/openapi.json").text)
+    schema = schemathesis.openapi.from_dict(description)
+    schema.config.update(base_url=short.address)
+    for operation in schema.get_all_operations():
+        @given(case=operation.ok().as_strategy())
+        @settings(max_examples=30, deadline=None, database=None, derandomize=True,
+                  suppress_health_check=list(HealthCheck))
+        def run(case):
+            response = case.call(timeout=20)
+            assert response.status_code < 500, (case.body, response.text)
+        run()
+
+
+def test_the_description_is_what_is_taken(real):
+    description = real.http.get("/openapi.json").json()
+    chat = description["components"]["schemas"]["ChatRequest"]
+    assert chat["additionalProperties"] is False and chat["required"] == ["messages"]
+    assert set(description["paths"]) == {"/v1/chat/completions", "/v1/completions", "/tokenize",
+                                         "/detokenize", "/v1/models", "/v1/models/{model}",
+                                         "/health"}

@@ -1,0 +1,105 @@
+"""`fira serve` as a process: it starts, drains, comes back after a kill, and says why it cannot."""
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = {"prompt": "The state", "max_tokens": 40, "ignore_eos": True}
+
+
+class Process:
+    """`fira serve RUN` on a port of its own."""
+
+    def __init__(self, run):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "fira", "serve", str(run), "--port", str(self.port)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    def wait(self):
+        for _ in range(600):
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                assert self.child.poll() is None, self.child.stderr.read()
+            time.sleep(0.1)
+        raise AssertionError("not ready within a minute")
+
+
+@pytest.fixture
+def serve(trained_run):
+    started = []
+
+    def begin(run=trained_run):
+        started.append(Process(run))
+        return started[-1]
+    yield begin
+    for process in started:
+        process.child.kill()
+        process.child.communicate()
+        process.http.close()
+
+
+def test_it_comes_back_after_a_kill_and_ends_well_at_sigterm(serve):
+    first = serve().wait()
+    said = first.http.post("/v1/completions", json={**TEXT, "temperature": 0, "max_tokens": 9})
+    assert first.http.get("/v1/models").json()["data"][0]["chat_tuned"] is False
+    first.child.send_signal(signal.SIGKILL)
+    assert first.child.wait(10) == -signal.SIGKILL
+    second = serve().wait()
+    again = second.http.post("/v1/completions", json={**TEXT, "temperature": 0, "max_tokens": 9})
+    assert again.json()["choices"] == said.json()["choices"]
+    body = {**TEXT, "stream": True, "max_tokens": 20}
+    with second.http.stream("POST", "/v1/completions", json=body) as stream:
+        parts = stream.iter_bytes()
+        next(parts)
+        second.child.send_signal(signal.SIGTERM)
+        assert b"".join(parts).endswith(b"data: [DONE]\n\n")
+    assert second.child.wait(10) == 0
+    assert "Traceback" not in second.child.stderr.read()
+
+
+@pytest.mark.parametrize("file, words", [
+    ("tokenizer.json", "has no tokenizer.json"), ("model.safetensors", "is not a run folder"),
+    ("config.json", "config.json is missing"),
+])
+def test_a_folder_that_lacks_a_file_is_one_line(trained_run, tmp_path, refused, file, words):
+    step = shutil.copytree(sorted(trained_run.glob("step-*"))[-1], tmp_path / "step")
+    (step / "manifest.json").unlink()
+    (step / file).unlink()
+    assert words in refused("serve", step, "--port", "0")
+
+
+def test_other_mistakes_are_one_line(trained_run, tmp_path, refused):
+    assert "not a folder" in refused("serve", tmp_path / "none")
+    keys = tmp_path / "keys"
+    keys.write_text("\n")
+    assert "holds no key" in refused("serve", trained_run, "--keys", keys)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "give another --host or --port" in refused("serve", trained_run, "--port", port)
+    assert "give another" in refused("serve", trained_run, "--host", "203.0.113.1")
+
+
+def test_a_foreign_folder_is_one_line(tmp_path, refused):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (folder / "model.safetensors").write_bytes(b"junk")
+    (folder / "tokenizer.json").write_text("{}")
+    refused("serve", folder, "--port", "0")

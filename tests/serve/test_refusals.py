@@ -1,0 +1,87 @@
+"""Whatever a client sends that is wrong: one clear line, the true status, nothing run."""
+from __future__ import annotations
+
+import pytest
+
+from fira.serve.guard import MAX_BODY
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 17}
+TEXT = {"prompt": "The state", "max_tokens": 17}
+JSON = {"Content-Type": "application/json"}
+WRONG = [
+    ("chat", {"messages": []}, "messages", "at least 1"),
+    ("chat", {"messages": None}, "messages", "list"),
+    ("chat", {"messages": [{"role": "bard", "content": "x"}]}, "messages.0.role", "'developer'"),
+    ("chat", {"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
+    ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+     "messages.0.content.0.type", "text"),
+    ("chat", {"messages": [{"role": "user", "content": "x " * 300}]}, "messages", "window of 200"),
+    ("chat", {"messages": [{"role": "user", "content": "x" * 10**6}]}, "messages", "window of 200"),
+    ("chat", {"temperature": -5}, "temperature", "greater than or equal to 0"),
+    ("chat", {"temperature": "hot"}, "temperature", "number"),
+    ("chat", {"temprature": 1}, "temprature", "did you mean temperature?"),
+    ("chat", {"tools": []}, "tools", "calls no tools"),
+    ("chat", {"response_format": {"type": "json_object"}}, "response_format.type", "text"),
+    ("chat", {"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+    ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+    ("chat", {"max_completion_tokens": 5}, "max_tokens", "differ"),
+    ("chat", {"max_tokens": True}, "max_tokens", "an integer"),
+    ("chat", {"max_tokens": 199}, "max_tokens", "ask for at most"),
+    ("chat", {"stream_options": {"include_usage": True}}, "stream_options", "stream to be true"),
+    ("text", {"n": 0}, "n", "greater than or equal to 1"),
+    ("text", {"n": 65}, "n", "64"),
+    ("text", {"prompt": ["x"] * 40, "n": 2}, "n", "64 answers"),
+    ("text", {"best_of": 2}, "best_of", "choose"),
+    ("text", {"suffix": "x"}, "suffix", "not filled in"),
+    ("text", {"prompt": []}, "prompt", "list of token ids"),
+    ("text", {"prompt": [[]]}, "prompt.0", "none of them empty"),
+    ("text", {"prompt": [320]}, "prompt", "vocabulary of 320"),
+    ("text", {"prompt": [10**40]}, "prompt", "vocabulary of 320"),
+    ("text", {"prompt": [-1]}, "prompt.0", "list of token ids"),
+    ("text", {"stop": ["x"] * 5000}, "stop", "at most 16"),
+    ("text", {"stop": ""}, "stop", "1 to 256"),
+    ("text", {"stop": [5]}, "stop.0", "16 strings"),
+    ("text", {"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+    ("text", {"logit_bias": {"5": 101}}, "logit_bias.5", "100"),
+    ("text", {"logit_bias": {"320": 1}}, "logit_bias", "vocabulary"),
+    ("text", {"seed": 2**63}, "seed", "less than"),
+    ("text", {"echo": True, "logprobs": 1, "stream": True}, "stream", "cannot stream"),
+    ("text", {"logprobs": True}, "logprobs", "integer"),
+]
+
+
+@pytest.mark.parametrize("kind, change, param, words", WRONG)
+def test_what_cannot_be_honored_is_refused(http, engine, kind, change, param, words):
+    path, body = (("/v1/chat/completions", CHAT) if kind == "chat" else ("/v1/completions", TEXT))
+    response = http.post(path, json={**body, **change})
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["type"] == "invalid_request_error"
+    assert error["param"] == param and words in error["message"], error
+    assert "\n" not in error["message"] and len(error["message"]) < 250
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"[]", b"null", b"7", b"\xff\xfe{}", b"[" * 100_000, b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": -Infinity}',
+    b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b'{"prompt": "a", "top_p": 1e999}',
+])
+def test_a_body_that_is_no_request_is_refused(http, body):
+    response = http.post("/v1/completions", content=body, headers=JSON)
+    assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_other_faults_have_their_own_status(http):
+    def status(method, path, **options):
+        response = http.request(method, path, **options)
+        assert response.json()["error"]["message"]
+        return response.status_code
+    assert status("GET", "/nowhere") == 404
+    assert status("GET", "/v1/completions") == 405
+    assert status("POST", "/v1/completions", content=b"{}") == 415
+    assert status("POST", "/v1/completions", content=b"x" * 10**7, headers=JSON) == 413
+    assert status("POST", "/v1/completions", json={**TEXT, "model": "gpt-4"}) == 404
+    assert status("GET", "/v1/models/gpt-4") == 404
+    assert status("GET", "/health", headers={"Host": "evil.example"}) == 403
+    assert http.get("/v1/models/tiny").json()["chat_tuned"] is True
+    assert MAX_BODY < 10**7
