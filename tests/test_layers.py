@@ -6,10 +6,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fira"
 LAYERS = [
     {"config", "runtime", "runlog"},
     {"data", "model", "loss"},
-    {"checkpoint", "convert"},
+    {"checkpoint", "convert", "parallel"},
     {"train", "infer"},
     {"eval"},
-    {"stages"},
+    {"stages", "serve"},
     {"cli", "cli_exchange", "command", "report", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
