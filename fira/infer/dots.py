@@ -103,7 +103,7 @@ def dot_int8(weight, row, x):
 def _dot_int4(context: Any, weight: Any, scale: Any, x: Any, groups: Any) -> Any:
     """Sum over groups of scale * (steps . x), in vectors of half a group.
 
-    Written in LLVM's own terms, since it finds no vectors in the loop: 4 times slower at best.
+    Written in LLVM's own terms: from the plain loop it made a step 4 times as slow.
     """
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         weight, scale, x, groups = arguments

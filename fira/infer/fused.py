@@ -24,7 +24,7 @@ from fira.model.attention import KeyValueCache
 from fira.model.experts import ExpertLinear
 from fira.model.files import build_meta
 
-PATIENCE = 1.0  # seconds of compiling before we say what takes so long
+PATIENCE = 1.0  # seconds of packing and compiling before we say what takes so long
 
 
 class FusedStep:
@@ -151,7 +151,7 @@ def open_step(model: Any, precision: str, say: Callable[[str], object]) -> Fused
             say(f"Decoding with plain torch: {obstacle}.")
         return None
     start = time.perf_counter()
-    timer = threading.Timer(PATIENCE, say, ["Compiling the decoding step, once on this machine."])
+    timer = threading.Timer(PATIENCE, say, ["Preparing the decoding step; the first use compiles."])
     timer.start()
     try:
         fused = FusedStep(model, precision)
