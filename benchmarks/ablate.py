@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/ablate"))
     parser.add_argument("--table", type=Path, default=Path("docs/results/ablations.md"))
     parser.add_argument("settings", nargs="*", help="section.key=value, for every row")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     horizons = {"tokens": f"train.steps={options.steps}" if options.steps else None,
                 "clock": f"train.minutes={options.minutes}" if options.minutes else None}
     results: dict[str, dict[str, dict[str, list[Run]]]] = {}

@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--out", type=Path, help="[default: out/moe-vs-dense-PRESET]")
     parser.add_argument("--report", action="store_true", help="only draw what is there")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.out = options.out or Path("out") / f"moe-vs-dense-{Path(options.preset).stem}"
     options.out.mkdir(parents=True, exist_ok=True)
     options.settings.append(f"data.folder={options.data}")
