@@ -117,8 +117,7 @@ def fused_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side
     if obstacle:
         raise ValueError(obstacle)
     fused = FusedStep(model, threads=arguments.threads)
-    return engine_side(model, lambda model, cache, tokens_N, positions_N, slots: (
-        fused.step(tokens_N, positions_N, slots, cache.keys, cache.values), None))
+    return engine_side(model, fused.decode)
 
 
 def compare(sides: dict[str, Side], vocab_size: int,

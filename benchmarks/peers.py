@@ -88,8 +88,8 @@ def qwen3_moe(model: Any, transformers: Any) -> Any:
 
 def llama_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side:
     import xllamacpp
-    from fira.convert.gguf import export_gguf
 
+    from fira.convert.gguf import export_gguf
     from fira.data.text import texts
     from fira.data.tokenizer import train_tokenizer
 

@@ -13,6 +13,7 @@ from fira.command import (
     OUT,
     InOrder,
     device_option,
+    precision_option,
     run_command,
     sampling_options,
     settings_argument,
@@ -207,6 +208,7 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
               help="Answers written at the same time.")
 @click.option("--queue", type=click.IntRange(1), default=256, show_default=True,
               help="Requests that may wait for a slot; more are told to come back.")
+@precision_option
 @device_option
 def serve(run: Path, **options: Any) -> None:
     """Serve the model in RUN over HTTP: OpenAI's API and a chat page.

@@ -14,6 +14,11 @@ device_option = click.option("--device", default="auto", show_default=True,
                              help="auto, cpu, cuda, cuda:N or mps.")
 
 
+precision_option = click.option(
+    "--precision", type=click.Choice(["float32", "int8", "int4"]), default="float32",
+    show_default=True, help="Weights while decoding on a CPU; the smaller ones need numba.")
+
+
 def sampling_options(command: Any) -> Any:
     """The options of every verb that samples text."""
     for option in reversed([
@@ -26,9 +31,7 @@ def sampling_options(command: Any) -> Any:
         click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
                      help="Sample among the likeliest that reach p together."),
         click.option("--seed", type=int, help="Repeat the same draw."),
-        click.option("--precision", type=click.Choice(["float32", "int8", "int4"]),
-                     default="float32", show_default=True,
-                     help="Weights while decoding on a CPU; the smaller ones need numba."),
+        precision_option,
         device_option,
     ]):
         command = option(command)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fira import runtime
+from fira.infer.cache import SlotCache
 from fira.infer.crew import Crew
 from fira.infer.pack import GROUP, WORK, Packed
 from fira.model.attention import KeyValueCache
@@ -47,8 +48,9 @@ class FusedStep:
         self._reserve(1)
 
     def step(self, tokens_S: Any, positions_S: Any, slots_S: Any, keys: Sequence[Tensor],
-             values: Sequence[Tensor]) -> Tensor:
-        """Logits [S, V] after tokens_S[s], which stands at positions_S[s] in slot slots_S[s].
+             values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [S, V] after tokens_S[s], which stands at positions_S[s] in slot slots_S[s],
+        and the experts it was sent to, [L, S, K].
 
         `keys` and `values` hold a cache [slots, G, T, C] for every layer; a token's own are written
         to its position, and all positions before must be filled. Raises ValueError out of range.
@@ -59,19 +61,28 @@ class FusedStep:
         self._reserve(len(tokens))
         self._bind(keys, values)
         logits = np.empty((len(tokens), self.spec.vocab_size), np.float32)
+        experts = np.empty((self.spec.num_layers, len(tokens) * self.spec.top_k), np.int64)
         self.crew.run(self.packed.shape, self.packed.layers, self.works, tokens, positions, slots,
-                      logits, int(self.counter[0]))
-        return torch.from_numpy(logits)
+                      logits, experts, int(self.counter[0]))
+        return (torch.from_numpy(logits),
+                torch.from_numpy(experts).view(len(experts), len(tokens), -1))
 
     def __call__(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits [B, V] after one more token of every row: a `fira.model.generate.Step`."""
         B, length = len(tokens_B), cache.length
         keys = [layer.keys_BGSC for layer in cache.layers]
         values = [layer.values_BGSC for layer in cache.layers]
-        logits_BV = self.step(tokens_B, np.full(B, length), np.arange(B), keys, values)
+        logits_BV, _ = self.step(tokens_B, np.full(B, length), np.arange(B), keys, values)
         for layer in cache.layers:
             layer.length += 1
         return logits_BV
+
+    def decode(self, model: Any, cache: SlotCache, tokens_N: Tensor, positions_N: Tensor,
+               slots: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The engine's `DecodeStep`."""
+        logits_NV, experts_LNK = self.step(tokens_N, positions_N, slots, list(cache.keys),
+                                           list(cache.values))
+        return logits_NV, experts_LNK if self.spec.num_experts > 1 else None
 
     def _bind(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Point the table at the caches."""

@@ -117,29 +117,42 @@ def attend(rank, ranks, shape, layer, positions, slots, qkv, scores, out):
 def route(shape, layer, x, probs, weights, chosen, order):
     """The experts of every token, their weights, and the (token, choice) pairs by expert."""
     E, K = shape.experts, shape.top_k
+    bias = floats(layer.selection, E)
     for s in range(len(x)):
-        largest = np.float32(-np.inf)
-        for e in range(E if layer.router.weight else 0):
-            probs[e] = dot(FLOAT32, layer.router, e, x[s])
-            largest = max(largest, probs[e])
-        total = np.float32(0)
-        for e in range(E):
-            probs[e] = math.exp(probs[e] - largest) if layer.router.weight else np.float32(1)
-            total += probs[e]
+        soften(shape, layer, x[s], probs)
         kept = np.float32(0)
         for k in range(K):
-            best = np.argmax(probs)
+            best, highest = 0, np.float32(-np.inf)
+            for e in range(E):
+                score = probs[e] + bias[e] if layer.selection else probs[e]
+                if probs[e] >= 0 and score > highest:  # a chosen one is marked below 0
+                    best, highest = e, score
             chosen[s * K + k], weights[s * K + k] = best, probs[best]
             kept += probs[best]
             probs[best] = np.float32(-1)
         for k in range(K):
-            weights[s * K + k] /= kept if K > 1 else total
+            weights[s * K + k] /= kept if K > 1 else np.float32(1)
     n = 0
     for e in range(E):
         for pair in range(len(x) * K):
             if chosen[pair] == e:
                 order[n] = pair
                 n += 1
+
+
+@compiled
+def soften(shape, layer, x, probs):
+    """The router's probabilities of one token; 1 for the only expert of a dense model."""
+    E = shape.experts
+    largest, total = np.float32(-np.inf), np.float32(0)
+    for e in range(E):
+        probs[e] = dot(FLOAT32, layer.router, e, x) if layer.router.weight else np.float32(0)
+        largest = max(largest, probs[e])
+    for e in range(E):
+        probs[e] = math.exp(probs[e] - largest)
+        total += probs[e]
+    for e in range(E):
+        probs[e] /= total
 
 
 @compiled
@@ -194,10 +207,11 @@ def embed(rank, ranks, shape, tokens, positions, x):
 
 
 @compiled
-def step(rank, ranks, shapes, layers, works, tokens, positions, slots, logits, base):
+def step(rank, ranks, shapes, layers, works, tokens, positions, slots, logits, experts, base):
     """Logits of the token after each of `tokens`, which enter the cache at their positions.
 
-    Every rank calls this with the same arguments; `base` is where the counter stands before.
+    `experts` [layer, pair] gets what the routers chose. Every rank calls this with the same
+    arguments; `base` is where the counter stands before.
     """
     shape, work, S, target = shapes[0], works[rank], len(tokens), base
     pairs = S * shape.top_k
@@ -223,6 +237,8 @@ def step(rank, ranks, shapes, layers, works, tokens, positions, slots, logits, b
         target = meet(work.counter, target + ranks)
         normalize(x, layer.moe_norm, shape.epsilon, normed)
         route(shape, layer, normed, probs, weights, chosen, order)
+        if rank == 0:
+            experts[index] = chosen
         think(rank, ranks, shape, layer, normed, chosen, order, hidden)
         target = meet(work.counter, target + ranks)
         answer(rank, ranks, shape, layer, weights, chosen, order, hidden, x)

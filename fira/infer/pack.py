@@ -26,8 +26,8 @@ MATRIX = np.dtype([(name, np.int64) for name in ("weight", "scale", "bias")])
 NORM = np.dtype([(name, np.int64) for name in ("weight", "bias")])
 LAYER = np.dtype([
     ("attention_norm", NORM), ("qkv", MATRIX), ("query_norm", np.int64), ("key_norm", np.int64),
-    ("output", MATRIX), ("moe_norm", NORM), ("router", MATRIX), ("gate", MATRIX), ("up", MATRIX),
-    ("down", MATRIX), ("keys", np.int64), ("values", np.int64)])
+    ("output", MATRIX), ("moe_norm", NORM), ("router", MATRIX), ("selection", np.int64),
+    ("gate", MATRIX), ("up", MATRIX), ("down", MATRIX), ("keys", np.int64), ("values", np.int64)])
 SHAPE = np.dtype([(name, np.int64) for name in (
     "width", "heads", "kv_heads", "head_width", "hidden", "experts", "top_k", "vocabulary",
     "context", "precision", "embedding", "positions", "cosines", "sines", "slot_stride",
@@ -88,6 +88,8 @@ class Packed:
         if hasattr(block.moe, "router"):
             router = block.moe.router
             record["router"] = self._hold(router.weight), 0, self._bias(router)
+            if router.selection_bias_E is not None:
+                record["selection"] = self._hold(router.selection_bias_E)
         if hasattr(experts, "gate"):
             record["gate"] = self._matrix(experts.gate)
         record["up"] = self._matrix(experts.up)

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NUCLEUS = 256  # tokens sorted to find top_p's; the whole vocabulary where they fall short
-
 from fira.model.attention import KeyValueCache
 
+NUCLEUS = 256  # tokens sorted to find top_p's; the whole vocabulary where they fall short
 Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor
 Step = Callable[[Tensor, KeyValueCache], Tensor]
 

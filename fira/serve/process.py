@@ -11,6 +11,7 @@ import uvicorn
 from rich.text import Text
 
 from fira.infer.chat import BASE, knows_chat
+from fira.infer.fused import open_step
 from fira.infer.load import load
 from fira.model.files import WEIGHTS, find_model
 from fira.model.generate import window_length
@@ -23,7 +24,7 @@ DRAIN_SECONDS = 30  # for answers under way when the process is told to end
 
 
 def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, slots: int,
-          queue: int, device: str) -> None:
+          queue: int, device: str, precision: str) -> None:
     """Serve until a signal. Raises ValueError or OSError, one line, if that cannot begin."""
     accepted = Keys.load(keys) if keys else None
     folder = find_model(run)
@@ -36,7 +37,8 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
     notes.print(f"loading {folder}, listening at {address}", markup=False, soft_wrap=True)
 
     def load_service() -> Service:
-        service = open_service(run, name or _name(run), slots, queue, device)
+        service = open_service(run, name or _name(run), slots, queue, device,
+                               precision)
         notes.print(f"serving {service.served.name}: chat page at {address}, API at {address}/v1",
                     markup=False, soft_wrap=True)
         if not service.served.tuned:
@@ -66,12 +68,16 @@ def run_until_signal(load_service: Callable[[], Service], keys: Keys | None, loo
         raise faults[0]
 
 
-def open_service(run: Path, name: str, slots: int, queue: int, device: str) -> Service:
+def open_service(run: Path, name: str, slots: int, queue: int, device: str,
+                 precision: str) -> Service:
     """The model of a run in a started engine."""
     from fira.infer.engine import Engine
 
     loaded = load(run, device)
     engine = Engine(loaded.model, loaded.tokenizer, slots=slots, max_waiting=queue)
+    fused = open_step(loaded.model, precision, console().print)
+    if fused is not None:
+        engine.decode_step = fused.decode
     engine.start()
     served = Served(name, loaded.tokenizer, window_length(loaded.model),
                     loaded.model.spec.vocab_size, knows_chat(loaded.folder),

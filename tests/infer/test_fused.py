@@ -10,10 +10,14 @@ import torch
 from torch.nn import functional as F
 
 from fira.infer import fused
+from fira.infer.engine import Engine
 from fira.infer.fused import FusedStep, find_obstacle, open_step
 from fira.infer.pack import dequantize, quantize_int4, quantize_int8
+from fira.infer.request import SamplingParams
+from fira.infer.step import RouterProbe
 from fira.model.files import build
 from fira.model.generate import stream
+from fira.model.moe import routers
 from fira.model.spec import FIRA2Spec, FIRASpec
 
 pytest.importorskip("numba")
@@ -22,6 +26,7 @@ SMALL = dict(vocab_size=96, d_model=32, n_head=4, num_layers=2, d_ff=64, context
 GROUPED = dict(n_kv_head=2, head_dim=16)
 SPECS = {
     "fira2": FIRA2Spec(**SMALL, **GROUPED, num_experts=8, top_k=3),
+    "fira2, biased choice": FIRA2Spec(**SMALL, **GROUPED, num_experts=8, top_k=3, balance="bias"),
     "fira2, top-1, every head its own keys": FIRA2Spec(**SMALL, n_kv_head=4, head_dim=8, top_k=1),
     "fira2, dense": FIRA2Spec(**SMALL, **GROUPED, num_experts=1),
     "fira": FIRASpec(**SMALL, num_experts=4, top_k=1),
@@ -34,6 +39,9 @@ def make(name):
     """A model whose norms and biases are not the neutral ones that training starts from."""
     model = build(SPECS[name], seed=1).eval()
     generator = torch.Generator().manual_seed(2)
+    for router in routers(model):
+        if router.selection_bias_E is not None:
+            router.selection_bias_E += 0.3 * torch.randn(len(router.weight), generator=generator)
     for parameter in model.parameters():
         if parameter.dim() == 1 or parameter.shape[0] == 1:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -82,11 +90,31 @@ def test_rows_stand_in_any_slot_at_any_position():
     for slot, text in texts.items():
         for position, token in enumerate(text[:-1]):
             step.step([token], [position], [slot], keys, values)
-    logits_SV = step.step([text[-1] for text in texts.values()],
+    logits_SV, experts_LSK = step.step([text[-1] for text in texts.values()],
                           [len(text) - 1 for text in texts.values()], list(texts), keys, values)
     with torch.inference_mode():
         expected = torch.stack([model(torch.tensor([text]))[0, -1] for text in texts.values()])
     torch.testing.assert_close(logits_SV, expected, rtol=0, atol=1e-4)
+    probe = RouterProbe(model)
+    with torch.inference_mode():
+        for row, text in enumerate(texts.values()):
+            model(torch.tensor([text]))
+            assert torch.equal(experts_LSK[:, row], probe.experts()[:, -1])
+
+
+def test_the_engine_answers_the_same_with_it(tokenizer):
+    model = make("fira2")
+    answers = []
+    for step in (None, FusedStep(model)):
+        engine = Engine(model, tokenizer, slots=3)
+        if step:
+            engine.decode_step = step.decode
+        events = [list(engine.stream(prompt, SamplingParams(max_new_tokens=12, temperature=0,
+                                                            experts=True, ignore_end=True)))
+                  for prompt in ([1, 2, 3], [4, 5])]
+        answers.append([[(e.id, e.experts) for e in stream[:-1]] for stream in events])
+        engine.close()
+    assert answers[0] == answers[1]
 
 
 def test_every_number_of_threads_gives_the_same_bits():
