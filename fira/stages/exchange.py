@@ -16,7 +16,6 @@ from fira.data.text import items
 from fira.eval.bits_per_byte import score
 from fira.infer.chat import PRETRAIN, knows_chat
 from fira.infer.load import load
-from fira.model.files import CONFIG
 
 IMPORTED = "import"  # the stage of an imported model that knows chat turns
 

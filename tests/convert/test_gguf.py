@@ -7,9 +7,9 @@ from io import StringIO
 
 import pytest
 import torch
-from tests.convert.conftest import HARD
 
 from fira.infer.load import load
+from tests.convert.conftest import HARD
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")

@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.convert.conftest import HARD
 
 from fira.convert.hf import INDEX
 from fira.infer.load import load
 from fira.model.files import CONFIG, WEIGHTS, load_pretrained
+from tests.convert.conftest import HARD
 
 transformers = pytest.importorskip("transformers")
 
