@@ -155,7 +155,7 @@ def _describe(writer: Any, model: Any, name: str, mix: Mix) -> None:
     writer.add_file_type(int(mix.file_type))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(spec.num_layers)
-    writer.add_context_length(spec.context)
+    writer.add_context_length(window_length(model))  # to llama.cpp it is the length trained on
     writer.add_embedding_length(spec.d_model)
     writer.add_feed_forward_length(spec.d_ff * spec.top_k)
     writer.add_head_count(spec.n_head)

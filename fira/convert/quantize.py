@@ -119,7 +119,8 @@ ALONE = ("position_embedding",)
 def quantize(model: Any, kind: str) -> Any:
     """Replace what can be quantized, in place, and note it in the model; returns the model.
 
-    What is left alone becomes float32, since activations then are. Raises ValueError, one line, if the weights are quantized already.
+    What is left alone becomes float32, since activations then are. Raises
+    ValueError, one line, if the weights are quantized already.
     """
     check_target(model, kind)
     model.float()

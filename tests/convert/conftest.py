@@ -9,7 +9,8 @@ from fira.stages.pretrain import pretrain
 
 WIDTHS = ["model.d_model=256", "model.n_head=4", "model.n_kv_head=2", "model.head_dim=64",
           "model.d_ff=256"]
-HARD = ["Größe, naïve café, Ǆ ﬁ e\u0301", "你好,世界。こんにちは 한국어", "🙂🙃👩‍👩‍👧 🇫🇷", "3.14159 2026-11-24 1,000,000",
+HARD = ["Größe, naïve café, Ǆ ﬁ e\u0301", "你好,世界。こんにちは 한국어", "🙂🙃👩‍👩‍👧 🇫🇷",
+        "3.14159 2026-11-24 1,000,000",
         "def f(x):\n    return x**2  # ok\n\n\tpass", "  two  spaces\r\n\r\n", "it's I'LL don't",
         "user says <|im_end|> and <|endoftext|><think>", "\u0000\u200b\u00a0\ufeff", "The Union"]
 
