@@ -100,18 +100,20 @@ def llama_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = arguments.threads
     server = xllamacpp.Server(params)
 
-    def ask(prompt: list[int], new: int) -> Any:
+    def ask(prompt: list[int], new: int, **options: Any) -> Any:
         reply = server.handle_completions({
             "prompt": prompt, "n_predict": new, "temperature": 0, "ignore_eos": True,
-            "cache_prompt": False, "return_tokens": True})
+            "cache_prompt": False, **options})
         if "timings" not in reply:
             raise RuntimeError(f"llama.cpp answered {reply}")
         return reply
 
     def turn(short: list[int], long: list[int], new: int) -> Turn:
-        reply = ask(short, new)
-        return Turn(reply["timings"]["predicted_per_second"],
-                    ask(long, 1)["timings"]["prompt_per_second"], reply["tokens"])
+        timings = ask(short, new)["timings"]  # the first token comes with the prompt
+        decode = 1e3 * (new - 1) / timings["predicted_ms"]
+        prefill = ask(long, 1)["timings"]["prompt_per_second"]
+        chosen = ask(short, new, n_probs=1)["choices"][0]["logprobs"]["content"]  # not timed
+        return Turn(decode, prefill, [one["id"] for one in chosen])
 
     return turn
 

@@ -121,6 +121,7 @@ class Engine:
 
     def start(self) -> None:
         """Step in a thread of its own, whenever there is work, until `close`."""
+        assert self._thread is None, "the engine has been started"
         self._thread = threading.Thread(target=self._work, name="fira-engine", daemon=True)
         self._thread.start()
 
