@@ -25,8 +25,7 @@ NOTES = ("end_of_text", "trained_length")  # what a model learned with, besides 
 def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:
     """A new model of `spec`; equal seeds give equal weights. Without one, torch's global state."""
     model = build_meta(spec).to_empty(device=device)
-    generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
-    initialize(model, spec.num_layers, spec.init_std, generator)
+    initialize(model, spec.num_layers, spec.init_std, seed)
     return model
 
 

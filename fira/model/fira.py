@@ -6,6 +6,7 @@ dropped, so that every device keeps its fused attention.
 """
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from fira.model.spec import FIRASpec
 class FIRA(nn.Module):
     """tokens_BT -> logits_BTV. Takes the fields of `FIRASpec`; raises ConfigError on bad ones."""
 
+    before = ("token_embedding", "position_embedding")  # parts that come before the blocks
+    after = ("norm", "head")  # and after them
+
     def __init__(self, **fields: Any) -> None:
         super().__init__()
         spec = parse(FIRASpec, fields)
@@ -45,14 +49,22 @@ class FIRA(nn.Module):
 
     def features(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The normalized residual stream x_BTD that the head reads."""
+        return self.norm(self.through(self.blocks, self.embed(tokens_BT, cache), cache))
+
+    def embed(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """What the first block reads."""
         T, start = tokens_BT.shape[1], cache.length if cache else 0
         check_length(start + T, self.spec.context)
         positions_T = torch.arange(start, start + T, device=tokens_BT.device)
         x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(positions_T)
-        x_BTD = F.dropout(x_BTD, self.spec.dropout, self.training)
-        for layer, block in enumerate(self.blocks):
+        return F.dropout(x_BTD, self.spec.dropout, self.training)
+
+    def through(self, blocks: Iterable[nn.Module], x_BTD: Tensor,
+                cache: KeyValueCache | None = None) -> Tensor:
+        """x_BTD after `blocks`: all of them, or those of one stage of a pipeline."""
+        for layer, block in enumerate(blocks):
             x_BTD = block(x_BTD, cache.layers[layer] if cache else None)
-        return self.norm(x_BTD)
+        return x_BTD
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The head, for callers that need only some positions of `features`."""

@@ -5,6 +5,7 @@ tied embeddings, every layer MoE. With one expert it is the dense Qwen3.
 """
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from fira.model.spec import FIRA2Spec
 class FIRA2(nn.Module):
     """tokens_BT -> logits_BTV. Takes the fields of `FIRA2Spec`; raises ConfigError on bad ones."""
 
+    before = ("token_embedding",)  # parts that come before the blocks
+    after = ("norm", "token_embedding")  # and after them
+
     def __init__(self, **fields: Any) -> None:
         super().__init__()
         spec = parse(FIRA2Spec, fields)
@@ -43,13 +47,22 @@ class FIRA2(nn.Module):
 
     def features(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The normalized residual stream x_BTD that the head reads."""
-        T, start = tokens_BT.shape[1], cache.length if cache else 0
-        check_length(start + T, self.spec.context)
-        tables = self.rotary(start, start + T)
-        x_BTD = self.token_embedding(tokens_BT)
-        for layer, block in enumerate(self.blocks):
+        return self.norm(self.through(self.blocks, self.embed(tokens_BT, cache), cache))
+
+    def embed(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """What the first block reads."""
+        start = cache.length if cache else 0
+        check_length(start + tokens_BT.shape[1], self.spec.context)
+        return self.token_embedding(tokens_BT)
+
+    def through(self, blocks: Iterable[nn.Module], x_BTD: Tensor,
+                cache: KeyValueCache | None = None) -> Tensor:
+        """x_BTD after `blocks`: all of them, or those of one stage of a pipeline."""
+        start = cache.length if cache else 0
+        tables = self.rotary(start, start + x_BTD.shape[1])
+        for layer, block in enumerate(blocks):
             x_BTD = block(x_BTD, tables, cache.layers[layer] if cache else None)
-        return self.norm(x_BTD)
+        return x_BTD
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The head, tied to the token embedding."""
