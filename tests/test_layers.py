@@ -6,7 +6,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fira"
 LAYERS = [
     {"config", "runtime", "runlog"},
     {"data", "model", "loss"},
-    {"checkpoint"},
+    {"checkpoint", "parallel"},
     {"train", "infer"},
     {"eval"},
     {"stages"},
