@@ -16,7 +16,7 @@ SHAPE = {"vocab_size": 60, "d_model": 16, "n_head": 2, "num_layers": 4, "d_ff": 
          "num_experts": 4, "top_k": 2, "context": 8, "balance_weight": 0.02, "z_weight": 0.002}
 SPECS = {"fira": FIRASpec(**SHAPE, dropout=0.0),
          "fira2": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)}
-BATCH, STEPS = 16, 20
+BATCH, STEPS = 8, 20
 LAYOUTS = {
     "data2": {"data": 2}, "shard2": {"shard": 2}, "expert2": {"expert": 2},
     "gpipe2": {"pipeline": 2, "schedule": "gpipe"}, "1f1b2": {"pipeline": 2},
@@ -46,7 +46,7 @@ def train(layout, rule, steps=STEPS, starve=False):
             if router.weight.shape[1] > 1:
                 with torch.no_grad():
                     router.weight.zero_()
-    optimizer = make_optimizer(model, OptimConfig(lr=0.01, rule=rule, clip=0.5))
+    optimizer = make_optimizer(model, OptimConfig(lr=2e-3, rule=rule, clip=0.5))
     forward_backward, record = layout.forward_backward(accumulate), []
     model.train()
     for step in range(steps):
