@@ -43,11 +43,11 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed dropout for one step from (seed, step) alone: a resumed run needs no saved state."""
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed dropout for one step from its number alone: a resumed run needs no saved state."""
     import torch
 
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step + rank * 0xD1B54A32D192ED03) % 2**63)
 
 
 def keep_large_blocks() -> bool:

@@ -43,7 +43,7 @@ class Layout:
             keep_experts(model, mesh.place["expert"], mesh.sizes["expert"], mesh.group("expert"))
         if mesh.sizes["shard"] > 1:
             shard(model, *self._device_meshes())
-        self.model = model.to_empty(device=mesh.device)
+        self.model: Any = model.to_empty(device=mesh.device)
         initialize(model, spec.num_layers, spec.init_std, seed,
                    list(self.pieces(model.named_parameters())))
         self.pipeline = (Pipeline(model, schedule, mesh.device, mesh.group("pipeline"))
@@ -173,21 +173,24 @@ class Layout:
         return self.pipeline.forward(tokens_BT) if self.pipeline else self.model(tokens_BT)
 
     def pieces(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Piece]:
-        """Which rows of the whole each of the model's named tensors (or of like ones) are."""
+        """Which rows of the whole the model's tensors are; also of optimizer state, `name/key`."""
+        parameters = dict(self.model.named_parameters())
         for name, tensor in tensors:
-            start = first_row(tensor)
-            if ".experts." in name:
-                each = self.shapes[name][0] // self.mesh.sizes["expert"]
-                start += self.mesh.place["expert"] * each
-            yield Piece(name, local(tensor.detach()), start, self.shapes[name])
+            whole = name.partition("/")[0]
+            start, shape = first_row(parameters.get(whole, tensor)), self.shapes[whole]
+            if ".experts." in whole:
+                start += self.mesh.place["expert"] * (shape[0] // self.mesh.sizes["expert"])
+            rows = local(tensor.detach())
+            yield Piece(name, rows, start, shape) if rows.dim() else Piece(name, rows, 0, ())
 
-    def writes(self, name: str) -> bool:
-        """Is this the rank that writes its rows of a tensor to a file?"""
-        place = self.mesh.place
-        if name.split(".")[0] in self.tied and place["pipeline"] > 0:
+    def writes(self, piece: Piece) -> bool:
+        """Is this the rank that writes a piece to a file?"""
+        place, whole = self.mesh.place, piece.name.partition("/")[0]
+        if whole.split(".")[0] in self.tied and place["pipeline"] > 0:
             return False
-        whole = name not in dict(self.model.named_parameters()) and place["shard"] > 0
-        return not whole and all(place[axis] == 0 for axis in self._replica_axes(name))
+        divided = bool(piece.shape) and whole in dict(self.model.named_parameters())
+        axes = self._replica_axes(whole) if divided else ("data", "expert", "shard")
+        return all(place[axis] == 0 for axis in axes)
 
 
 def check_fit(sizes: dict[str, int], schedule: str, spec: Any, batch_size: int,

@@ -63,6 +63,12 @@ class Mesh:
     def batch_rank(self) -> int:
         return self.rank % self.batch_ranks
 
+    def __str__(self) -> str:
+        if self.size == 1:
+            return str(self.device)
+        axes = " x ".join(f"{axis} {self.sizes[axis]}" for axis in AXES if self.sizes[axis] > 1)
+        return f"{self.size} {self.device.type} ranks ({axes})"
+
     def group(self, *axes: str) -> Any:
         """The process group of the ranks that differ from this one along `axes` only."""
         return self.groups[axes]
