@@ -266,17 +266,21 @@ def _print_routing(run: Path, screen: Any) -> None:
 
 def trained(work: Any, run: Path) -> Path:
     """Run a training stage and draw its picture, also when a signal stopped it."""
+    from fira import runtime
     from fira.report.plot import save_progress
     from fira.train.loop import Stopped
 
+    first = runtime.launch().rank == 0
     try:
         work()
     except Stopped as stop:
-        save_progress(run)
-        click.echo(f"stopped by {stop}; everything is saved in {run}, and --resume continues it",
-                   err=True)
+        if first:
+            save_progress(run)
+            click.echo(f"stopped by {stop}; everything is saved in {run}, and --resume continues "
+                       "it", err=True)
         sys.exit(128 + stop.number)
-    save_progress(run)
+    if first:
+        save_progress(run)
     return run
 
 

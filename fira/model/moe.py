@@ -118,7 +118,7 @@ def health(layers: Iterable[Router]) -> dict[str, Any] | None:
     layers = [router for router in layers if router.num_tokens]
     if not layers:
         return None
-    counts = torch.stack([router.load_count_E for router in layers]).double().cpu()
+    counts = torch.stack([router.load_count_E.cpu() for router in layers]).double()
     relative = counts / counts.mean(dim=1, keepdim=True)
     return {
         "load": (counts / counts.sum(dim=1, keepdim=True)).tolist(),

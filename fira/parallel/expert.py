@@ -25,7 +25,7 @@ class AllToAll:
     def __call__(self, experts: nn.Module, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert, with the counts of all experts -> the rows' results, here."""
         counts_PE = counts_E.view(self.ranks, -1)  # P ranks, each with its experts
-        arriving_PE = torch.empty_like(counts_PE)
+        arriving_PE = torch.zeros_like(counts_PE)
         dist.all_to_all_single(arriving_PE, counts_PE, group=self.group)
         send, receive = counts_PE.sum(1).tolist(), arriving_PE.sum(1).tolist()
         me = dist.get_rank(self.group)

@@ -92,6 +92,8 @@ class Mesh:
         self.agree(0.0)
 
 
+LOST = ("onnection closed", "onnection reset", "Timed out", "timed out", "imeout", "roken pipe",
+        "NCCL", "onnection refused")  # what gloo and NCCL say when a peer dies
 GROUPS = (("pipeline",), ("expert",), ("data",), ("data", "expert"), ("data", "expert", "shard"))
 
 
@@ -148,6 +150,22 @@ def joined(config: ParallelConfig, device_name: str) -> Iterator[Mesh]:
     if launch.world == 1:
         yield Mesh(sizes, device=device)
         return
+    try:
+        yield enter(config, sizes, device)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        raise ValueError(f"rank {launch.rank}: another rank is gone, or was silent for "
+                         f"{config.timeout:g} s ({str(error).splitlines()[0]}); the newest "
+                         "checkpoint is whole: continue with --resume") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def enter(config: ParallelConfig, sizes: dict[str, int], device: torch.device) -> Mesh:
+    """This process's place among the ranks of its launcher, with what carries their words."""
+    launch = runtime.launch()
     if device.type == "cuda":
         if launch.local_rank >= torch.cuda.device_count():
             raise ValueError(f"rank {launch.rank} is number {launch.local_rank} on its machine, "
@@ -155,10 +173,8 @@ def joined(config: ParallelConfig, device_name: str) -> Iterator[Mesh]:
                              "one rank a device, or use --device cpu")
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                            rank=launch.rank, world_size=launch.world,
-                            timeout=datetime.timedelta(seconds=config.timeout))
-    try:
-        yield make_mesh(sizes, launch.rank, device)
-    finally:
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                rank=launch.rank, world_size=launch.world,
+                                timeout=datetime.timedelta(seconds=config.timeout))
+    return make_mesh(sizes, launch.rank, device)

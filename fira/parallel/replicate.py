@@ -28,6 +28,8 @@ class Bucket:
     def start(self) -> None:
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
         self.flat = torch.cat([grad.flatten() for grad in grads])
+        for parameter in self.parameters:
+            parameter.grad = None  # until the sum is there: gradients are not held twice
         self.work = dist.all_reduce(self.flat, group=self.group, async_op=True)
 
     def finish(self) -> None:

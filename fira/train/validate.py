@@ -12,7 +12,7 @@ from fira.parallel.layout import Layout
 from fira.runtime import autocast
 
 
-@torch.inference_mode()
+@torch.no_grad()  # sharded weights cannot be gathered in inference mode
 def validate(layout: Layout, batches: Iterable[Any],
              token_bytes_V: torch.Tensor) -> dict[str, float]:
     """Mean loss in nats per token, and bits per byte of the text the targets stand for.

@@ -1,6 +1,7 @@
 """Runs a function on N processes of this machine that form a gloo group, within a time limit."""
 import datetime
 import os
+import socket
 import tempfile
 import traceback
 from pathlib import Path
@@ -10,24 +11,34 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _enter(rank, world, folder, work, arguments):
-    os.environ["OMP_NUM_THREADS"] = "1"
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _enter(rank, world, port, folder, work, arguments, join):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
-                                world_size=world, timeout=datetime.timedelta(seconds=60))
+        if join:
+            dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
         torch.save(work(rank, *arguments), Path(folder) / f"result-{rank}.pt")
-        dist.destroy_process_group()
+        if join:
+            dist.destroy_process_group()
     except BaseException:
         (Path(folder) / f"error-{rank}").write_text(traceback.format_exc())
         os._exit(1)
+    os._exit(0)
 
 
-def on_ranks(world, work, *arguments, seconds=120):
-    """[work(rank, *arguments) for every rank], each in its own process."""
+def on_ranks(world, work, *arguments, seconds=120, join=True):
+    """[work(rank, *arguments) for every rank], each in its own process, as torchrun would."""
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("fork")
-        processes = [context.Process(target=_enter, args=(rank, world, folder, work, arguments))
+        context, port = mp.get_context("fork"), free_port()
+        processes = [context.Process(target=_enter, args=(rank, world, port, folder, work,
+                                                          arguments, join))
                      for rank in range(world)]
         for process in processes:
             process.start()
