@@ -122,7 +122,8 @@ def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_e
 @fira.command(epilog=PRESETS)
 @click.argument("preset")
 @settings_argument
-@click.option("--run", type=OUT, help="Run folder.  [default: out/PRESET]")
+@click.option("--run", "--run-folder", "run", type=OUT,
+              help="Run folder (torchrun takes --run for its own).  [default: out/PRESET]")
 @click.option("--resume", is_flag=True, help="Continue from the run's newest checkpoint.")
 @click.option("--dry-run", is_flag=True,
               help="Only print the settings, marking what differs from the preset.")
@@ -145,6 +146,30 @@ def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool
 
     run = run or Path("out") / Path(preset).stem
     trained(lambda: pretrain(preset, settings, run, device, resume, console()), run)
+
+
+@fira.command(epilog=PRESETS)
+@click.argument("preset")
+@settings_argument
+@click.option("--gpus", type=click.IntRange(1), default=8, show_default=True,
+              help="Devices in all.")
+@click.option("--device", "device_name", default="h100-80g", show_default=True,
+              help="h100-80g, a100-80g, a100-40g, l40s-48g or rtx4090-24g.")
+@click.option("--tokens", type=click.FloatRange(0, min_open=True), metavar="T",
+              help="Time and cost of so many tokens.  [default: the preset's steps]")
+@click.option("--price", type=click.FloatRange(0), help="Of a device and hour, in dollars.")
+def plan(preset: str, settings: tuple[str, ...], **options: Any) -> None:
+    """What training a preset on many GPUs would take.
+
+    Parameters, memory of a GPU by part, bytes sent, tokens per second, time and cost, for every
+    layout that fits, the fastest first. Nothing is run.
+
+    \b
+    Example: fira plan fira2-7b --gpus 64 --device h100-80g --tokens 500e9
+    """
+    from fira.stages.plan import plan as print_plan
+
+    print_plan(preset, settings, **options)
 
 
 @fira.command()

@@ -174,7 +174,11 @@ def enter(config: ParallelConfig, sizes: dict[str, int], device: torch.device) -
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        limit = datetime.timedelta(seconds=config.timeout)
+        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world, timeout=limit))
+        # torchrun keeps its store over restarts: the addresses of the dead must not be read again
+        store = dist.PrefixStore(f"restart-{launch.restarts}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                rank=launch.rank, world_size=launch.world,
-                                timeout=datetime.timedelta(seconds=config.timeout))
+                                store=store, rank=launch.rank, world_size=launch.world,
+                                timeout=limit)
     return make_mesh(sizes, launch.rank, device)

@@ -17,7 +17,7 @@ from fira.model.count import count_parameters
 from fira.model.files import build_meta
 from fira.parallel.layout import check_fit
 from fira.parallel.mesh import AXES
-from fira.parallel.pipeline import SCHEDULES, keep_stages, stages_of
+from fira.parallel.pipeline import SCHEDULES, blocks_of, stages_of
 
 FLOAT = 4  # bytes: weights, gradients, optimizer state and the residual stream are float32
 RESERVE = 0.9  # of a device's memory may be planned; the rest is the allocator's and CUDA's
@@ -46,7 +46,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained: the spec, sequences a step and a micro-batch, their length, the rule."""
+    """What is trained: sequences a step and a micro-batch, tokens in each, the optimizer's rule."""
 
     spec: Any
     batch_size: int
@@ -87,21 +87,31 @@ class Elements(NamedTuple):
     ends: bool  # it holds the head
 
 
-@lru_cache(maxsize=256)
-def elements(spec: Any, rank: int, ranks: int, schedule: str) -> Elements:
-    """Counted on the meta device, as `Layout` cuts the model."""
+@lru_cache(maxsize=8)
+def _parameters(spec: Any) -> tuple[Any, list[tuple[str, int, bool]]]:
+    """The model on the meta device, and of each parameter name, size and whether a matrix."""
     model = build_meta(spec)
-    stages = ranks * SCHEDULES[schedule][1]
-    if ranks > 1:
-        keep_stages(model, stages_of(rank, ranks, schedule), stages)
+    return model, [(name, p.numel(), ".router." not in name and "embedding" not in name
+                    and name.split(".")[0] != "head"
+                    and p.dim() >= (3 if ".experts." in name else 2))
+                   for name, p in model.named_parameters()]
+
+
+def elements(spec: Any, rank: int, ranks: int, schedule: str) -> Elements:
+    """Counted on the meta device, as `keep_stages` cuts the model."""
+    model, parameters = _parameters(spec)
+    stages = ranks * SCHEDULES[schedule][1] if ranks > 1 else 1
+    held = stages_of(rank, ranks, schedule) if ranks > 1 else [0]
+    layers = {str(layer) for stage in held for layer in blocks_of(stage, stages, spec.num_layers)}
+    parts = (model.before if 0 in held else ()) + (model.after if stages - 1 in held else ())
     counts = dict.fromkeys(("dense", "experts", "muon", "muon_experts"), 0)
-    for name, parameter in model.named_parameters():
-        expert = ".experts." in name
-        counts["experts" if expert else "dense"] += parameter.numel()
-        matrix = parameter.dim() >= (3 if expert else 2) and not name.startswith(
-            ("token_embedding", "position_embedding", "head")) and ".router." not in name
-        counts["muon_experts" if expert else "muon"] += parameter.numel() * matrix
-    return Elements(**counts, layers=len(model.blocks), ends=rank == ranks - 1)
+    for name, size, matrix in parameters:
+        first, second = name.split(".")[:2]
+        if second in layers if first == "blocks" else first in parts:
+            expert = ".experts." in name
+            counts["experts" if expert else "dense"] += size
+            counts["muon_experts" if expert else "muon"] += size * matrix
+    return Elements(**counts, layers=len(layers), ends=rank == ranks - 1)
 
 
 def activations_per_token(spec: Any) -> int:

@@ -50,7 +50,7 @@ def test_a_killed_rank_does_not_end_the_run(preset, data_folder, tmp_path):
              Console(quiet=True))
     kills = 2
     command = torchrun(2, "-m", "fira", "train", str(preset), f"data.folder={data_folder}",
-                       *SETTINGS, "parallel.expert=2", "--run", str(run), "--device", "cpu",
+                       *SETTINGS, "parallel.expert=2", "--run-folder", str(run), "--device", "cpu",
                        restarts=kills)
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                stderr=subprocess.PIPE, text=True)
@@ -77,7 +77,7 @@ def test_two_hosts_meet_at_an_address(preset, data_folder, tmp_path):
         [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
          "--node-rank", str(host), "--master-addr", "127.0.0.1", "--master-port", str(port),
          "-m", "fira", "train", str(preset), f"data.folder={data_folder}", "train.steps=4",
-         "train.micro_batch=1", "parallel.data=2", "--run", str(run), "--device", "cpu"],
+         "train.micro_batch=1", "parallel.data=2", "--run-folder", str(run), "--device", "cpu"],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
         for host in range(2)]
     said = [host.communicate(timeout=120)[1] for host in hosts]
