@@ -78,8 +78,9 @@ def launch() -> Launch:
                   ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
                   ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")):
         if all(name in os.environ for name in names):
-            return Launch(*(int(os.environ[name]) for name in names),
-                          int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+            rank, world, local_rank = (int(os.environ[name]) for name in names)
+            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+            return Launch(rank, world, local_rank, restarts)
     return Launch()
 
 

@@ -24,6 +24,8 @@ from fira.parallel.pipeline import SCHEDULES, Stage, blocks_of
 
 
 class Batch(NamedTuple):
+    """Ids and, at each place, the id that follows."""
+
     tokens_BT: Tensor
     targets_BT: Tensor
 
@@ -100,9 +102,12 @@ class DevicePipeline(nn.Module):
         return self.model.logits(torch.cat(flowing).to(head))
 
     def train_batch(self, tokens_BT: Tensor, targets_BT: Tensor) -> float:
-        loss, _ = next_token_loss(lambda tokens: self(tokens), _on_one(self, tokens_BT, targets_BT))
+        """The mean loss of a batch; its gradients are added to the parameters'."""
+        head = getattr(self.model, self.model.after[-1]).weight.device
+        batch: Any = Batch(tokens_BT, targets_BT.to(head))
+        loss, _ = next_token_loss(self, batch)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     def clip_gradients(self, max_norm: float) -> float:
         return float(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
@@ -118,11 +123,6 @@ class DevicePipeline(nn.Module):
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         return self.model.load_state_dict(*args, **options)
-
-
-def _on_one(pipeline: DevicePipeline, tokens_BT: Tensor, targets_BT: Tensor) -> Batch:
-    head = getattr(pipeline.model, pipeline.model.after[-1]).weight.device
-    return Batch(tokens_BT, targets_BT.to(head))
 
 
 def _view(model: Any, device: torch.device) -> Any:

@@ -85,7 +85,7 @@ def write_rows(path: Path, plan: Plan) -> None:
     with open(path, "r+b") as file:
         for offset, tensor in plan.rows:
             file.seek(offset)
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

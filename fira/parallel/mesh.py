@@ -100,7 +100,7 @@ GROUPS = (("pipeline",), ("expert",), ("data",), ("data", "expert"), ("data", "e
 def make_mesh(sizes: dict[str, int], rank: int, device: torch.device) -> Mesh:
     """The grid of `sizes` with its process groups; every rank must call it."""
     ranks = np.arange(prod(sizes.values())).reshape([sizes[axis] for axis in AXES])
-    groups = {}
+    groups: dict[tuple[str, ...], Any] = {}
     for axes in GROUPS:
         last = [AXES.index(axis) for axis in axes]
         rest = [number for number in range(len(AXES)) if number not in last]
