@@ -53,7 +53,7 @@ class Checkpoints:
         """
         self.wait()
         folder = self.run / f"step-{step:06d}"
-        if folder.exists():
+        if self.mesh.agree(folder.exists())[0]:
             return folder
         partial = self.run / f".{folder.name}.partial"
         plans = {WEIGHTS: self._saver.plan(layout, layout.model.state_dict()),

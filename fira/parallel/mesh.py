@@ -29,7 +29,7 @@ class ParallelConfig(Config):
     pipeline: int = Field(1, ge=1, description="ranks that divide the blocks")
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field(
         "1f1b", description="order of micro-batches in the pipeline")
-    timeout: float = Field(600.0, gt=0, description="seconds to wait for a rank that is silent")
+    timeout: float = Field(1800.0, gt=0, description="seconds to wait for a rank that is silent")
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,7 @@ def _configure_run(preset: str, settings: Iterable[str], run: Path, resume: bool
     if saved["preset"] != preset:
         raise ConfigError(f"{run} was started from preset {saved['preset']}, not {preset}; "
                           f"write fira train {saved['preset']} --resume, or choose another --run")
+    saved["config"].pop("parallel", None)  # a run does not remember who worked on it
     before, now = configure(saved["config"], ()), configure(saved["config"], settings)
     if now.model != before.model:
         changed = next(key for key, value in flatten(now.model).items()

@@ -114,7 +114,7 @@ def test_a_rank_of_64_is_built_and_steps_without_the_whole_model(preset, sizes, 
     """Torch's fake process group: nothing arrives, but shapes and memory are the real ones."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    spec = configure(load_preset(preset), ["model.vocab_size=1024", "model.num_layers=4"]).model
+    spec = configure(load_preset(preset), ["model.vocab_size=1024", "model.num_layers=2"]).model
     monkeypatch.setattr(expert, "_exchange", lambda rows, send, receive, group: rows.new_zeros(
         sum(receive), rows.shape[1]))
     dist.init_process_group("fake", rank=5, world_size=64, store=FakeStore())
@@ -125,9 +125,9 @@ def test_a_rank_of_64_is_built_and_steps_without_the_whole_model(preset, sizes, 
         part = elements(spec, mesh.place["pipeline"], mesh.sizes["pipeline"], "gpipe")
         assert held == pytest.approx(part.dense / mesh.sizes["shard"] + part.experts
                                      / mesh.sizes["expert"] / mesh.sizes["shard"], rel=0.01)
-        assert held < 0.08 * sum(map(torch.Size.numel, map(torch.Size, layout.shapes.values())))
+        assert held < 0.05 * sum(map(torch.Size.numel, map(torch.Size, layout.shapes.values())))
         optimizer = make_optimizer(layout.model, OptimConfig())
-        cut = [Batch(TOKENS[i:i + 1, :8], TARGETS[i:i + 1, :8]) for i in range(8)]
+        cut = [Batch(TOKENS[i:i + 1, :8], TARGETS[i:i + 1, :8]) for i in range(2)]
         layout.forward_backward(accumulate)(layout.model, cut, next_token_loss)
         optimizer.step()
     finally:
