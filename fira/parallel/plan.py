@@ -199,7 +199,7 @@ def estimate(work: Work, sizes: dict[str, int], schedule: str, device: Device) -
     """Everything about one layout."""
     sent = bytes_sent(work, sizes, schedule)
     batch_tokens = work.batch_size * work.sequence_length
-    flops = count_parameters(work.spec, work.sequence_length).flops_per_token * batch_tokens
+    flops = _flops_per_token(work) * batch_tokens
     pipeline, each = sizes["pipeline"], SCHEDULES[schedule][1]
     micros = micro_batches(work, sizes)
     bubble = (pipeline - 1) / (micros * each + pipeline - 1)
@@ -214,6 +214,11 @@ def estimate(work: Work, sizes: dict[str, int], schedule: str, device: Device) -
     waiting = times.pop("experts", 0.0)  # nothing hides an exchange; the others overlap
     return Estimate(sizes, schedule, memory(work, sizes, schedule), sent,
                     batch_tokens / (max(compute, sum(times.values())) + waiting))
+
+
+@lru_cache(maxsize=8)
+def _flops_per_token(work: Work) -> int:
+    return count_parameters(work.spec, work.sequence_length).flops_per_token
 
 
 def _speed(device: Device, ranks: int) -> float:

@@ -44,7 +44,7 @@ def unsplit(request):
         optimizer.zero_grad()
         loads = health(routers(model))["load"]
         end_step(model)
-        record.append((float(loss), norm, loads))
+        record.append((float(loss.detach()), norm, loads))
     return request.param, record, model.state_dict()
 
 

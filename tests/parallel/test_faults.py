@@ -19,7 +19,7 @@ from fira.train.loop import Loop
 from tests.parallel.ranks import free_port, on_ranks
 from tests.parallel.test_parity import SPECS, Batch, batch
 
-SETTINGS = ["train.micro_batch=2", "train.steps=60", "train.save_every=3", "train.keep=3",
+SETTINGS = ["train.micro_batch=2", "train.steps=30", "train.save_every=3", "train.keep=3",
             "parallel.timeout=30"]
 
 
@@ -49,10 +49,10 @@ def losses(run):
 
 
 def test_a_killed_rank_does_not_end_the_run(preset, data_folder, tmp_path):
-    """Each rank once, at a random moment."""
+    """Rank 1 at a random moment (benchmarks/kill_ranks.py kills two dozen)."""
     calm, run = tmp_path / "calm", tmp_path / "run"
     on_ranks(2, undisturbed, preset, data_folder, calm, join=False)
-    kills = 2
+    kills = 1
     command = torchrun(2, "-m", "fira", "train", str(preset), f"data.folder={data_folder}",
                        *SETTINGS, "parallel.expert=2", "--run-folder", str(run), "--device", "cpu",
                        restarts=kills)
@@ -65,7 +65,7 @@ def test_a_killed_rank_does_not_end_the_run(preset, data_folder, tmp_path):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.1))
-        os.kill(children(process)[number % 2], signal.SIGKILL)
+        os.kill(children(process)[1], signal.SIGKILL)
     _, words = process.communicate(timeout=120)
     assert process.returncode == 0, words
     assert "another rank is gone" in words
