@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from fira.checkpoint import Checkpoints
 from fira.parallel.mesh import AXES, Mesh, make_mesh
 from fira.runlog import read_rows
+from fira.runtime import launch
 from fira.stages.pretrain import pretrain
 from fira.train.loop import Loop
 from tests.parallel.ranks import free_port, on_ranks
@@ -138,6 +139,40 @@ def stopping(rank, preset, data, run):
 def test_a_signal_to_one_rank_saves_and_stops_all(preset, data_folder, tmp_path):
     names = on_ranks(2, stopping, preset, data_folder, tmp_path / "run", join=False)
     assert names[0] == names[1] != "step-000005"
+
+
+def full_disk(rank, preset, data, run):
+    """The disk of rank 1 is full at the second save; what every rank hears."""
+    from fira import checkpoint
+
+    write, calls = checkpoint.write_rows, []
+
+    def refuse(path, plan):
+        calls.append(path)
+        if rank == 1 and "step-000010" in str(path):
+            raise OSError(28, "No space left on device")
+        write(path, plan)
+
+    checkpoint.write_rows = refuse
+    with pytest.raises(ValueError, match="cannot save .*step-000010") as refused:
+        pretrain(str(preset), [f"data.folder={data}", "train.micro_batch=1"], run, "cpu", False,
+                 Console(quiet=True))
+    return str(refused.value), len(calls)
+
+
+def test_a_full_disk_of_one_rank_stops_all_with_the_last_step_whole(preset, data_folder, tmp_path):
+    run = tmp_path / "run"
+    for words, _ in on_ranks(2, full_disk, preset, data_folder, run, join=False):
+        assert "No space left" in words and "step-000005 is whole" in words and "--resume" in words
+    assert [path.name for path in run.glob("*step*")] == ["step-000005"]
+
+
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE", "LOCAL_RANK"), (
+    "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")])
+def test_torchrun_and_open_mpi_name_the_ranks(names, monkeypatch):
+    for name, value in zip(names, ("3", "8", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert launch()[:3] == (3, 8, 1)
 
 
 def test_alone_nothing_is_sent():
