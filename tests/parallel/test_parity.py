@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fira.loss.next_token import next_token_loss
-from fira.model.moe import routers
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
@@ -44,10 +43,12 @@ def train(layout, rule, steps=STEPS, starve=False):
     """Train as the loop does; every step's loss, norm and loads, and this rank's final weights."""
     model = layout.model
     if starve:  # every row to experts 0 and 1: the second half gets none, nor a rank that has it
-        for router in routers(model):
-            with torch.no_grad():
-                router.weight.zero_()
-                router.bias.copy_(torch.tensor([2.0, 1.0, -1.0, -2.0]))
+        for piece in layout.pieces(model.named_parameters()):
+            if piece.name.endswith("router.weight"):
+                piece.rows.zero_()
+            elif piece.name.endswith("router.bias"):
+                preferred = torch.tensor([2.0, 1.0, -1.0, -2.0])
+                piece.rows.copy_(preferred[piece.start:piece.start + len(piece.rows)])
     optimizer = make_optimizer(model, OptimConfig(lr=2e-3, rule=rule, clip=0.5))
     forward_backward, record = layout.forward_backward(accumulate), []
     model.train()
