@@ -2,12 +2,14 @@
 
     python training_with_MoE.py                       data and tokenizer.json from /kaggle/input
     from training_with_MoE import encode, decode      with the tokenizer of that training
+    from training_with_MoE import create_pipeline_model
 """
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -49,6 +51,14 @@ def _current() -> Tokenizer:
         use_tokenizer(path)
     assert _tokenizer is not None
     return _tokenizer
+
+
+def create_pipeline_model(model: Any, num_stages: int = 2, devices: list[Any] | None = None,
+                          chunks: int = 4, schedule: str = "GPipe") -> Any:
+    """As fira.parallel.devices.create_pipeline_model."""
+    from fira.parallel import devices as pipelines
+
+    return pipelines.create_pipeline_model(model, num_stages, devices, chunks, schedule)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,48 +14,83 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import nn
 
-from fira.model.files import MANIFEST, WEIGHTS, save_weights
+from fira.model.files import MANIFEST, WEIGHTS, write_config
+from fira.parallel.files import create_file, read_pieces, read_rows, write_rows
+from fira.parallel.layout import Layout
+from fira.parallel.mesh import Mesh
+from fira.parallel.saver import Saver
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Checkpoints:
-    """The step folders of one run; keeps the newest `keep` and the best."""
+    """The step folders of one run; keeps the newest `keep` and the best.
 
-    def __init__(self, run: Path, tokenizer_folder: Path, keep: int) -> None:
+    On many ranks all of them call every method. Each writes its own rows into the same files while
+    training goes on; the first makes the folder whole.
+    """
+
+    def __init__(self, run: Path, tokenizer_folder: Path, keep: int,
+                 mesh: Mesh | None = None) -> None:
         self.run, self.tokenizer_folder, self.keep = run, tokenizer_folder, keep
-        run.mkdir(parents=True, exist_ok=True)
-        for leftover in run.glob(".step-*"):  # a save that a kill cut short
-            shutil.rmtree(leftover)
+        self.mesh = mesh or Mesh()
+        self._saver = Saver(self.mesh)
+        if self.mesh.rank == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            for leftover in run.glob(".step-*"):  # a save that a kill cut short
+                shutil.rmtree(leftover)
+        self.mesh.wait()
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+    def save(self, step: int, layout: Layout, optimizer: torch.optim.Optimizer,
              state: dict[str, Any]) -> Path:
-        """Write step-NNNNNN. Raises ValueError if the disk refuses; older steps stay whole."""
+        """Write step-NNNNNN. Raises ValueError if the disk refuses; older steps stay whole.
+
+        On many ranks it is being written when this returns; an error comes with `wait`.
+        """
+        self.wait()
         folder = self.run / f"step-{step:06d}"
-        if folder.exists():
+        if self.mesh.agree(folder.exists())[0]:
             return folder
         partial = self.run / f".{folder.name}.partial"
-        try:
-            save_weights(model, partial)
+        plans = {WEIGHTS: self._saver.plan(layout, layout.model.state_dict()),
+                 OPTIMIZER: self._saver.plan(layout, optimizer_tensors(layout.model, optimizer))}
+
+        def begin() -> None:
+            write_config(layout.model, partial)
             for name in TOKENIZER_FILES:
                 shutil.copyfile(self.tokenizer_folder / name, partial / name)
-            save_file(optimizer_tensors(model, optimizer), partial / OPTIMIZER)
             (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            for name, plan in plans.items():
+                create_file(partial / name, plan)
+
+        def write() -> None:
+            for name, plan in plans.items():
+                write_rows(partial / name, plan)
+
+        def finish() -> None:
             write_manifest(partial)
             os.rename(partial, folder)
             _sync(self.run)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            before = self.steps()
-            kept = f"{before[-1].name} is whole" if before else "no earlier step exists"
-            raise ValueError(f"cannot save {folder}: {error}; {kept}; "
-                             "free some disk space and continue with --resume") from None
+
+        self._saver.start([(begin, True), (write, False), (finish, True)],
+                          lambda error: self._refused(partial, folder, error))
         return folder
+
+    def wait(self) -> None:
+        """Until the newest save is whole. Raises ValueError if it cannot be."""
+        self._saver.wait()
+
+    def _refused(self, partial: Path, folder: Path, error: str) -> ValueError:
+        if self.mesh.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        before = self.steps()
+        kept = f"{before[-1].name} is whole" if before else "no earlier step exists"
+        return ValueError(f"cannot save {folder}: {error}; {kept}; "
+                          "free some disk space and continue with --resume")
 
     def steps(self) -> list[Path]:
         """Complete step folders, oldest first."""
@@ -64,6 +99,11 @@ class Checkpoints:
 
     def newest_whole(self, say: Any) -> Path | None:
         """The newest undamaged step folder; damaged ones are reported through `say`, set aside."""
+        found = self._newest_whole(say) if self.mesh.rank == 0 else None
+        number = int(self.mesh.agree(step_number(found) if found else -1)[0])
+        return None if number < 0 else self.run / f"step-{number:06d}"
+
+    def _newest_whole(self, say: Any) -> Path | None:
         for folder in reversed(self.steps()):
             fault = find_damage(folder)
             if fault is None:
@@ -77,6 +117,9 @@ class Checkpoints:
 
     def prune(self, best_step: int | None) -> None:
         """Delete all but the newest `keep` steps and the best."""
+        self.wait()
+        if self.mesh.rank:
+            return
         for folder in self.steps()[:-self.keep]:
             if step_number(folder) != best_step:
                 shutil.rmtree(folder)
@@ -94,17 +137,27 @@ def optimizer_tensors(model: nn.Module,
             for key, value in optimizer.state.get(parameter, {}).items()}
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a step folder's weights and optimizer state back in place; returns its loop state."""
-    model.load_state_dict(load_file(folder / WEIGHTS))
-    tensors = load_file(folder / OPTIMIZER)
-    for name, parameter in model.named_parameters():
-        prefix = name + "/"
-        saved = {key[len(prefix):]: value for key, value in tensors.items()
-                 if key.startswith(prefix)}
-        optimizer.state[parameter] = {
-            key: value if value.dim() == 0 and parameter.device.type == "cpu"
-            else value.to(parameter.device) for key, value in saved.items()}
+def restore(folder: Path, layout: Layout, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put a step folder's weights and optimizer state back in place; returns its loop state.
+
+    Whatever layout wrote it: every rank reads its own rows.
+    """
+    model = layout.model
+    with torch.no_grad():
+        read_pieces(folder / WEIGHTS, layout.pieces(model.state_dict().items()))
+    saved: dict[str, list[str]] = {}
+    with safe_open(folder / OPTIMIZER, framework="pt") as file:
+        for key in file.keys():
+            saved.setdefault(key.rpartition("/")[0], []).append(key)
+        parameters = dict(model.named_parameters())
+        for piece in layout.pieces(parameters.items()):
+            device, state = piece.rows.device, {}
+            for key in saved.get(piece.name, []):
+                scalar = not file.get_slice(key).get_shape()
+                value = (file.get_tensor(key) if scalar
+                         else read_rows(file, key, piece.start, len(piece.rows)))
+                state[key.rpartition("/")[2]] = value if scalar else value.to(device)
+            optimizer.state[parameters[piece.name]] = state
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 

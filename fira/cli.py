@@ -8,14 +8,13 @@ from typing import Any
 import click
 
 from fira.cli_exchange import VERBS as EXCHANGE
+from fira.cli_talk import VERBS as TALK
 from fira.command import (
     FOLDER,
     OUT,
     InOrder,
     device_option,
-    precision_option,
     run_command,
-    sampling_options,
     settings_argument,
 )
 
@@ -124,7 +123,8 @@ def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_e
 @fira.command(epilog=PRESETS)
 @click.argument("preset")
 @settings_argument
-@click.option("--run", type=OUT, help="Run folder.  [default: out/PRESET]")
+@click.option("--run", "--run-folder", "run", type=OUT,
+              help="Run folder (torchrun takes --run for its own).  [default: out/PRESET]")
 @click.option("--resume", is_flag=True, help="Continue from the run's newest checkpoint.")
 @click.option("--dry-run", is_flag=True,
               help="Only print the settings, marking what differs from the preset.")
@@ -149,82 +149,32 @@ def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool
     trained(lambda: pretrain(preset, settings, run, device, resume, console()), run)
 
 
-@fira.command()
-@click.argument("run", type=FOLDER)
-@click.argument("prompt")
-@sampling_options
-def generate(run: Path, prompt: str, device: str, precision: str, **sampling: Any) -> None:
-    """Continue PROMPT with the model in RUN.
+@fira.command(epilog=PRESETS)
+@click.argument("preset")
+@settings_argument
+@click.option("--gpus", type=click.IntRange(1), default=8, show_default=True,
+              help="Devices in all.")
+@click.option("--device", "device_name", default="h100-80g", show_default=True,
+              help="h100-80g, a100-80g, a100-40g, l40s-48g or rtx4090-24g.")
+@click.option("--tokens", type=click.FloatRange(0, min_open=True), metavar="T",
+              help="Time and cost of so many tokens.  [default: the preset's steps]")
+@click.option("--price", type=click.FloatRange(0), help="Of a device and hour, in dollars.")
+def plan(preset: str, settings: tuple[str, ...], **options: Any) -> None:
+    """What training a preset on many GPUs would take.
 
-    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
-
-    \b
-    Example: fira generate out/quickstart/run "Fellow citizens," --temperature 0.7
-    """
-    from fira.infer.fused import open_step
-    from fira.infer.load import load
-    from fira.infer.text import complete
-    from fira.runlog import console
-
-    loaded = load(run, device)
-    step = open_step(loaded.model, precision, console().print)
-    pieces = complete(loaded.model, loaded.tokenizer, prompt, step=step, **sampling)
-    click.echo(prompt, nl=False)
-    for piece in pieces:
-        click.echo(piece, nl=False)
-    click.echo()
-
-
-@fira.command()
-@click.argument("run", type=FOLDER)
-@click.option("--system", help="System message.")
-@sampling_options
-def chat(run: Path, system: str | None, **options: Any) -> None:
-    """Talk with the model in RUN, in the terminal or through a pipe.
-
-    RUN is a run folder (its newest checkpoint is used), a step folder in it, or a .gguf file, which
-    llama.cpp runs (pip install 'fira-moe[edge]').
+    Parameters, memory of a GPU by part, bytes sent, tokens per second, time and cost, for every
+    layout that fits, the fastest first. Nothing is run.
 
     \b
-    Example: fira chat out/quickstart/run
+    Example: fira plan fira2-7b --gpus 64 --device h100-80g --tokens 500e9
     """
-    if run.suffix == ".gguf":
-        from fira.infer.edge import chat as run_chat
-    else:
-        from fira.infer.chat import chat as run_chat
+    from fira.stages.plan import plan as print_plan
 
-    run_chat(run, system=system, **options)
+    print_plan(preset, settings, **options)
 
 
-@fira.command()
-@click.argument("run", type=FOLDER)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
-              help="0 takes a free one.")
-@click.option("--keys", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="File of API keys, one a line; without it none is asked for.")
-@click.option("--name", help="The model's id.  [default: the run folder's name]")
-@click.option("--slots", type=click.IntRange(1), default=8, show_default=True,
-              help="Answers written at the same time.")
-@click.option("--queue", type=click.IntRange(1), default=256, show_default=True,
-              help="Requests that may wait for a slot; more are told to come back.")
-@precision_option
-@device_option
-def serve(run: Path, **options: Any) -> None:
-    """Serve the model in RUN over HTTP: OpenAI's API and a chat page.
-
-    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
-
-    \b
-    Example: fira serve out/quickstart/run --port 8000
-    """
-    try:
-        from fira.serve.process import serve as run_server
-    except ModuleNotFoundError as error:
-        raise ValueError(f"serving needs {error.name}; install it with: "
-                         "pip install 'fira-moe[serve]'") from None
-
-    run_server(run, **options)
+for verb in TALK:
+    fira.add_command(verb)
 
 
 @fira.command("eval")
@@ -320,17 +270,21 @@ def _print_routing(run: Path, screen: Any) -> None:
 
 def trained(work: Any, run: Path) -> Path:
     """Run a training stage and draw its picture, also when a signal stopped it."""
+    from fira import runtime
     from fira.report.plot import save_progress
     from fira.train.loop import Stopped
 
+    first = runtime.launch().rank == 0
     try:
         work()
     except Stopped as stop:
-        save_progress(run)
-        click.echo(f"stopped by {stop}; everything is saved in {run}, and --resume continues it",
-                   err=True)
+        if first:
+            save_progress(run)
+            click.echo(f"stopped by {stop}; everything is saved in {run}, and --resume continues "
+                       "it", err=True)
         sys.exit(128 + stop.number)
-    save_progress(run)
+    if first:
+        save_progress(run)
     return run
 
 

@@ -85,6 +85,19 @@ class RunLog:
             self._pending = None
 
 
+class NoLog:
+    """The record of a rank that keeps none: the first rank writes what all of them did."""
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_rows(folder: Path) -> Iterator[Row]:
     """Rows of a run's record, oldest first; a last line torn by a kill is left out."""
     path = folder / METRICS

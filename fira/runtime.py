@@ -9,7 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +43,11 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed dropout for one step from (seed, step) alone: a resumed run needs no saved state."""
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed dropout for one step from its number alone: a resumed run needs no saved state."""
     import torch
 
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step + rank * 0xD1B54A32D192ED03) % 2**63)
 
 
 def keep_large_blocks() -> bool:
@@ -61,6 +61,27 @@ def keep_large_blocks() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+class Launch(NamedTuple):
+    """What a launcher told this process: which of how many it is, on its machine and in all."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    restarts: int = 0
+
+
+def launch() -> Launch:
+    """As torchrun, Open MPI or MPICH (PMI) say it; alone without one of them."""
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+                  ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+                  ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")):
+        if all(name in os.environ for name in names):
+            rank, world, local_rank = (int(os.environ[name]) for name in names)
+            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+            return Launch(rank, world, local_rank, restarts)
+    return Launch()
 
 
 def workers() -> int:

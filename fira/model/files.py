@@ -26,8 +26,7 @@ NOTES = ("end_of_text", "trained_length", "quantization")
 def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:
     """A new model of `spec`; equal seeds give equal weights. Without one, torch's global state."""
     model = build_meta(spec).to_empty(device=device)
-    generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
-    initialize(model, spec.num_layers, spec.init_std, generator)
+    initialize(model, spec.num_layers, spec.init_std, seed)
     return model
 
 
@@ -38,14 +37,19 @@ def build_meta(spec: Any) -> Any:
 
 
 def save_weights(model: Any, folder: str | Path) -> None:
-    """Write model.safetensors and config.json: the spec, and of NOTES what is known."""
+    """Write model.safetensors and config.json."""
+    write_config(model, folder)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+
+
+def write_config(model: Any, folder: str | Path) -> None:
+    """Write config.json: the spec, and of NOTES what is known."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     notes = {note: getattr(model, note, None) for note in NOTES}
     config = model.spec.model_dump() | {k: v for k, v in notes.items() if v is not None}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_pretrained(folder: str | Path, expected: type[nn.Module] | None = None) -> Any:

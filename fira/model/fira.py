@@ -6,7 +6,7 @@ dropped, so that every device keeps its fused attention.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from fira.model.spec import FIRASpec
 
 class FIRA(nn.Module):
     """tokens_BT -> logits_BTV. Takes the fields of `FIRASpec`; raises ConfigError on bad ones."""
+
+    before = ("token_embedding", "position_embedding")  # parts that come before the blocks
+    after = ("norm", "head")  # and after them
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()
@@ -46,19 +49,31 @@ class FIRA(nn.Module):
 
         With `loss`, what it makes of features, head and targets: whole logits need not exist.
         """
-        x_BTD = self.features(tokens_BT, cache)
-        if loss is not None:
-            return loss(x_BTD, self.head.weight, self.head.bias, targets_BT)
-        return self.logits(x_BTD)
+        return self.read_out(self.features(tokens_BT, cache), targets_BT, loss)
 
     def features(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The normalized residual stream x_BTD that the head reads."""
+        return self.norm(self.through(self.blocks, self.embed(tokens_BT, cache), cache))
+
+    def embed(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """What the first block reads."""
         positions_T = find_positions(tokens_BT, cache, self.spec.context)
         x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(positions_T)
-        x_BTD = F.dropout(x_BTD, self.spec.dropout, self.training)
-        for layer, block in enumerate(self.blocks):
+        return F.dropout(x_BTD, self.spec.dropout, self.training)
+
+    def through(self, blocks: Iterable[nn.Module], x_BTD: Tensor,
+                cache: KeyValueCache | None = None) -> Tensor:
+        """x_BTD after `blocks`: all of them, or those of one stage of a pipeline."""
+        for layer, block in enumerate(blocks):
             x_BTD = block(x_BTD, cache.layers[layer] if cache else None)
-        return self.norm(x_BTD)
+        return x_BTD
+
+    def read_out(self, x_BTD: Tensor, targets_BT: Tensor | None = None,
+                 loss: Callable[..., Tensor] | None = None) -> Tensor:
+        """Logits, or with `loss` what it makes of features, head and targets."""
+        if loss is None:
+            return self.logits(x_BTD)
+        return loss(x_BTD, self.head.weight, self.head.bias, targets_BT)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The head, for callers that need only some positions of `features`."""

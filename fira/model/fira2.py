@@ -5,7 +5,7 @@ tied embeddings, every layer MoE. With one expert it is the dense Qwen3.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from fira.model.spec import FIRA2Spec
 class FIRA2(nn.Module):
     """tokens_BT -> logits_BTV. Takes the fields of `FIRA2Spec`; raises ConfigError on bad ones."""
 
+    before = ("token_embedding",)  # parts that come before the blocks
+    after = ("norm", "token_embedding")  # and after them
+
     def __init__(self, **fields: Any) -> None:
         super().__init__()
         spec = parse(FIRA2Spec, fields)
@@ -52,18 +55,30 @@ class FIRA2(nn.Module):
 
         With `loss`, what it makes of features, head and targets: whole logits need not exist.
         """
-        x_BTD = self.features(tokens_BT, cache)
-        if loss is not None:
-            return loss(x_BTD, self.token_embedding.weight, None, targets_BT)
-        return self.logits(x_BTD)
+        return self.read_out(self.features(tokens_BT, cache), targets_BT, loss)
 
     def features(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The normalized residual stream x_BTD that the head reads."""
-        tables = self.rotary(find_positions(tokens_BT, cache, self.spec.context))
-        x_BTD = self.token_embedding(tokens_BT)
-        for layer, block in enumerate(self.blocks):
+        return self.norm(self.through(self.blocks, self.embed(tokens_BT, cache), cache))
+
+    def embed(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """What the first block reads."""
+        return self.token_embedding(tokens_BT)
+
+    def through(self, blocks: Iterable[nn.Module], x_BTD: Tensor,
+                cache: KeyValueCache | None = None) -> Tensor:
+        """x_BTD after `blocks`: all of them, or those of one stage of a pipeline."""
+        tables = self.rotary(find_positions(x_BTD, cache, self.spec.context))
+        for layer, block in enumerate(blocks):
             x_BTD = block(x_BTD, tables, cache.layers[layer] if cache else None)
-        return self.norm(x_BTD)
+        return x_BTD
+
+    def read_out(self, x_BTD: Tensor, targets_BT: Tensor | None = None,
+                 loss: Callable[..., Tensor] | None = None) -> Tensor:
+        """Logits, or with `loss` what it makes of features, head and targets."""
+        if loss is None:
+            return self.logits(x_BTD)
+        return loss(x_BTD, self.token_embedding.weight, None, targets_BT)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The head, tied to the token embedding."""

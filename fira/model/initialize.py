@@ -1,30 +1,73 @@
-"""Initial weights, reproducible from one generator and complete after meta-device construction."""
+"""Initial weights: a function of the seed and of each parameter's name, and of nothing else.
+
+Every parameter, and every single expert of a stack, has a generator of its own. So a machine that
+holds only some of them makes exactly those, and the model is the same however it is cut.
+"""
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+class Piece(NamedTuple):
+    """Rows start .. start + len(rows) of a tensor of `shape`, along its first axis."""
+
+    name: str
+    rows: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+
+def whole(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Piece]:
+    """Pieces that are all of their tensors: a model on one device."""
+    for name, tensor in tensors:
+        yield Piece(name, tensor, 0, tuple(tensor.shape))
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, num_layers: int, std: float,
-               generator: torch.Generator | None = None) -> None:
-    """Fill every parameter and buffer of `model` in place.
+def initialize(model: nn.Module, num_layers: int, std: float, seed: int | None = None,
+               pieces: Iterable[Piece] | None = None) -> None:
+    """Fill every parameter and buffer of `model` in place; `pieces` are its parameters, if cut.
 
     Normal with `std`; matrices that write into the residual stream (`output`, `down`) get
     std / sqrt(2L), so that its variance does not grow with depth (GPT-2); biases 0, norms 1.
+    Without a seed one is drawn from torch's global state.
     """
-    for name, parameter in model.named_parameters():
-        module = name.split(".")[-2]
-        if name.endswith("bias"):
-            parameter.zero_()
+    if next(model.parameters()).is_meta:
+        return
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    for piece in whole(model.named_parameters()) if pieces is None else pieces:
+        module = piece.name.split(".")[-2]
+        if piece.name.endswith("bias"):
+            piece.rows.zero_()
         elif module.endswith("norm"):
-            parameter.fill_(1)
+            piece.rows.fill_(1)
         else:
             scale = math.sqrt(2 * num_layers) if module in ("output", "down") else 1
-            parameter.normal_(0, std / scale, generator=generator)
+            _draw(piece, std / scale, seed)
     reset_buffers(model)
+
+
+def _draw(piece: Piece, std: float, seed: int) -> None:
+    """Normal numbers: drawn on the CPU, so that every device gets the same."""
+    if ".experts." in piece.name:
+        for row, tensor in enumerate(piece.rows, start=piece.start):
+            tensor.copy_(_normal(piece.shape[1:], std, f"{seed}/{piece.name}/{row}"))
+    elif len(piece.rows):
+        drawn = _normal(piece.shape, std, f"{seed}/{piece.name}")
+        piece.rows.copy_(drawn[piece.start:piece.start + len(piece.rows)])
+
+
+def _normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.empty(shape, device="cpu").normal_(0, std, generator=generator)
 
 
 def reset_buffers(model: nn.Module) -> None:

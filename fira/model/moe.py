@@ -5,6 +5,7 @@ so the result does not depend on scheduling and training repeats to the bit.
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from torch.nn import functional as F
 from fira.model.router import Router
 
 
+def apply_here(experts: nn.Module, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+    """The plain dispatch: every expert is on this device."""
+    return experts(rows_RD, counts_E)
+
+
 class MoE(nn.Module):
     """x_BTD -> x_BTD through the K experts its router chooses for each token."""
 
@@ -21,6 +27,7 @@ class MoE(nn.Module):
         super().__init__()
         self.router = router
         self.experts = experts
+        self.dispatch: Callable[..., Tensor] = apply_here
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -30,7 +37,7 @@ class MoE(nn.Module):
         inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
         counts_E = torch.bincount(experts_NK.flatten(), minlength=len(self.router.weight))
         rows_RD = Scatter.apply(x_ND, order_R, inverse_R)
-        rows_RD = self.experts(rows_RD, counts_E)
+        rows_RD = self.dispatch(self.experts, rows_RD, counts_E)
         return Gather.apply(rows_RD, weights_NK, order_R, inverse_R).view(x_BTD.shape)
 
 
@@ -97,16 +104,21 @@ def end_step(model: nn.Module) -> None:
 
 
 def routing_health(model: nn.Module) -> dict[str, Any] | None:
+    """`health` of a model's routers, in layer order."""
+    return health(routers(model))
+
+
+def health(layers: Iterable[Router]) -> dict[str, Any] | None:
     """Load per expert and what it implies, per layer, counted since the last `end_step`.
 
     load: share of routed rows per expert; cv: standard deviation over mean of the load; max_mean:
     busiest expert over the mean; entropy: of the router, 0..1 of log E; dead: experts without
     a row. None for a dense model or before anything was counted.
     """
-    layers = [router for router in routers(model) if router.num_tokens]
+    layers = [router for router in layers if router.num_tokens]
     if not layers:
         return None
-    counts = torch.stack([router.load_count_E for router in layers]).double().cpu()
+    counts = torch.stack([router.load_count_E.cpu() for router in layers]).double()
     relative = counts / counts.mean(dim=1, keepdim=True)
     return {
         "load": (counts / counts.sum(dim=1, keepdim=True)).tolist(),

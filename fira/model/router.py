@@ -85,8 +85,13 @@ class Router(nn.Module):
             self.selection_bias_E.zero_()
         self.clear_counts()
 
+    @property
+    def counters(self) -> tuple[Tensor, ...]:
+        """What is counted during a step; many ranks sum it before the step ends."""
+        return self.load_count_E, self.entropy_sum, self.vote_sum_E, self.votes
+
     def clear_counts(self) -> None:
-        for counter in (self.load_count_E, self.entropy_sum, self.vote_sum_E, self.votes):
+        for counter in self.counters:
             counter.zero_()
 
     @property

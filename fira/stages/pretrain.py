@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,14 +16,15 @@ from rich.console import Console
 from fira import runtime
 from fira.checkpoint import Checkpoints, restore
 from fira.config import Config, ConfigError, flatten, load_preset, override, parse
-from fira.data.batches import Batches, sequential
+from fira.data.batches import Batch, Batches, sequential
 from fira.data.shards import Shards
 from fira.data.tokenizer import Tokenizer
 from fira.loss.next_token import next_token_loss
 from fira.model.count import count_parameters
-from fira.model.files import build
 from fira.model.spec import ModelSpec
-from fira.runlog import RunLog, tracker
+from fira.parallel.layout import Layout, check_fit
+from fira.parallel.mesh import Mesh, ParallelConfig, joined
+from fira.runlog import NoLog, RunLog, tracker
 from fira.train.loop import Loop, LoopState, TrainConfig, fraction_done
 from fira.train.optim import OptimConfig, make_optimizer
 from fira.train.recompute import recompute_blocks
@@ -45,6 +46,7 @@ class PretrainConfig(Config):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
 
 
 def configure(preset: dict[str, Any], settings: Iterable[str]) -> PretrainConfig:
@@ -78,38 +80,54 @@ def _toml(value: Any) -> str:
 
 def pretrain(preset: str, settings: Iterable[str], run: Path, device_name: str, resume: bool,
              screen: Console) -> LoopState:
-    """Train `preset` into the folder `run`, or continue there. Raises ValueError on bad input."""
+    """Train `preset` into the folder `run`, or continue there. Raises ValueError on bad input.
+
+    Every rank that a launcher started calls this; the first writes what there is to write.
+    """
     runtime.keep_large_blocks()
-    device = runtime.pick_device(device_name)
+    resume = resume or runtime.launch().restarts > 0
     config = _configure_run(preset, settings, run, resume, screen)
+    with joined(config.parallel, device_name) as mesh:
+        if mesh.rank:
+            screen = Console(quiet=True)
+        return _train(preset, config, run, mesh, screen)
+
+
+def _train(preset: str, config: PretrainConfig, run: Path, mesh: Mesh,
+           screen: Console) -> LoopState:
+    check_fit(mesh.sizes, config.parallel.schedule, config.model, config.train.batch_size,
+              config.train.micro_batch, config.train.sequence_length)
     data = _data_folder(config)
     train_tokens, validation_tokens = _open_data(data, config.train.validation_tokens)
     tokenizer = Tokenizer.load(data)
     check_vocabulary(tokenizer, config)
-    checkpoints = Checkpoints(run, data, config.train.keep)
+    checkpoints = Checkpoints(run, data, config.train.keep, mesh)
     newest = checkpoints.newest_whole(lambda text: screen.print(text, soft_wrap=True))
     if newest is not None:
         _check_same_tokenizer(newest, tokenizer, config)
 
-    model = build(config.model, seed=config.train.seed).to(device)
+    layout = Layout(mesh, config.model, config.train.seed, config.parallel.schedule)
+    model = layout.model
     model.end_of_text = tokenizer.end_of_text
     model.trained_length = config.train.sequence_length
     optimizer = make_optimizer(model, config.optim)
-    state = LoopState(**restore(newest, model, optimizer)) if newest else LoopState()
-    _write_config(run, config, preset)
-    log = RunLog.resume(run, state.step, sinks=tracker(config.train.track, run))
-    _introduce(config, state, device, screen)
+    state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
+    log: RunLog | NoLog = NoLog()
+    if mesh.rank == 0:
+        _write_config(run, config, preset)
+        log = RunLog.resume(run, state.step, sinks=tracker(config.train.track, run))
+    _introduce(config, state, mesh, screen)
     token_bytes_V = torch.zeros(config.model.vocab_size, dtype=torch.long)
     lengths = torch.tensor([len(text) for text in tokenizer.token_bytes()])
     token_bytes_V[:len(lengths)] = lengths
+    batches = Batches(train_tokens, config.train.sequence_length, config.train.batch_size,
+                      config.train.seed)
     loop = Loop(
-        model=model, forward=_forward(model, config.train, device),
+        layout=layout, forward=_forward(model, config.train, mesh),
         optimizer=optimizer, clip=config.optim.clip, config=config.train, schedule=config.schedule,
-        batches=Batches(train_tokens, config.train.sequence_length, config.train.batch_size,
-                        config.train.seed),
-        loss_fn=next_token_loss,
-        probe=lambda scored: validate(
-            scored, sequential(validation_tokens, config.train.sequence_length,
+        batches=OwnRows(batches, layout.rows(config.train.batch_size)), loss_fn=next_token_loss,
+        probe=lambda: validate(
+            layout, sequential(validation_tokens, config.train.sequence_length,
                                config.train.micro_batch), token_bytes_V),
         log=log, checkpoints=checkpoints, screen=screen, state=state)
     try:
@@ -118,12 +136,23 @@ def pretrain(preset: str, settings: Iterable[str], run: Path, device_name: str, 
         log.close()
 
 
-def _forward(model: Any, config: TrainConfig, device: torch.device) -> Any:
+class OwnRows(NamedTuple):
+    """This rank's rows of every batch."""
+
+    batches: Batches
+    rows: slice
+
+    def batch(self, index: int) -> Batch:
+        return self.batches.batch(index, self.rows)
+
+
+def _forward(model: Any, config: TrainConfig, mesh: Mesh) -> Any:
     """The model as training calls it. Compiled code would not keep what recomputing saves."""
     if config.recompute:
         recompute_blocks(model)
         return model
-    return torch.compile(model) if device.type == "cuda" else model
+    compiled = mesh.device.type == "cuda" and mesh.size == mesh.sizes["data"]
+    return torch.compile(model) if compiled else model
 
 
 def _configure_run(preset: str, settings: Iterable[str], run: Path, resume: bool,
@@ -141,6 +170,7 @@ def _configure_run(preset: str, settings: Iterable[str], run: Path, resume: bool
     if saved["preset"] != preset:
         raise ConfigError(f"{run} was started from preset {saved['preset']}, not {preset}; "
                           f"write fira train {saved['preset']} --resume, or choose another --run")
+    saved["config"].pop("parallel", None)  # a run does not remember who worked on it
     before, now = configure(saved["config"], ()), configure(saved["config"], settings)
     if now.model != before.model:
         changed = next(key for key, value in flatten(now.model).items()
@@ -195,12 +225,11 @@ def _write_config(run: Path, config: PretrainConfig, preset: str) -> None:
     os.replace(partial, run / CONFIG)
 
 
-def _introduce(config: PretrainConfig, state: LoopState, device: torch.device,
-               screen: Console) -> None:
+def _introduce(config: PretrainConfig, state: LoopState, mesh: Mesh, screen: Console) -> None:
     """Say what is about to run, and what a changed horizon does to a resumed one."""
     count = count_parameters(config.model)
     screen.print(f"{config.model.architecture}: {count.total / 1e6:.2f}M parameters, "
-                 f"{count.active / 1e6:.2f}M active per token, on {device}", soft_wrap=True)
+                 f"{count.active / 1e6:.2f}M active per token, on {mesh}", soft_wrap=True)
     if state.step:
         fraction = fraction_done(config.train, state.step, state.seconds)
         rate = config.optim.lr * factor(config.schedule, fraction)

@@ -17,17 +17,17 @@ from typing import Any, Literal, Protocol
 import torch
 from pydantic import Field, model_validator
 from rich.console import Console
-from torch import nn
 
 from fira.checkpoint import Checkpoints
 from fira.config import Config
-from fira.model.moe import end_step, routers, routing_health
-from fira.runlog import ProgressLine, RunLog
+from fira.model.moe import routers
+from fira.parallel.layout import Layout
+from fira.runlog import NoLog, ProgressLine, RunLog
 from fira.runtime import seed_step
 from fira.train.collapse import PATIENCE, collapse
 from fira.train.optim import set_rate
 from fira.train.schedule import ScheduleConfig, factor
-from fira.train.step import LossFn, accumulate, finish_step
+from fira.train.step import LossFn, accumulate, finish_step, gradient_norm
 
 MAX_SKIPS = 5  # non-finite steps in a row before a run gives up
 
@@ -80,7 +80,7 @@ class LoopState:
 
 class BatchSource(Protocol):
     def batch(self, index: int) -> Any:
-        """The global batch of optimizer step `index`, counted from 0: a NamedTuple of tensors."""
+        """The batch of optimizer step `index`, counted from 0: a NamedTuple of tensors."""
 
 
 class Stopped(Exception):
@@ -103,27 +103,34 @@ class Loop:
     """One run: a stage fills in the parts, `run` does the rest.
 
     `probe` scores the model on held-out text and returns a validation row (with bits_per_byte);
-    `forward` is the model as it is called, for instance compiled.
+    `forward` is the model as it is called, for instance compiled. On many ranks each of them runs
+    this loop on its own rows of every batch; `layout` knows what they do together.
     """
 
-    model: nn.Module
+    layout: Layout
     forward: Callable[..., torch.Tensor]
     optimizer: torch.optim.Optimizer
     clip: float
     config: TrainConfig
     schedule: ScheduleConfig
-    batches: BatchSource
+    batches: BatchSource  # with the rows of this rank
     loss_fn: LossFn
-    probe: Callable[[nn.Module], dict[str, float]]
-    log: RunLog
+    probe: Callable[[], dict[str, float]]
+    log: RunLog | NoLog
     checkpoints: Checkpoints
     screen: Console
     state: LoopState = field(default_factory=LoopState)
-    forward_backward: Callable[..., tuple[float, int]] = accumulate
     stop_signal: int | None = None
     started: float = 0.0
+    agreed_stop: int | None = None
     fraction: float = 0.0
     score: float | None = None  # newest validation bits per byte
+
+    def __post_init__(self) -> None:
+        self.model = self.layout.model
+        self.forward_backward = self.layout.forward_backward(accumulate)
+        alone = self.layout.mesh.size == 1
+        self.norm_of = gradient_norm if alone else self.layout.gradient_norm
 
     def run(self) -> LoopState:
         """Train to the end of the horizon.
@@ -142,10 +149,12 @@ class Loop:
                 except Stopped:
                     self.optimizer.zero_grad(set_to_none=True)
                     self._save()
+                    self.checkpoints.wait()
                     raise
                 if self._checkpoint_due():
                     self._save()
                     self._evaluate()
+        self.checkpoints.wait()
         return self.state
 
     def _seconds(self) -> float:
@@ -153,7 +162,12 @@ class Loop:
         return time.perf_counter() - self.started
 
     def _update_fraction(self) -> None:
-        self.fraction = fraction_done(self.config, self.state.step, self._seconds())
+        """All ranks go by the slowest clock and hear of a signal that any of them got."""
+        mesh = self.layout.mesh
+        seconds, number = mesh.agree(self._seconds(), self.stop_signal or 0)
+        if mesh.size > 1:
+            self.agreed_stop = int(number) or None
+        self.fraction = fraction_done(self.config, self.state.step, seconds)
 
     def _checkpoint_due(self) -> bool:
         return self.state.step % self.config.save_every == 0 or self.fraction >= 1
@@ -162,13 +176,13 @@ class Loop:
         state, began = self.state, time.perf_counter()
         rate = factor(self.schedule, self.fraction)
         set_rate(self.optimizer, rate)
-        seed_step(self.config.seed, state.step)
+        seed_step(self.config.seed, state.step, self.layout.mesh.rank)
         self.model.train()
         batch = self.batches.batch(state.step)
         loss, count = self.forward_backward(self.forward, self._micro_batches(batch), self.loss_fn)
-        norm, updated = finish_step(self.model, self.optimizer, loss, count, self.clip)
-        health = routing_health(self.model)
-        end_step(self.model)
+        norm, updated = finish_step(self.model, self.optimizer, loss, count, self.clip,
+                                    self.norm_of)
+        health = self.layout.end_step()
         state.step += 1
         state.tokens += self.config.batch_tokens
         self._update_fraction()
@@ -181,11 +195,15 @@ class Loop:
         self._limit_skips(updated, loss, norm)
 
     def _micro_batches(self, batch: Any) -> Iterator[Any]:
-        """Cut a global batch; a signal ends it between two cuts, leaving the last whole step."""
-        device = next(self.model.parameters()).device
-        for first in range(0, self.config.batch_size, self.config.micro_batch):
-            if self.stop_signal is not None:
-                raise Stopped(self.stop_signal)
+        """Cut this rank's batch; a signal ends it between two cuts, leaving the last whole step.
+
+        Many ranks stop together, before a step.
+        """
+        device = self.layout.mesh.device
+        for first in range(0, len(batch[0]), self.config.micro_batch):
+            number = self.stop_signal if self.layout.mesh.size == 1 else self.agreed_stop
+            if number is not None:
+                raise Stopped(number)
             rows = slice(first, first + self.config.micro_batch)
             yield type(batch)(*(part[rows].to(device, non_blocking=True) for part in batch))
 
@@ -239,11 +257,11 @@ class Loop:
     def _save(self) -> None:
         self.state.seconds = self._seconds()
         self.log.sync()
-        self.checkpoints.save(self.state.step, self.model, self.optimizer, asdict(self.state))
+        self.checkpoints.save(self.state.step, self.layout, self.optimizer, asdict(self.state))
 
     def _evaluate(self) -> None:
         """Score the model, remember the best, let older checkpoints go."""
-        state, result = self.state, self.probe(self.model)
+        state, result = self.state, self.probe()
         self.log.write("validation", state.step, tokens=state.tokens,
                        seconds=round(self._seconds(), 3), **result)
         self.score = result["bits_per_byte"]

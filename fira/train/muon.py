@@ -1,7 +1,8 @@
 """Muon: momentum whose matrices are replaced by their nearest orthogonal ones (Jordan et al. 2024).
 
 One optimizer holds both rules: groups with rule "muon" are orthogonalized, the others get AdamW.
-A stack of expert weights [E, out, in] is E matrices, orthogonalized in one batched product.
+A stack of expert weights [E, out, in] is E matrices, orthogonalized in one batched product. Of
+sharded weights the local rows are updated; a matrix is gathered whole to be orthogonalized.
 """
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from fira.parallel.shard import local, own_rows, whole_matrices
 
 # Odd polynomials a x + b x^3 + c x^5 whose composition takes singular values in 0.005..1 to
 # 0.5..1.5: each is the minimax quintic for the range the one before it leaves (Polar Express,
@@ -43,7 +46,8 @@ class MuonAdamW(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["rule"] == "muon":
                 for parameter in parameters:
-                    self._muon(parameter, parameter.grad, group)
+                    assert parameter.grad is not None
+                    self._muon(parameter, local(parameter.grad), group)
             elif parameters:
                 self._adamw(parameters, group)
 
@@ -51,25 +55,27 @@ class MuonAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         momentum = group["betas"][0]
         if not state:
-            state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"] = torch.zeros_like(gradient)
         state["momentum"].lerp_(gradient, 1 - momentum)
-        update = orthogonalize(gradient.lerp(state["momentum"], momentum))  # Nesterov's look ahead
+        ahead = gradient.lerp(state["momentum"], momentum)  # Nesterov's look ahead
+        update = own_rows(orthogonalize(whole_matrices(ahead, parameter)), parameter)
         scale = RMS * max(parameter.shape[-2:]) ** 0.5
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * scale)
+        rows = local(parameter)
+        rows.mul_(1 - group["lr"] * group["weight_decay"])
+        rows.add_(update, alpha=-group["lr"] * scale)
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = {
                     "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter)}
+                    "exp_avg": torch.zeros_like(local(parameter)),
+                    "exp_avg_sq": torch.zeros_like(local(parameter))}
         columns = {key: [self.state[p][key] for p in parameters]
                    for key in ("exp_avg", "exp_avg_sq", "step")}
         beta1, beta2 = group["betas"]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        adamw(parameters, gradients, columns["exp_avg"], columns["exp_avg_sq"],
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        adamw([local(p) for p in parameters], gradients, columns["exp_avg"], columns["exp_avg_sq"],
               [], columns["step"], fused=parameters[0].device.type in ("cpu", "cuda"),
               amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
               weight_decay=group["weight_decay"], eps=1e-8, maximize=False)

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from fira.config import Config
+from fira.parallel.shard import local
 from fira.train.muon import MuonAdamW
 
 
@@ -47,7 +48,7 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW, fused where there is such a kernel (on CPU 3-8 times the foreach form), or Muon."""
     groups, betas = parameter_groups(model, config), (config.beta1, config.beta2)
-    if config.rule == "muon":
+    if config.rule == "muon" or any(local(p) is not p for p in model.parameters()):
         return MuonAdamW(groups, betas)
     device = next(model.parameters()).device.type
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=device in ("cpu", "cuda"))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fira.parallel.shard import local
 from fira.runtime import autocast
 
 LossFn = Callable[[Any, Any], "tuple[torch.Tensor, dict[str, Any]]"]
@@ -28,14 +29,22 @@ def accumulate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> tup
     return float(torch.stack(losses).mean()), len(losses)
 
 
+def gradient_norm(model: nn.Module) -> float:
+    """The norm of all gradients together."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients, foreach=True))
+
+
 def finish_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: float,
-                num_micro_batches: int, clip: float) -> tuple[float, bool]:
+                num_micro_batches: int, clip: float,
+                norm_of: Callable[[nn.Module], float] = gradient_norm) -> tuple[float, bool]:
     """Average and clip the gradients, then update. Returns (gradient norm, whether it updated).
 
-    A non-finite loss or norm skips the update: weights and optimizer state stay as they were.
+    A non-finite loss or norm skips the update: weights and optimizer state stay as they were. On
+    many ranks loss and norm are global, so all of them skip together.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients, foreach=True)) / num_micro_batches
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    norm = norm_of(model) / num_micro_batches
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite:
         scale = min(1.0, clip / (norm + 1e-6)) / num_micro_batches

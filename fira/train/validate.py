@@ -6,33 +6,34 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from fira.loss.head import head_token_losses
+from fira.parallel.layout import Layout
 from fira.runtime import autocast
 
 
-@torch.inference_mode()
-def validate(model: nn.Module, batches: Iterable[Any],
+@torch.no_grad()  # sharded weights cannot be gathered in inference mode
+def validate(layout: Layout, batches: Iterable[Any],
              token_bytes_V: torch.Tensor) -> dict[str, float]:
     """Mean loss in nats per token, and bits per byte of the text the targets stand for.
 
+    The ranks of a layout take the batches in turn and add up what they found.
     token_bytes_V holds the length in bytes of every token. Special tokens have none: they count in
     the loss and not in bits per byte.
     """
-    model.eval()
-    device = next(model.parameters()).device
+    layout.model.eval()
+    device = layout.mesh.device
     token_bytes_V = token_bytes_V.to(device)
-    nats = text_nats = 0.0
-    tokens = text_bytes = 0
-    for batch in batches:
+    sums = torch.zeros(4, dtype=torch.float64)  # nats, of them of text; tokens, bytes
+    for batch, mine in layout.turns(batches):
         targets_BT = batch.targets_BT.to(device)
         with autocast(device):
-            losses_BT = model(batch.tokens_BT.to(device), targets_BT=targets_BT,
-                              loss=head_token_losses).double()
+            losses_BT = layout.forward(batch.tokens_BT.to(device), targets_BT, head_token_losses)
+        if losses_BT is None or not mine:
+            continue
+        losses_BT = losses_BT.double()
         bytes_BT = token_bytes_V[targets_BT]
-        nats += float(losses_BT.sum())
-        tokens += targets_BT.numel()
-        text_nats += float(losses_BT[bytes_BT > 0].sum())
-        text_bytes += int(bytes_BT.sum())
+        sums += torch.stack([losses_BT.sum(), losses_BT[bytes_BT > 0].sum(),
+                             torch.tensor(targets_BT.numel()), bytes_BT.sum()]).cpu()
+    nats, text_nats, tokens, text_bytes = layout.sum(sums).tolist()
     return {"loss": nats / tokens, "bits_per_byte": text_nats / math.log(2) / text_bytes}

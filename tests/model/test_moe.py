@@ -24,7 +24,7 @@ def layer(num_experts=4, top_k=2, balance_weight=0.01, z_weight=0.001) -> MoE:
     router = Router(8, num_experts, top_k, bias=True, balance_weight=balance_weight,
                     z_weight=z_weight)
     moe = MoE(router, SwiGLUExperts(num_experts, 8, 12))
-    initialize(torch.nn.ModuleDict({"moe": moe}), 1, 0.5, torch.Generator().manual_seed(1))
+    initialize(torch.nn.ModuleDict({"moe": moe}), 1, 0.5, seed=1)
     return moe
 
 

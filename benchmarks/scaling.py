@@ -1,0 +1,218 @@
+"""What more processes give: tokens/s per layout, weak and strong, and time spent in communication.
+
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py --json docs/results/scaling.jsonl
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py --experts
+
+The base is one process with as many threads as there are processes, on the same global batch
+(strong), and one process with one thread on its share of it (weak). `waiting` is the share of a
+step in which the rank stands in a call that communicates (not known for shard: fully_shard waits
+inside). `overlap` is the share of a step that is saved by summing gradients during the backward
+pass instead of after it. --experts: seconds of
+forward and backward at 4 to 64 experts of equal active size on one process.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import socket
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from record import append
+
+from fira.loss.next_token import next_token_loss
+from fira.model.spec import FIRA2Spec
+from fira.parallel.layout import Layout
+from fira.parallel.mesh import AXES, Mesh, make_mesh
+from fira.runtime import keep_large_blocks
+from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.step import accumulate, finish_step
+
+SHAPE = {"vocab_size": 4096, "d_model": 256, "n_head": 4, "n_kv_head": 2, "head_dim": 64,
+         "num_layers": 4, "d_ff": 256, "num_experts": 8, "top_k": 2, "context": 256}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data 2": {"data": 2}, "shard 2": {"shard": 2}, "expert 2": {"expert": 2},
+    "pipeline 2, 1f1b": {"pipeline": 2, "schedule": "1f1b"},
+    "pipeline 2, zero_bubble": {"pipeline": 2, "schedule": "zero_bubble"}}
+
+
+class Batch(NamedTuple):
+    tokens_BT: torch.Tensor
+    targets_BT: torch.Tensor
+
+
+def steps_of(layout: Layout, sequences: int, steps: int, overlap: bool = True) -> dict[str, float]:
+    """Median seconds of a step on `sequences` of 256, and of them in collectives."""
+    optimizer = make_optimizer(layout.model, OptimConfig())
+    run = layout.forward_backward(accumulate)
+    if layout.gradients and not overlap:
+        layout.gradients.arm = lambda: None  # type: ignore[method-assign]
+    spent = [0.0]
+    times, waits = [], []
+    layout.model.train()
+    for step in range(steps + 2):
+        ids = torch.randint(0, 4096, (sequences, 257),
+                            generator=torch.Generator().manual_seed(step))[layout.rows(sequences)]
+        cut = [Batch(ids[i:i + 2, :-1].contiguous(), ids[i:i + 2, 1:].contiguous())
+               for i in range(0, len(ids), 2)]
+        layout.mesh.wait()
+        spent[0] = 0.0
+        with timed_collectives(spent):
+            start = time.perf_counter()
+            loss, count = run(layout.model, cut, next_token_loss)
+            finish_step(layout.model, optimizer, loss, count, 1.0, layout.gradient_norm)
+            layout.end_step()
+            seconds = time.perf_counter() - start
+        if step >= 2:
+            times.append(seconds)
+            waits.append(spent[0])
+    return {"seconds": statistics.median(times), "waiting": sum(waits) / sum(times)}
+
+
+class timed_collectives:
+    """Adds up the time that calls of torch.distributed and waits for them take."""
+
+    names = ("all_reduce", "all_to_all_single", "batch_isend_irecv")  # fully_shard's are its own
+
+    def __init__(self, spent: list[float]) -> None:
+        self.spent = spent
+
+    def _timed(self, call: Any) -> Any:
+        def wrapped(*words: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                work = call(*words, **options)
+            finally:
+                self.spent[0] += time.perf_counter() - start
+            if isinstance(work, list):
+                return [Waited(one, self.spent) for one in work]
+            return work if work is None else Waited(work, self.spent)
+        return wrapped
+
+    def __enter__(self) -> None:
+        self.before = {name: getattr(dist, name) for name in self.names}
+        for name, call in self.before.items():
+            setattr(dist, name, self._timed(call))
+
+    def __exit__(self, *_: object) -> None:
+        for name, call in self.before.items():
+            setattr(dist, name, call)
+
+
+class Waited:
+    """A collective under way, whose `wait` is timed."""
+
+    def __init__(self, work: Any, spent: list[float]) -> None:
+        self.work, self.spent = work, spent
+
+    def wait(self, *words: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return self.work.wait(*words)
+        finally:
+            self.spent[0] += time.perf_counter() - start
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.work, name)
+
+
+def rank_main(rank: int, port: int, queue: Any, jobs: list[Any], steps: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    keep_large_blocks()
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    found = {}
+    for name, sizes, sequences, overlap in jobs:
+        sizes = dict(sizes)
+        schedule = sizes.pop("schedule", "1f1b")
+        mesh = make_mesh(dict.fromkeys(AXES, 1) | sizes, rank, torch.device("cpu"))
+        found[name] = steps_of(Layout(mesh, FIRA2Spec(**SHAPE), 0, schedule), sequences, steps,
+                               overlap)
+    if rank == 0:
+        queue.put(found)
+    dist.destroy_process_group()
+
+
+def on_two(jobs: list[Any], steps: int) -> dict[str, dict[str, float]]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=rank_main, args=(rank, port, queue, jobs, steps))
+                 for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = queue.get(timeout=600)
+    for process in processes:
+        process.join()
+    return found
+
+
+def alone(threads: int, sequences: int, steps: int) -> float:
+    torch.set_num_threads(threads)
+    return steps_of(Layout(Mesh(), FIRA2Spec(**SHAPE), 0), sequences, steps)["seconds"]
+
+
+def compare_layouts(arguments: argparse.Namespace) -> None:
+    batch = arguments.sequences
+    strong, weak = alone(2, batch, arguments.steps), alone(1, batch // 2, arguments.steps)
+    jobs = [(name, sizes, batch, True) for name, sizes in LAYOUTS.items()]
+    jobs.append(("data 2, no overlap", {"data": 2}, batch, False))
+    found = on_two(jobs, arguments.steps)
+    print(f"one process: 2 threads {strong:.3f} s, 1 thread on half the batch {weak:.3f} s")
+    found["shard 2"]["waiting"] = math.nan
+    print(f"{'layout':24} {'s/step':>7} {'tokens/s':>9} {'strong':>7} {'weak':>6} {'waiting':>8}")
+    for name, row in found.items():
+        row |= {"strong": strong / row["seconds"], "weak": weak / row["seconds"],
+                "tokens_per_second": batch * 256 / row["seconds"]}
+        print(f"{name:24} {row['seconds']:7.3f} {row['tokens_per_second']:9,.0f} "
+              f"{row['strong']:7.2f} {row['weak']:6.2f} {row['waiting']:8.1%}", flush=True)
+    hidden = 1 - found["data 2"]["seconds"] / found["data 2, no overlap"]["seconds"]
+    print(f"overlap saves {hidden:.0%} of a step")
+    if arguments.json:
+        found["shard 2"].pop("waiting")
+        append(Path(arguments.json), {"one_process": strong, "half_batch": weak, "overlap": hidden,
+                                      "layouts": found, "sequences": batch})
+
+
+def compare_experts(arguments: argparse.Namespace) -> None:
+    """Steps take turns, so that a change of the machine's speed hits all alike."""
+    torch.set_num_threads(arguments.threads)
+    runs = {}
+    for experts in (4, 8, 16, 32, 64):
+        shape = SHAPE | {"num_experts": experts, "top_k": 2}
+        runs[experts] = Layout(Mesh(), FIRA2Spec(**shape), 0)
+    times: dict[int, list[float]] = {experts: [] for experts in runs}
+    for step in range(arguments.steps + 1):
+        ids = torch.randint(0, 4096, (arguments.sequences, 257))
+        batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        for experts, layout in runs.items():
+            start = time.perf_counter()
+            accumulate(layout.model.train(), [batch], next_token_loss)
+            if step:
+                times[experts].append(time.perf_counter() - start)
+            layout.model.zero_grad()
+    seconds = {experts: statistics.median(each) for experts, each in times.items()}
+    for experts, each in seconds.items():
+        print(f"{experts:3} experts {each:.3f} s  {each / seconds[4]:.2f} of 4 experts")
+    if arguments.json:
+        append(Path(arguments.json), {"experts": seconds, "sequences": arguments.sequences})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sequences", type=int, default=16, help="of 256 tokens, a step")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="with --experts")
+    parser.add_argument("--experts", action="store_true")
+    parser.add_argument("--json")
+    given = parser.parse_args()
+    keep_large_blocks()
+    (compare_experts if given.experts else compare_layouts)(given)

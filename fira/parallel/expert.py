@@ -1,0 +1,91 @@
+"""Expert parallelism: each rank keeps some experts whole; rows travel to them and back.
+
+The dispatch of `fira.model.moe.MoE` with two all-to-all exchanges around the experts (GShard,
+Lepikhin et al. 2020). Dropless, as the plain one: every rank sends what it has, however uneven.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fira.model.moe import MoE
+
+
+class AllToAll:
+    """Dispatch to experts that lie on the ranks of `group`, rank r holding the r-th part."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        self.bytes_sent = 0  # to other ranks, rows and counts, forward only
+
+    def __call__(self, experts: nn.Module, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert, with the counts of all experts -> the rows' results, here."""
+        counts_PE = counts_E.view(self.ranks, -1)  # P ranks, each with its experts
+        arriving_PE = torch.zeros_like(counts_PE)
+        dist.all_to_all_single(arriving_PE, counts_PE, group=self.group)
+        send, receive = counts_PE.sum(1).tolist(), arriving_PE.sum(1).tolist()
+        me = dist.get_rank(self.group)
+        self.bytes_sent += (sum(send) - send[me]) * rows_RD.shape[1] * rows_RD.element_size() * 2
+        arrived_RD = Exchange.apply(rows_RD, send, receive, self.group)
+        order_R = _by_expert(arriving_PE)
+        inverse_R = torch.empty_like(order_R)
+        inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+        mixed_RD = experts(Reorder.apply(arrived_RD, order_R, inverse_R), arriving_PE.sum(0))
+        return Exchange.apply(Reorder.apply(mixed_RD, inverse_R, order_R), receive, send,
+                              self.group)
+
+
+def _by_expert(arriving_PE: Tensor) -> Tensor:
+    """The order that sorts rows, arrived by rank and then by expert, by expert and then by rank."""
+    experts_PE = torch.arange(arriving_PE.shape[1], device=arriving_PE.device).expand_as(
+        arriving_PE)
+    return experts_PE.flatten().repeat_interleave(arriving_PE.flatten()).argsort(stable=True)
+
+
+class Exchange(torch.autograd.Function):
+    """Send `send[r]` rows to each rank r, receive `receive[r]`; gradients go the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, send: list[int], receive: list[int],
+                group: Any) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _exchange(rows_RD, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grad_RD, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def _exchange(rows_RD: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    arrived_RD = rows_RD.new_empty(sum(receive), rows_RD.shape[1])
+    dist.all_to_all_single(arrived_RD, rows_RD.contiguous(), receive, send, group=group)
+    return arrived_RD
+
+
+class Reorder(torch.autograd.Function):
+    """rows[order], with the gradient as the inverse gather instead of a scattered sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        return rows_RD.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RD.index_select(0, inverse_R), None, None
+
+
+def keep_experts(model: nn.Module, part: int, parts: int, group: Any) -> None:
+    """Leave of every expert stack the `part`-th of `parts`, and dispatch through `group`."""
+    for moe in model.modules():
+        if isinstance(moe, MoE):
+            moe.dispatch = AllToAll(group)
+            for module in moe.experts.modules():
+                for name, stack in list(module.named_parameters(recurse=False)):
+                    kept = nn.Parameter(stack.detach().chunk(parts)[part].clone())
+                    module.register_parameter(name, kept)

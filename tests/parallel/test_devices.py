@@ -1,0 +1,84 @@
+"""create_pipeline_model: the founding call trains as the unsplit model does."""
+import pytest
+import torch
+
+from fira.config import ConfigError
+from fira.loss.next_token import next_token_loss
+from fira.model.files import build
+from fira.model.moe import end_step, health, routers
+from fira.parallel.devices import Batch
+from fira.train.optim import OptimConfig, make_optimizer
+from tests.parallel.ranks import on_ranks
+from tests.parallel.test_parity import SPECS, batch
+from training_with_MoE import create_pipeline_model
+
+STEPS, CLIP = 8, 0.3
+
+
+def train_split(rank, arch, schedule, stages=2):
+    """Losses, norms, and weights under this rank's names; on one rank stages share the CPU."""
+    model = build(SPECS[arch], seed=5)
+    pipe = create_pipeline_model(model, num_stages=stages, chunks=4, schedule=schedule)
+    optimizer, record = make_optimizer(pipe, OptimConfig(lr=2e-3)), []
+    pipe.train()
+    for step in range(STEPS):
+        loss = pipe.train_batch(*batch(step))
+        norm = pipe.clip_gradients(CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        loads = health(routers(pipe.model))["load"] if rank == 0 and stages else None
+        pipe.end_step()
+        record.append((loss, norm, loads))
+    return record, {name: value.clone() for name, value in pipe.state_dict().items()}
+
+
+@pytest.fixture(scope="module", params=list(SPECS))
+def unsplit(request):
+    model = build(SPECS[request.param], seed=5)
+    optimizer, record = make_optimizer(model, OptimConfig(lr=2e-3)), []
+    for step in range(STEPS):
+        loss, _ = next_token_loss(model, Batch(*batch(step)))
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
+        optimizer.step()
+        optimizer.zero_grad()
+        loads = health(routers(model))["load"]
+        end_step(model)
+        record.append((float(loss.detach()), norm, loads))
+    return request.param, record, model.state_dict()
+
+
+def assert_same(record, weights, unsplit, loads=True):
+    for ours, theirs in zip(record, unsplit[1], strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-4)
+        assert not loads or ours[2] == theirs[2]
+    for name, value in weights.items():
+        torch.testing.assert_close(value, unsplit[2][name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_stages_on_the_devices_of_one_process(stages, unsplit):
+    record, weights = train_split(0, unsplit[0], "GPipe", stages)
+    assert weights.keys() == unsplit[2].keys()
+    assert_same(record, weights, unsplit)
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "interleaved"])
+def test_a_stage_on_each_rank(schedule, unsplit):
+    results = on_ranks(2, train_split, unsplit[0], schedule, join=False)
+    for record, weights in results:
+        assert_same(record, weights, unsplit, loads=False)
+    assert set(results[0][1]) | set(results[1][1]) == set(unsplit[2])
+    assert len(results[0][1]) < len(unsplit[2])
+
+
+@pytest.mark.parametrize("options,words", [
+    ({"schedule": "chimera"}, "schedule='chimera' is unknown; choose one of gpipe"),
+    ({"schedule": "1F1B"}, "needs a process for every stage.*torchrun --nproc-per-node 2"),
+    ({"num_stages": 9}, "num_stages=9 must be from 1 to the model's 4 blocks"),
+    ({"devices": ["cpu"]}, "are 1, but num_stages=2"),
+])
+def test_what_cannot_be_split_is_one_line(options, words):
+    with pytest.raises(ConfigError, match=words):
+        create_pipeline_model(build(SPECS["fira"], seed=0), **options)

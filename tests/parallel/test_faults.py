@@ -1,0 +1,179 @@
+"""A rank dies: the others stop with one line, torchrun starts again, the run is the undisturbed."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fira.checkpoint import Checkpoints
+from fira.parallel.mesh import AXES, Mesh, make_mesh
+from fira.runlog import read_rows
+from fira.runtime import launch
+from fira.stages.pretrain import pretrain
+from fira.train.loop import Loop
+from tests.parallel.ranks import free_port, on_ranks
+from tests.parallel.test_parity import SPECS, Batch, batch
+
+SETTINGS = ["train.micro_batch=2", "train.steps=30", "train.save_every=3", "train.keep=3",
+            "parallel.timeout=30"]
+
+
+def torchrun(world, *words, restarts=0):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world),
+            "--max-restarts", str(restarts), *words]
+
+
+def children(process):
+    """Process ids of the ranks below a torchrun, by rank."""
+    path = f"/proc/{process.pid}/task/{process.pid}/children"
+    with open(path) as file:
+        return [int(word) for word in file.read().split()]
+
+
+def undisturbed(rank, preset, data, run):
+    pretrain(str(preset), [f"data.folder={data}", *SETTINGS, "parallel.expert=2"], run, "cpu",
+             False, Console(quiet=True))
+
+
+def last_weights(run):
+    return load_file(Checkpoints(run, run, 1).steps()[-1] / "model.safetensors")
+
+
+def losses(run):
+    return [row["loss"] for row in read_rows(run) if row["kind"] == "step"]
+
+
+def test_a_killed_rank_does_not_end_the_run(preset, data_folder, tmp_path):
+    """Rank 1 at a random moment (benchmarks/kill_ranks.py kills two dozen)."""
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    on_ranks(2, undisturbed, preset, data_folder, calm, join=False)
+    kills = 1
+    command = torchrun(2, "-m", "fira", "train", str(preset), f"data.folder={data_folder}",
+                       *SETTINGS, "parallel.expert=2", "--run-folder", str(run), "--device", "cpu",
+                       restarts=kills)
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stderr=subprocess.PIPE, text=True)
+    draw = random.Random(0)
+    for number in range(kills):
+        wanted = 6 * (number + 1)
+        while not list(run.glob(f"step-{wanted:06d}")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.1))
+        os.kill(children(process)[1], signal.SIGKILL)
+    _, words = process.communicate(timeout=120)
+    assert process.returncode == 0, words
+    assert "another rank is gone" in words
+    assert losses(run) == losses(calm)
+    ours, theirs = last_weights(run), last_weights(calm)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_hosts_meet_at_an_address(preset, data_folder, tmp_path):
+    port, run = free_port(), tmp_path / "run"
+    hosts = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+         "--node-rank", str(host), "--master-addr", "127.0.0.1", "--master-port", str(port),
+         "-m", "fira", "train", str(preset), f"data.folder={data_folder}", "train.steps=4",
+         "train.micro_batch=1", "parallel.data=2", "--run-folder", str(run), "--device", "cpu"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+        for host in range(2)]
+    said = [host.communicate(timeout=120)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert "2 cpu ranks (data 2)" in said[0] and "step" not in said[1]
+    assert len(losses(run)) == 4
+
+
+def poisoned(rank):
+    """The last rank's gradient is not finite in step 1; who updated, and the weights then."""
+    from fira.loss.next_token import next_token_loss
+    from fira.parallel.layout import Layout
+    from fira.train.optim import OptimConfig, make_optimizer
+    from fira.train.step import accumulate, finish_step
+
+    result = []
+    for sizes in ({"data": 2}, {"expert": 2}, {"shard": 2}, {"pipeline": 2}):
+        mesh = make_mesh(dict.fromkeys(AXES, 1) | sizes, rank, torch.device("cpu"))
+        layout = Layout(mesh, SPECS["fira2"], 5)
+        optimizer = make_optimizer(layout.model, OptimConfig())
+        updates = []
+        for step in range(2):
+            own = Batch(*(part[layout.rows(8)] for part in batch(step)))
+            cut = [Batch(*(part[i:i + 2] for part in own)) for i in range(0, len(own[0]), 2)]
+            loss, count = layout.forward_backward(accumulate)(layout.model, cut, next_token_loss)
+            if step == 0 and rank == 1:
+                grad = next(p.grad for n, p in layout.model.named_parameters() if "experts" in n)
+                getattr(grad, "_local_tensor", grad).fill_(float("nan"))
+            updates.append(finish_step(layout.model, optimizer, loss, count, 1.0,
+                                       layout.gradient_norm)[1])
+        result.append(updates)
+    return result
+
+
+def test_one_rank_s_non_finite_gradient_makes_all_skip():
+    assert on_ranks(2, poisoned) == [[[False, True]] * 4] * 2
+
+
+def stopping(rank, preset, data, run):
+    """Rank 1 alone hears SIGTERM in step 4; the step at which this rank stopped."""
+    step = Loop._step
+
+    def hear(loop, line):
+        if loop.state.step == 3 and rank == 1:
+            loop.stop_signal = signal.SIGTERM
+        step(loop, line)
+
+    Loop._step = hear
+    with pytest.raises(Exception, match="SIGTERM"):
+        pretrain(str(preset), [f"data.folder={data}", "train.micro_batch=1"], run, "cpu", False,
+                 Console(quiet=True))
+    return Checkpoints(run, run, 1).steps()[-1].name
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all(preset, data_folder, tmp_path):
+    names = on_ranks(2, stopping, preset, data_folder, tmp_path / "run", join=False)
+    assert names[0] == names[1] != "step-000005"
+
+
+def full_disk(rank, preset, data, run):
+    """The disk of rank 1 is full at the second save; what every rank hears."""
+    from fira import checkpoint
+
+    write, calls = checkpoint.write_rows, []
+
+    def refuse(path, plan):
+        calls.append(path)
+        if rank == 1 and "step-000010" in str(path):
+            raise OSError(28, "No space left on device")
+        write(path, plan)
+
+    checkpoint.write_rows = refuse
+    with pytest.raises(ValueError, match="cannot save .*step-000010") as refused:
+        pretrain(str(preset), [f"data.folder={data}", "train.micro_batch=1"], run, "cpu", False,
+                 Console(quiet=True))
+    return str(refused.value), len(calls)
+
+
+def test_a_full_disk_of_one_rank_stops_all_with_the_last_step_whole(preset, data_folder, tmp_path):
+    run = tmp_path / "run"
+    for words, _ in on_ranks(2, full_disk, preset, data_folder, run, join=False):
+        assert "No space left" in words and "step-000005 is whole" in words and "--resume" in words
+    assert [path.name for path in run.glob("*step*")] == ["step-000005"]
+
+
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE", "LOCAL_RANK"), (
+    "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")])
+def test_torchrun_and_open_mpi_name_the_ranks(names, monkeypatch):
+    for name, value in zip(names, ("3", "8", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert launch()[:3] == (3, 8, 1)
+
+
+def test_alone_nothing_is_sent():
+    assert Mesh().agree(1.0, 2) == [1.0, 2]
