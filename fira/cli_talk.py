@@ -61,7 +61,7 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
               help="0 takes a free one.")
-@click.option("--keys", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@click.option("--keys", type=click.Path(dir_okay=False, path_type=Path),
               help="File of API keys, one a line; without it none is asked for.")
 @click.option("--name", help="The model's id.  [default: the run folder's name]")
 @click.option("--slots", type=click.IntRange(1), default=8, show_default=True,
