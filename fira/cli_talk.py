@@ -71,7 +71,7 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
 @precision_option
 @device_option
 def serve(run: Path, **options: Any) -> None:
-    """Serve the model in RUN over HTTP: OpenAI's API and a chat page.
+    """Serve the model in RUN: OpenAI's API and a chat page.
 
     RUN is a run folder (its newest checkpoint is used) or a step folder in it.
 
