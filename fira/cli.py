@@ -185,11 +185,13 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
     Example: fira chat out/quickstart/run
     """
     if run.suffix == ".gguf":
-        from fira.infer.edge import chat as run_chat
-    else:
-        from fira.infer.chat import chat as run_chat
+        from fira.infer.edge import chat as chat_with_file
 
-    run_chat(run, system=system, **options)
+        chat_with_file(run, system=system, **options)
+    else:
+        from fira.infer.chat import chat as chat_with_run
+
+        chat_with_run(run, system=system, **options)
 
 
 @fira.command("eval")

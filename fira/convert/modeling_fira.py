@@ -28,7 +28,8 @@ class FIRAConfig(PretrainedConfig):
         self.intermediate_size, self.num_experts = intermediate_size, num_experts
         self.num_experts_per_tok, self.layer_norm_eps = num_experts_per_tok, layer_norm_eps
         self.max_position_embeddings, self.use_cache = max_position_embeddings, use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **rest)
+        rest["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**rest)
 
 
 class Attention(nn.Module):
@@ -138,13 +139,13 @@ class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.token_embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.token_embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.head = new_embeddings
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
