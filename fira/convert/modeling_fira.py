@@ -125,7 +125,7 @@ class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FIRAConfig) -> None:
         super().__init__(config)
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer)
                                     for layer in range(config.num_hidden_layers))
@@ -139,7 +139,7 @@ class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.token_embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.token_embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
