@@ -49,11 +49,16 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
     Example: fira chat out/quickstart/run
     """
     if run.suffix == ".gguf":
-        from fira.infer.edge import chat as run_chat
-    else:
-        from fira.infer.chat import chat as run_chat
+        from fira.infer.edge import chat as chat_with_file
 
-    run_chat(run, system=system, **options)
+        if (precision := options.pop("precision")) != "float32":
+            raise ValueError(f"precision={precision} is for runs; a .gguf file has its own: "
+                             "leave it out")
+        chat_with_file(run, system=system, **options)
+    else:
+        from fira.infer.chat import chat as chat_with_run
+
+        chat_with_run(run, system=system, **options)
 
 
 @click.command()

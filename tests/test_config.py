@@ -29,7 +29,7 @@ def test_an_override_changes_only_its_key():
     ("train.sequence_length=100000", ["train.batch_tokens", "try"]),
     ("train.steps=0", ["train.steps=0", "greater than or equal to 1"]),
     ("train.steps", ["section.key=value"]),
-    ("train.batch_tokens=1000", ["batch_tokens=1000", "try train.batch_tokens=4096"]),
+    ("train.batch_tokens=1000", ["batch_tokens=1000", "try train.batch_tokens=2048"]),
     ("model.context=8", ["train.sequence_length", "model.context=8"]),
 ])
 def test_a_mistake_is_one_line_with_value_rule_and_remedy(setting, words):

@@ -6,21 +6,24 @@ from typing import Any, NamedTuple
 
 
 class Limit(NamedTuple):
-    """`target` cannot hold a spec for which `hits` is true."""
+    """`targets` cannot hold a spec for which `hits` is true."""
 
-    target: str
+    targets: tuple[str, ...]
     hits: Callable[[Any], bool]
     reason: str
 
 
 LIMITS = (
-    Limit("gguf", lambda spec: spec.architecture == "fira",
+    Limit(("gguf",), lambda spec: spec.architecture == "fira",
           "llama.cpp has no model with FIRA's learned positions, LayerNorm and biased experts; "
           "fira export hf, or train a FIRA2"),
-    Limit("gguf", lambda spec: spec.num_experts > 1 and spec.top_k == 1,
+    Limit(("gguf",), lambda spec: spec.num_experts > 1 and spec.top_k == 1,
           "llama.cpp renormalizes the chosen experts' weights, so at top_k=1 each becomes 1, but "
           "this model multiplies by the router's probability; fira export hf, or train with "
           "top_k=2"),
+    Limit(("hf", "gguf"), lambda spec: getattr(spec, "balance", "loss") in ("bias", "quantile"),
+          "its router chooses with a bias that only selects, and the other side has no place for "
+          "it; train with another model.balance, or use fira export int8"),
 )
 
 
@@ -30,6 +33,6 @@ def check_target(model: Any, target: str) -> None:
         raise ValueError(f"the weights are {model.quantization} already; export the run that they "
                          "were made from")
     for limit in LIMITS:
-        if limit.target == target and limit.hits(model.spec):
-            raise ValueError(f"{model.spec.architecture} with top_k={model.spec.top_k} cannot "
-                             f"become {target}: {limit.reason}")
+        if target in limit.targets and limit.hits(model.spec):
+            raise ValueError(f"this {model.spec.architecture} cannot become {target}: "
+                             f"{limit.reason}")

@@ -28,7 +28,8 @@ class FIRAConfig(PretrainedConfig):
         self.intermediate_size, self.num_experts = intermediate_size, num_experts
         self.num_experts_per_tok, self.layer_norm_eps = num_experts_per_tok, layer_norm_eps
         self.max_position_embeddings, self.use_cache = max_position_embeddings, use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **rest)
+        rest["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**rest)
 
 
 class Attention(nn.Module):
@@ -124,7 +125,7 @@ class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FIRAConfig) -> None:
         super().__init__(config)
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer)
                                     for layer in range(config.num_hidden_layers))
@@ -144,7 +145,7 @@ class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.head = new_embeddings
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,

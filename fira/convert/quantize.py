@@ -69,6 +69,7 @@ class Quantized(nn.Module):
 
     numbers: Tensor
     scale: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, like: Any, kind: str) -> None:
         super().__init__()
@@ -153,7 +154,6 @@ class Stored(NamedTuple):
 
     name: str
     how: str
-    count: int
     float32: int
     now: int
 
@@ -164,8 +164,8 @@ def stored(model: Any) -> list[Stored]:
 
     def add(name: str, how: str, float32: int, now: int) -> None:
         name = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        old = rows.get(name, Stored(name, how, 0, 0, 0))
-        rows[name] = Stored(name, how, old.count + 1, old.float32 + float32, old.now + now)
+        old = rows.get(name, Stored(name, how, 0, 0))
+        rows[name] = Stored(name, how, old.float32 + float32, old.now + now)
 
     for owner, module in model.named_modules():
         if isinstance(module, Quantized):

@@ -87,14 +87,13 @@ def _print_stored(model: Any, screen: Console) -> None:
     table = Table(title="weights", title_justify="left")
     table.add_column("tensor", no_wrap=True)
     table.add_column("stored")
-    for name in ("layers", "float32 MB", "MB"):
+    for name in ("float32 MB", "MB"):
         table.add_column(name, justify="right")
     rows = stored(model)
     for row in rows:
-        table.add_row(row.name, row.how, str(row.count), f"{row.float32 / 1e6:.3f}",
-                      f"{row.now / 1e6:.3f}")
+        table.add_row(row.name, row.how, f"{row.float32 / 1e6:.3f}", f"{row.now / 1e6:.3f}")
     table.add_section()
-    table.add_row("all", "", "",
+    table.add_row("all", "",
                   f"{sum(row.float32 for row in rows) / 1e6:.3f}",
                   f"{sum(row.now for row in rows) / 1e6:.3f}")
     screen.print(table)

@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fira.convert.hf import INDEX
+from fira.convert.limits import check_target
 from fira.infer.load import load
 from fira.model.files import CONFIG, WEIGHTS, load_pretrained
 from tests.convert.conftest import HARD
@@ -31,7 +33,6 @@ def prompt(loaded):
     return torch.tensor([[loaded.tokenizer.end_of_text, *loaded.tokenizer.encode(text)][:48]])
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("which", ["run", "dense_run", "top1_run", "founding_run"])
 def test_log_probabilities_and_greedy_text_equal_those_of_transformers(which, request, fira,
                                                                        tmp_path):
@@ -40,8 +41,9 @@ def test_log_probabilities_and_greedy_text_equal_those_of_transformers(which, re
     loaded = load(source, "cpu")
     theirs = peer(tmp_path / "hf", trust_remote_code=which == "founding_run")
     ids_BT = prompt(loaded)
-    ours = loaded.model(ids_BT).log_softmax(-1)
-    assert (theirs(ids_BT).logits.log_softmax(-1) - ours).abs().max() < 1e-4
+    with torch.no_grad():
+        ours, found = loaded.model(ids_BT), theirs(ids_BT).logits
+    assert (found.log_softmax(-1) - ours.log_softmax(-1)).abs().max() < 1e-4
     greedy = theirs.generate(ids_BT[:, :8], attention_mask=torch.ones_like(ids_BT[:, :8]),
                              max_new_tokens=24, do_sample=False, eos_token_id=None)
     assert torch.equal(greedy, loaded.model.generate(ids_BT[:, :8], 24, 0, end_of_text=-1))
@@ -156,6 +158,15 @@ def test_what_fira2_cannot_hold_is_one_line_and_leaves_nothing(words, folder, re
     line = refused("import", "hf", folder, tmp_path / "run")
     assert words in line and str(folder) in line and "; " in line
     assert not list(tmp_path.glob("*run*"))
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf"])
+def test_a_bias_that_only_selects_has_no_place_elsewhere(target):
+    spec = SimpleNamespace(architecture="fira2", num_experts=4, top_k=2, balance="bias")
+    with pytest.raises(ValueError, match="bias that only selects"):
+        check_target(SimpleNamespace(spec=spec, quantization=None), target)
+    spec.balance = "loss"
+    check_target(SimpleNamespace(spec=spec, quantization=None), target)
 
 
 def test_a_bad_target_or_source_is_one_line(run, folder, refused, text_file, tmp_path):
