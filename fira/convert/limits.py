@@ -21,7 +21,7 @@ LIMITS = (
           "llama.cpp renormalizes the chosen experts' weights, so at top_k=1 each becomes 1, but "
           "this model multiplies by the router's probability; fira export hf, or train with "
           "top_k=2"),
-    Limit(("hf", "gguf"), lambda spec: getattr(spec, "balance", "loss") in ("bias", "quantile"),
+    Limit(("hf", "gguf"), lambda spec: spec.balance in ("bias", "quantile"),
           "its router chooses with a bias that only selects, and the other side has no place for "
           "it; train with another model.balance, or use fira export int8"),
 )
