@@ -24,7 +24,8 @@ BLOCK = {"attention_norm": "input_layernorm", "attention.query_norm": "self_attn
          "attention.key_norm": "self_attn.k_norm", "attention.output": "self_attn.o_proj",
          "moe_norm": "post_attention_layernorm", "moe.router": "mlp.gate"}
 EXPERT = ("gate", "up", "down")
-TRAINING = ("balance", "balance_weight", "z_weight", "init_std")  # of no use to other engines, kept for ours
+# of no use to other engines, kept for ours
+TRAINING = ("balance", "balance_weight", "z_weight", "init_std")
 
 Read = Callable[[str], Tensor]
 

@@ -13,6 +13,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from fira.config import ConfigError
+from fira.loss.head import BLOCK_ELSEWHERE
 from fira.model.count import count_parameters
 from fira.model.files import build_meta
 from fira.parallel.layout import check_fit
@@ -153,7 +154,8 @@ def _memory_of(work: Work, sizes: dict[str, int], schedule: str, held: Elements,
             "optimizer": FLOAT * (2 * local - muon),
             "activations": FLOAT * tokens * (flying * held.layers * activations_per_token(spec)
                                              + 3 * spec.d_model),
-            "logits": FLOAT * 2 * tokens * spec.vocab_size if held.ends else 0.0}
+            "logits": (FLOAT * 2 * min(tokens * spec.vocab_size, BLOCK_ELSEWHERE)
+                       if held.ends else 0.0)}
 
 
 def micro_batches(work: Work, sizes: dict[str, int]) -> int:
