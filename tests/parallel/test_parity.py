@@ -15,7 +15,8 @@ from tests.parallel.ranks import on_ranks
 SHAPE = {"vocab_size": 60, "d_model": 16, "n_head": 2, "num_layers": 4, "d_ff": 24,
          "num_experts": 4, "top_k": 2, "context": 8, "balance_weight": 0.02, "z_weight": 0.002}
 SPECS = {"fira": FIRASpec(**SHAPE, dropout=0.0),
-         "fira2": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)}
+         "fira2": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8),
+         "quantile": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, balance="quantile")}
 BATCH, STEPS = 8, 20
 LAYOUTS = {
     "data2": {"data": 2}, "shard2": {"shard": 2}, "expert2": {"expert": 2},
@@ -84,9 +85,10 @@ def jobs_of(world):
         for axis in AXES:
             ranks *= sizes.get(axis, 1)
         if ranks == world:
-            for arch in SPECS:
+            for arch in ("fira", "fira2"):
                 steps = STEPS if layout in LONG else 5
                 jobs[f"{arch} {layout}"] = (arch, layout, "adamw", steps, False)
+            jobs[f"quantile {layout}"] = ("quantile", layout, "adamw", 5, False)
             if "pipeline" not in sizes:
                 jobs[f"muon {layout}"] = ("fira2", layout, "muon", 5, False)
             if "expert" in sizes:
