@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,6 +83,25 @@ def launch() -> Launch:
             restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
             return Launch(rank, world, local_rank, restarts)
     return Launch()
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to `folder`; ends with this process at the latest.
+
+    Raises ValueError if another process has it.
+    """
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"another process is writing to {folder}; wait until it has ended, or "
+                         "choose another folder") from None
+    finally:
+        os.close(descriptor)
 
 
 def workers() -> int:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from fira import runtime
 from fira.data.shards import MANIFEST, SPLITS, dtype_for, read_manifest
 from fira.data.sources import Input, inputs
 from fira.data.text import Item, Progress, items, total_bytes
@@ -55,9 +56,10 @@ def prepare(sources: list[str], folder: str | Path, tokenizer: Tokenizer, *,
     with _one_line_errors(folder):
         if (folder / MANIFEST).exists():
             return _finished(folder, recipe)
-        _claim(folder, tokenizer)
-        job = _Job(folder, recipe, given, tokenizer)
-        job.run(_workers(workers, given), progress)
+        _check_ours(folder, tokenizer)
+        with runtime.claim(folder):
+            job = _Job(folder, recipe, given, tokenizer)
+            job.run(_workers(workers, given), progress)
         return read_manifest(folder)
 
 
@@ -94,7 +96,7 @@ def _check_same(folder: Path, found: dict[str, Any], recipe: dict[str, Any]) -> 
                          "delete this one")
 
 
-def _claim(folder: Path, tokenizer: Tokenizer) -> None:
+def _check_ours(folder: Path, tokenizer: Tokenizer) -> None:
     """Make the folder, or take an empty one or one begun before; never one with other content."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {file.name for file in folder.iterdir() if not file.name.startswith(".")}

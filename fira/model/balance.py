@@ -53,6 +53,8 @@ def _centered(bias_E: Tensor) -> Tensor:
 class Method(NamedTuple):
     """loss enters the training loss; vote is taken of every micro-batch; update ends a step.
 
+    Votes are averaged over the step, so how a batch is cut into micro-batches matters a little.
+
     update(bias_E, share_E, mean vote_E) -> bias_E; a method with an update has a selection bias.
     """
 

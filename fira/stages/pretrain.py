@@ -1,6 +1,7 @@
 """Pretraining: a preset and a data folder become a run."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -87,14 +88,14 @@ def pretrain(preset: str, settings: Iterable[str], run: Path, device_name: str, 
     runtime.keep_large_blocks()
     resume = resume or runtime.launch().restarts > 0
     config = _configure_run(preset, settings, run, resume, screen)
-    with joined(config.parallel, device_name) as mesh:
+    with joined(config.parallel, device_name) as mesh, contextlib.ExitStack() as held:
         if mesh.rank:
             screen = Console(quiet=True)
-        return _train(preset, config, run, mesh, screen)
+        return _train(preset, config, run, mesh, screen, held)
 
 
 def _train(preset: str, config: PretrainConfig, run: Path, mesh: Mesh,
-           screen: Console) -> LoopState:
+           screen: Console, held: contextlib.ExitStack) -> LoopState:
     check_fit(mesh.sizes, config.parallel.schedule, config.model, config.train.batch_size,
               config.train.micro_batch, config.train.sequence_length)
     data = _data_folder(config)
@@ -114,6 +115,7 @@ def _train(preset: str, config: PretrainConfig, run: Path, mesh: Mesh,
     state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
     log: RunLog | NoLog = NoLog()
     if mesh.rank == 0:
+        held.enter_context(runtime.claim(run))
         _write_config(run, config, preset)
         log = RunLog.resume(run, state.step, sinks=tracker(config.train.track, run))
     _introduce(config, state, mesh, screen)

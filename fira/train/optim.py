@@ -11,13 +11,13 @@ from fira.config import Config
 from fira.parallel.shard import local
 from fira.train.muon import MuonAdamW
 
+BETAS = 0.9, 0.95  # decay of the averages of gradients and of their squares, as GPT-3's
+
 
 class OptimConfig(Config):
     rule: Literal["adamw", "muon"] = Field("adamw", description="for matrices; the rest is AdamW")
     lr: float = Field(6e-4, gt=0, description="peak learning rate")
     router_lr: float | None = Field(None, gt=0, description="peak rate of routers; null follows lr")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient average")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the squared-gradient average")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
 
@@ -47,11 +47,11 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW, fused where there is such a kernel (on CPU 3-8 times the foreach form), or Muon."""
-    groups, betas = parameter_groups(model, config), (config.beta1, config.beta2)
+    groups = parameter_groups(model, config)
     if config.rule == "muon" or any(local(p) is not p for p in model.parameters()):
-        return MuonAdamW(groups, betas)
+        return MuonAdamW(groups, BETAS)
     device = next(model.parameters()).device.type
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=device in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=device in ("cpu", "cuda"))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

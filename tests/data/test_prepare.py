@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from fira import runtime
 from fira.data import prepare as module
 from fira.data.prepare import prepare
 from fira.data.shards import Shards, file_digest, read_manifest
@@ -225,6 +226,14 @@ def test_nothing_written_yet_binds_to_nothing(tokenizer, documents, jsonl, tmp_p
         prepare([jsonl([""])], tmp_path / "data", tokenizer)
     prepare([jsonl(documents, "real.jsonl")], tmp_path / "data", tokenizer)
     Shards.open(tmp_path / "data").verify()
+
+
+def test_two_processes_cannot_prepare_one_folder(tokenizer, documents, jsonl, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with runtime.claim(folder), pytest.raises(ValueError, match="another process is writing"):
+        prepare([jsonl(documents)], folder, tokenizer)
+    prepare([jsonl(documents)], folder, tokenizer)
 
 
 def test_many_ids_need_four_bytes(tokenizer, documents, jsonl, tmp_path, monkeypatch):

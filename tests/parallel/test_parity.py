@@ -15,8 +15,8 @@ from tests.parallel.ranks import on_ranks
 SHAPE = {"vocab_size": 60, "d_model": 16, "n_head": 2, "num_layers": 4, "d_ff": 24,
          "num_experts": 4, "top_k": 2, "context": 8, "balance_weight": 0.02, "z_weight": 0.002}
 SPECS = {"fira": FIRASpec(**SHAPE, dropout=0.0),
-         "fira2": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8),
-         "quantile": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, balance="quantile")}
+         "fira2": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)}
+VOTING = {"quantile": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, balance="quantile")}
 BATCH, STEPS = 8, 20
 LAYOUTS = {
     "data2": {"data": 2}, "shard2": {"shard": 2}, "expert2": {"expert": 2},
@@ -74,7 +74,7 @@ def make_layout(rank, spec, sizes):
 
 
 def train_all(rank, jobs):
-    return {name: train(make_layout(rank, SPECS[arch], LAYOUTS[layout]), rule, steps, starve)
+    return {name: train(make_layout(rank, (SPECS | VOTING)[arch], LAYOUTS[layout]), rule, steps, starve)
             for name, (arch, layout, rule, steps, starve) in jobs.items()}
 
 
@@ -85,7 +85,7 @@ def jobs_of(world):
         for axis in AXES:
             ranks *= sizes.get(axis, 1)
         if ranks == world:
-            for arch in ("fira", "fira2"):
+            for arch in SPECS:
                 steps = STEPS if layout in LONG else 5
                 jobs[f"{arch} {layout}"] = (arch, layout, "adamw", steps, False)
             jobs[f"quantile {layout}"] = ("quantile", layout, "adamw", 5, False)
@@ -107,7 +107,7 @@ def alone():
     def run(arch, rule, steps, starve):
         key = arch, rule, steps, starve
         if key not in made:
-            made[key] = train(make_layout(0, SPECS[arch], {}), rule, steps, starve)
+            made[key] = train(make_layout(0, (SPECS | VOTING)[arch], {}), rule, steps, starve)
         return made[key]
     return run
 

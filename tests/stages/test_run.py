@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fira import runtime
 from fira.checkpoint import Checkpoints, find_damage
 from fira.runlog import read_rows
 from fira.stages.pretrain import pretrain
@@ -211,6 +212,11 @@ def test_non_finite_steps_are_counted_and_several_end_the_run(preset, data_folde
 def test_a_second_run_in_the_same_folder_is_refused(preset, data_folder, undisturbed):
     with pytest.raises(ValueError, match="already holds a run; --resume"):
         run_micro(preset, data_folder, undisturbed)
+
+
+def test_two_processes_cannot_train_in_one_folder(preset, data_folder, undisturbed):
+    with runtime.claim(undisturbed), pytest.raises(ValueError, match="another process is writing"):
+        run_micro(preset, data_folder, undisturbed, resume=True)
 
 
 def test_the_model_cannot_change_on_resume(preset, data_folder, undisturbed):
