@@ -74,7 +74,8 @@ def make_layout(rank, spec, sizes):
 
 
 def train_all(rank, jobs):
-    return {name: train(make_layout(rank, (SPECS | VOTING)[arch], LAYOUTS[layout]), rule, steps, starve)
+    specs = SPECS | VOTING
+    return {name: train(make_layout(rank, specs[arch], LAYOUTS[layout]), rule, steps, starve)
             for name, (arch, layout, rule, steps, starve) in jobs.items()}
 
 
