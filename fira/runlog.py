@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 METRICS, TABLE = "metrics.jsonl", "training_log.csv"
 COLUMNS = ("step", "loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens",
@@ -156,10 +157,14 @@ class ProgressLine:
     def __init__(self, title: str, screen: Console, plain_every: float = 10.0) -> None:
         self.title, self.screen, self.plain_every = title, screen, plain_every
         self._last_plain, self._ended = -plain_every, False
-        self._bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(bar_width=8),
-                             TaskProgressColumn(), TimeRemainingColumn(compact=True),
-                             TextColumn("{task.fields[note]}"), console=screen,
-                             disable=not screen.is_terminal)
+        bar = [BarColumn(bar_width=8)] if screen.width >= 100 else []  # the numbers come first
+        name, share, time_left = (Column(no_wrap=True, min_width=width)
+                                  for width in (len(title), 4, 5))
+        self._bar = Progress(TextColumn("[bold]{task.description}", table_column=name), *bar,
+                             TaskProgressColumn(table_column=share),
+                             TimeRemainingColumn(compact=True, table_column=time_left),
+                             TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
+                             console=screen, disable=not screen.is_terminal)
         self._task = self._bar.add_task(title, total=1.0, note="")
 
     def __enter__(self) -> ProgressLine:
