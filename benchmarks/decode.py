@@ -25,6 +25,7 @@ from record import append, machine
 
 from fira.config import load_preset
 from fira.infer.engine import Engine
+from fira.infer.fused import FusedStep, find_obstacle
 from fira.infer.request import Piece, SamplingParams
 from fira.model.count import count_parameters
 from fira.model.files import build
@@ -111,8 +112,6 @@ def answer(engine: Engine, prompt: list[int], new: int) -> tuple[list[int], list
 
 
 def fused_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side:
-    from fira.infer.fused import FusedStep, find_obstacle
-
     obstacle = find_obstacle(model)
     if obstacle:
         raise ValueError(obstacle)
@@ -138,13 +137,19 @@ def compare(sides: dict[str, Side], vocab_size: int,
 
 
 def many(model: Any, arguments: argparse.Namespace) -> dict[int, float]:
-    """Tokens per second of the engine, prompts of 16 included, with so many requests at once."""
+    """Tokens per second of the engine, prompts of 16 included, with so many requests at once.
+
+    With the fused step where it can run this model.
+    """
+    fused = None if find_obstacle(model) else FusedStep(model, threads=arguments.threads)
     generator = torch.Generator().manual_seed(1)
     rates: dict[int, list[float]] = {count: [] for count in arguments.concurrent}
     params = SamplingParams(max_new_tokens=arguments.new // 2, temperature=0, ignore_end=True)
     for _ in range(arguments.repeats):
         for count, seen in rates.items():
             engine = Engine(model, Letters(model.spec.vocab_size), slots=count, capacity=256)
+            if fused:
+                engine.decode_step = fused.decode
             prompts = torch.randint(4096, (count, 16), generator=generator).tolist()
             for prompt in prompts:
                 engine.add(prompt, params, lambda event: None)
