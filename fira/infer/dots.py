@@ -13,7 +13,8 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fira.infer.pack import FLOAT32, GROUP, INT8
+from fira.convert.quantize import GROUP
+from fira.infer.pack import FLOAT32, INT8
 
 YIELD_AFTER = 2000  # looks at the barrier before the processor is offered to others
 YIELD = types.ExternalFunction("sched_yield", types.int32())

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fira import runtime
+from fira.convert.quantize import GROUP
 from fira.infer.cache import SlotCache
 from fira.infer.crew import Crew
-from fira.infer.pack import GROUP, WORK, Packed
+from fira.infer.pack import WORK, Packed
 from fira.model.attention import KeyValueCache
 from fira.model.experts import ExpertLinear
 from fira.model.files import build_meta

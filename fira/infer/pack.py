@@ -1,7 +1,7 @@
 """A model's weights as the table of addresses that the compiled step reads.
 
-In fp32 nothing is copied: the table points into torch's own parameters. int8 keeps one fp32 scale
-per output row, int4 one per 32 inputs of a row; both are symmetric, and activations stay fp32.
+In fp32 nothing is copied: the table points into torch's own parameters. int8 and int4 are laid out
+as in `fira.convert.quantize`, and activations stay fp32.
 Embeddings, norms and routers always stay fp32; a tied head is quantized as a copy.
 """
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from fira.convert.quantize import quantize_int4, quantize_int8
+
 FLOAT32, INT8, INT4 = 0, 1, 2
-GROUP = 32  # int4 weights that share a scale
 
 # numba's cache on disk sees changes in the file of the function it compiled but not in the others
 # that it was built from. A field named after their content makes it another function.
@@ -116,33 +116,3 @@ class Packed:
             return self._hold(weight), 0, self._bias(module)
         numbers, scale = (quantize_int8 if self.precision == "int8" else quantize_int4)(weight)
         return self._hold(numbers), self._hold(scale), self._bias(module)
-
-
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., out, in] -> int8 [..., out, in] and fp32 scales [..., out]."""
-    scale = weight.abs().amax(dim=-1) / 127
-    numbers = (weight / scale.clamp(min=1e-30).unsqueeze(-1)).round_()
-    return numbers.to(torch.int8), scale.contiguous()
-
-
-def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., out, in] -> bytes [..., out, in/2] and fp32 scales [..., out, in/32].
-
-    The weight of largest magnitude in a group is -8 steps, so that all 16 values are used. Byte i
-    of a group holds weights i and i + 16, each plus 8.
-    """
-    groups = weight.unflatten(-1, (-1, GROUP))
-    largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
-    scale = largest / -8
-    steps = torch.where(scale == 0, torch.zeros(()), groups / scale)
-    low, high = (steps.round_().clamp_(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
-    return (low | high << 4).flatten(-2).contiguous(), scale.squeeze(-1).contiguous()
-
-
-def dequantize(numbers: Tensor, scale: Tensor) -> Tensor:
-    """What the numbers of `quantize_int8` or `quantize_int4` stand for: [..., out, in]."""
-    if numbers.dtype == torch.int8:
-        return numbers * scale.unsqueeze(-1)
-    pairs = numbers.unflatten(-1, (-1, GROUP // 2))
-    steps = torch.cat([pairs & 15, pairs >> 4], dim=-1).float() - 8
-    return (steps * scale.unsqueeze(-1)).flatten(-2)

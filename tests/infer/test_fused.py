@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fira.convert.quantize import dequantize, quantize_int4, quantize_int8
 from fira.infer import fused
 from fira.infer.engine import Engine
 from fira.infer.fused import FusedStep, find_obstacle, open_step
-from fira.infer.pack import dequantize, quantize_int4, quantize_int8
 from fira.infer.request import SamplingParams
 from fira.infer.step import RouterProbe
 from fira.model.files import build
