@@ -95,11 +95,12 @@ def claim(folder: Path) -> Iterator[None]:
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {folder}; wait until it has ended, "
+                             "or choose another folder") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"another process is writing to {folder}; wait until it has ended, or "
-                         "choose another folder") from None
     finally:
         os.close(descriptor)
 
