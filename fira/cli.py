@@ -58,7 +58,7 @@ def quickstart(out: Path, settings: tuple[str, ...]) -> None:
     _print_routing(run, console())
     for path in write_report(run):
         console().print(f"wrote {path}")
-    console().print(next_steps(out), soft_wrap=True, markup=False)
+    console().print(next_steps(out), soft_wrap=True)
 
 
 @fira.group()

@@ -148,7 +148,7 @@ def _scalars(row: Row) -> list[tuple[str, float]]:
 
 def console() -> Console:
     """Where progress and messages go: standard error, so that output can be piped."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False)  # text may hold brackets
 
 
 class ProgressLine:

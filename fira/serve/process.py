@@ -34,13 +34,13 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
     if host not in LOOPBACK and not accepted:
         notes.print(Text(f"Anyone who reaches {address} may use the model: there are no --keys.",
                          style="yellow"), soft_wrap=True)
-    notes.print(f"loading {folder}, listening at {address}", markup=False, soft_wrap=True)
+    notes.print(f"loading {folder}, listening at {address}", soft_wrap=True)
 
     def load_service() -> Service:
         service = open_service(run, name or _name(run), slots, queue, device,
                                precision)
         notes.print(f"serving {service.served.name}: chat page at {address}, API at {address}/v1",
-                    markup=False, soft_wrap=True)
+                    soft_wrap=True)
         if not service.served.tuned:
             notes.print(Text(BASE, style="yellow"), soft_wrap=True)
         return service

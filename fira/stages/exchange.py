@@ -27,7 +27,7 @@ def export_hf(run: Path, folder: Path, dtype: str | None, screen: Console) -> No
     hf.export_hf(loaded.model, loaded.tokenizer, folder, dtype, knows_chat(loaded.folder))
     code = ", trust_remote_code=True" if loaded.model.spec.architecture == "fira" else ""
     screen.print(f'wrote {folder}; load it with AutoModelForCausalLM.from_pretrained("{folder}"'
-                 f"{code})", soft_wrap=True, markup=False)
+                 f"{code})", soft_wrap=True)
 
 
 def export_gguf(run: Path, file: Path, type_name: str, screen: Console) -> None:

@@ -77,7 +77,7 @@ def data_folder(search: Path, run: Path, sources: list[str], tokenizer: Path | N
     config = configure(load_preset(preset), settings)
     if not sources:
         sources = [config.data.folder] if config.data.folder else find_data(search, run)
-    screen.print(f"data: {_names(sources)}", soft_wrap=True, markup=False)
+    screen.print(f"data: {_names(sources)}", soft_wrap=True)
     if len(sources) == 1 and is_prepared(Path(sources[0])):
         _refuse_other_tokenizer(Path(sources[0]), tokenizer)
         return Path(sources[0])
@@ -87,7 +87,7 @@ def data_folder(search: Path, run: Path, sources: list[str], tokenizer: Path | N
         chosen = learn_tokenizer(sources, run / "tokenizer", config.model.vocab_size, LEARN_BYTES,
                                  screen)
     else:
-        screen.print(f"tokenizer: {path}", soft_wrap=True, markup=False)
+        screen.print(f"tokenizer: {path}", soft_wrap=True)
         chosen = Tokenizer.load(path)
     check_vocabulary(chosen, config)
     prepare_data(sources, run / "data", chosen, 20, validation, None, screen)

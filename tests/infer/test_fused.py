@@ -225,3 +225,9 @@ def test_threads_end_with_the_step():
     for thread in crew:
         thread.join(timeout=10)
         assert not thread.is_alive()
+
+
+def test_what_to_install_is_said_with_its_brackets(fira, step_folder, monkeypatch):
+    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
+    answer = fira("generate", step_folder, "the", "--max-new-tokens", 1, "--device", "cpu")
+    assert "pip install 'fira-moe[fast]'" in answer.err
