@@ -1,96 +1,197 @@
-"""What each choice is worth: rows of settings, several seeds, at equal tokens and equal wall clock.
+"""What each choice is worth: rows of settings, three seeds, at equal tokens and equal wall clock.
 
-    python benchmarks/ablate.py --data out/quickstart/data --steps 500 --minutes 2 --seeds 3
-    python benchmarks/ablate.py --data ... --group balance --group optimizer
+    python benchmarks/ablate.py --data DATA --steps 600 --seeds 3 --jobs 2
+    python benchmarks/ablate.py --data DATA --group balance --group optimizer
 
-Every group changes one thing of its base. A finished run is kept in --out and not run again, so
-the same command goes on where it stopped. The table is written anew into --table after each row.
+Every group changes one thing of the preset. *Equal wall clock* gives a row as many steps as the
+base's time buys at the row's own cost of a step, all costs being measured in turns first
+(step_cost.py): seconds of different runs do not compare on a shared machine. Each run has
+--threads threads, --jobs run at once. A finished run is kept in --out and not run again, so the
+same command goes on where it stopped; the table is written anew after each row.
 There is no row for a shared expert: it would leave Qwen3-MoE's mathematics, which FIRA2 keeps.
 """
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from arms import Arm, final, spread, train_arm
 from record import machine
+from step_cost import step_seconds
 
+from fira.config import load_preset
 from fira.report.read import Run
+from fira.stages.pretrain import configure
 
-FIRA = ("model={\"architecture\": \"fira\", \"vocab_size\": 4096, \"d_model\": 256, \"n_head\": 4, "
-        "\"num_layers\": 4, \"d_ff\": 1024, \"num_experts\": 4, \"top_k\": 1, \"context\": 512, "
-        "\"dropout\": 0.0}")
-GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
-    "FIRA, chosen of 4": {"top-1": (FIRA,), "top-2": (FIRA, "model.top_k=2"),
-                          "top-2, half as wide": (FIRA, "model.top_k=2", "model.d_ff=512")},
-    "FIRA2, experts of equal work": {
-        f"{experts} of {width}, top-{k}": (f"model.num_experts={experts}", f"model.d_ff={width}",
-                                           f"model.top_k={k}")
-        for experts, width, k in ((4, 512, 1), (8, 256, 2), (16, 128, 4), (32, 64, 8), (32, 128, 4),
-                                  (64, 128, 4))},
-    "balance": {name: (f"model.balance={name}",) for name in ("loss", "bias", "quantile", "none")},
-    "optimizer": {"Muon, lr 1e-2": (), "AdamW, lr 3e-3": ("optim.rule=adamw", "optim.lr=3e-3"),
-                  "AdamW, lr 6e-3": ("optim.rule=adamw", "optim.lr=6e-3")},
-    "router's learning rate": {f"{rate:g}": (f"optim.router_lr={rate}",)
-                               for rate in (5e-4, 1e-3, 5e-3, 2e-2)},
-}
+SAME_COST = 0.03  # a step within this of the base's: one run serves both comparisons
 
 
-def imbalance(run: Run) -> float:
-    """Mean CV of the loads over the run's last tenth."""
-    rows = [step.imbalance for step in run.steps[-max(1, len(run.steps) // 10):]]
-    return sum(value or 0.0 for value in rows) / len(rows)
+def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Rows of settings, by group; the row without settings is the preset."""
+    spec = configure(load_preset(preset), settings).model
+    active = spec.top_k * spec.d_ff
+    fira = "model=" + json.dumps({
+        "architecture": "fira", "vocab_size": spec.vocab_size, "d_model": spec.d_model,
+        "n_head": spec.n_head, "num_layers": spec.num_layers, "d_ff": 4 * spec.d_model,
+        "num_experts": 4, "top_k": 1, "context": spec.context, "dropout": 0.0})
+    shapes = [(4, active, 1), (8, active // 2, 2), (16, active // 4, 4), (32, active // 4, 4),
+              (64, active // 4, 4), (32, active // 8, 8)]
+    return {
+        "FIRA, chosen of 4": {"top-1": (fira,), "top-2": (fira, "model.top_k=2"),
+                              "top-2, half as wide": (fira, "model.top_k=2",
+                                                      f"model.d_ff={2 * spec.d_model}")},
+        "FIRA2, experts of equal active work": {
+            "dense": ("model.num_experts=1", "model.top_k=1", f"model.d_ff={active}"),
+            **{f"{experts} of {width}, top-{k}": differing(spec, num_experts=experts, d_ff=width,
+                                                          top_k=k)
+               for experts, width, k in shapes}},
+        "balance": {name: differing(spec, balance=name)
+                    for name in ("loss", "bias", "quantile", "none")},
+        "optimizer": {"Muon": (), "AdamW, lr 3e-3": ("optim.rule=adamw", "optim.lr=3e-3"),
+                      "AdamW, lr 6e-3": ("optim.rule=adamw", "optim.lr=6e-3")},
+        "router's learning rate": {f"{rate:g}": () if rate == 5e-3 else (f"optim.router_lr={rate}",)
+                                   for rate in (5e-4, 1e-3, 5e-3, 2e-2)},
+    }
 
 
-def table(results: dict[str, dict[str, dict[str, list[Run]]]], options: argparse.Namespace) -> str:
-    lines = ["# Ablations", "", f"`{options.preset}` unless a row says otherwise, {machine()}. "
-             "Bits per byte on held-out text, mean ± deviation over seeds (number in brackets): "
-             f"after {options.steps} steps, and after {options.minutes:g} minutes. Made by "
-             "`python benchmarks/ablate.py`.", ""]
-    for group, rows in results.items():
-        lines += [f"## {group}", "", "| | equal tokens | equal wall clock | imbalance at the end "
-                  "| tokens/s |", "|---|---|---|---|---|"]
-        for name, runs in rows.items():
-            cells = [f"{spread(list(map(final, runs[kind])))} ({len(runs[kind])})"
-                     if runs[kind] else "" for kind in ("tokens", "clock")]
-            every = runs["tokens"] + runs["clock"]
-            speed = sum(run.validations[-1].tokens / run.validations[-1].seconds for run in every)
-            uneven = sum(map(imbalance, every)) / len(every)
-            lines.append(f"| {name} | {' | '.join(cells)} | {uneven:.2f} | "
-                         f"{speed / len(every):,.0f} |")
-        lines.append("")
-    return "\n".join(lines)
+def differing(spec: object, **values: object) -> tuple[str, ...]:
+    """Settings for the values that are not the preset's own."""
+    return tuple(f"model.{key}={value}" for key, value in values.items()
+                 if getattr(spec, key) != value)
+
+
+class Asked(NamedTuple):
+    """One run. Rows of several groups may ask for the same."""
+
+    key: str
+    steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One choice: its arm, a step's cost over the base's, and the steps of both comparisons."""
+
+    name: str
+    arm: Arm
+    cost: float
+    token_steps: int
+    clock_steps: int
+
+    def asked(self, seeds: int) -> list[Asked]:
+        return [Asked(self.arm.key, steps, seed) for seed in range(1, seeds + 1)
+                for steps in sorted({self.token_steps, self.clock_steps})]
+
+
+def make_rows(options: argparse.Namespace) -> dict[str, list[Row]]:
+    """Every group's rows with their measured costs, kept in --out/costs.json."""
+    table = groups(options.preset, options.settings)
+    if unknown := set(options.group or ()) - table.keys():
+        raise SystemExit(f"--group {unknown.pop()!r} is not one of {', '.join(table)}")
+    chosen = {group: table[group] for group in options.group or table}
+    arms = {settings: Arm(key(settings), options.preset, (*settings, *options.settings))
+            for rows in ({"": {"": ()}} | chosen).values() for settings in rows.values()}
+    kept = options.out / "costs.json"
+    costs = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    if not {arm.key for arm in arms.values()} <= costs.keys():
+        costs = step_seconds({arm.key: arm.config() for arm in arms.values()}, options.threads)
+        kept.write_text(json.dumps(costs) + "\n", encoding="utf-8")
+    rows: dict[str, list[Row]] = {}
+    for group, members in chosen.items():
+        for name, settings in members.items():
+            cost = costs[key(settings)] / costs[key(())]
+            clock = options.steps if abs(cost - 1) < SAME_COST else round(options.steps / cost)
+            rows.setdefault(group, []).append(
+                Row(name, arms[settings], cost, options.steps, clock))
+    return rows
+
+
+def key(settings: Iterable[str]) -> str:
+    """A folder's name that says the settings; rows of several groups share their runs."""
+    text = "-".join(setting.partition("=")[0].rpartition(".")[2] + setting.partition("=")[2]
+                    if len(setting) < 40 else "fira" for setting in settings)
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in text) or "base"
+
+
+def start_runs(rows: Iterable[Row], pool: ThreadPoolExecutor,
+               options: argparse.Namespace) -> dict[Asked, Future[Run]]:
+    """Every run of the rows once, in their order."""
+    runs: dict[Asked, Future[Run]] = {}
+    for row in rows:
+        for asked in row.asked(options.seeds):
+            if asked not in runs:
+                arm = row.arm.with_settings(f"data.folder={options.data}",
+                                            f"train.steps={asked.steps}")
+                runs[asked] = pool.submit(
+                    train_arm, arm, options.out / f"{asked.key}-{asked.steps}-seed{asked.seed}",
+                    asked.seed, threads=options.threads)
+    return runs
+
+
+def imbalance(run: Run) -> list[float]:
+    """Mean CV of the experts' loads over each twentieth of the run after its first tenth."""
+    values = [step.imbalance for step in run.steps if step.imbalance is not None]
+    part = max(1, len(values) // 20)
+    return [statistics.mean(values[first:first + part])
+            for first in range(2 * part, len(values), part)]
+
+
+def heading(options: argparse.Namespace) -> list[str]:
+    return ["# Ablations", "", f"`{options.preset}` unless a row says otherwise, "
+            f"{Path(options.data).name}, {options.seeds} seeds, {options.threads} thread a run, on "
+            f"{machine()}. Bits per byte on held-out text, mean ± deviation over seeds. Equal "
+            f"tokens: {options.steps} steps. Equal wall clock: as many steps as the base's time "
+            "buys at the row's cost of a step, which is over the base's. Imbalance: CV of the "
+            "experts' loads after the first tenth, mean and worst twentieth of a run; dead: "
+            "experts without a row in some step after it. Made by `python benchmarks/ablate.py`.",
+            ""]
+
+
+def table_row(row: Row, tokens: list[Run], clock: list[Run]) -> str:
+    runs = {run.path: run for run in tokens + clock}.values()
+    uneven = [value for run in runs for value in imbalance(run)]
+    dead = max(step.dead for run in runs for step in run.steps[len(run.steps) // 10:])
+    routing = f"{statistics.mean(uneven):.2f}, {max(uneven):.2f} | {dead}" if uneven else " | "
+    cells = [spread([final(run) for run in side]) for side in (tokens, clock)]
+    return f"| {row.name} | {row.cost:.2f} | {' | '.join(cells)} | {routing} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="folder that `fira data` wrote")
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--group", action="append", choices=GROUPS, help="default: all")
+    parser.add_argument("--group", action="append", help="default: all")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500, help="of the equal tokens; 0: skip them")
-    parser.add_argument("--minutes", type=float, default=2.0, help="0: skip the equal clock")
+    parser.add_argument("--steps", type=int, default=600, help="of the equal tokens")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--out", type=Path, default=Path("out/ablate"))
     parser.add_argument("--table", type=Path, default=Path("docs/results/ablations.md"))
     parser.add_argument("settings", nargs="*", help="section.key=value, for every row")
     options = parser.parse_intermixed_args()
-    horizons = {"tokens": f"train.steps={options.steps}" if options.steps else None,
-                "clock": f"train.minutes={options.minutes}" if options.minutes else None}
-    results: dict[str, dict[str, dict[str, list[Run]]]] = {}
-    for group in options.group or GROUPS:
-        for name, settings in GROUPS[group].items():
-            row = results.setdefault(group, {}).setdefault(name, {"tokens": [], "clock": []})
-            arm = Arm(name, options.preset,
-                      (*settings, *options.settings, f"data.folder={options.data}"))
-            for seed in range(1, options.seeds + 1):
-                for kind, horizon in horizons.items():
-                    if horizon:
-                        place = "".join(c if c.isalnum() else "-" for c in f"{group}-{name}")
-                        row[kind].append(train_arm(arm.with_settings(horizon), options.out /
-                                                   f"{place}-{kind}-seed{seed}", seed))
-            options.table.parent.mkdir(parents=True, exist_ok=True)
-            options.table.write_text(table(results, options), encoding="utf-8")
-    print(table(results, options))
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = make_rows(options)
+    lines = heading(options)
+    options.table.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = start_runs((row for members in rows.values() for row in members), pool, options)
+        for group, members in rows.items():
+            lines += [f"## {group}", "", "| | cost | equal tokens | equal wall clock | imbalance "
+                      "| dead |", "|---|---|---|---|---|---|"]
+            for row in members:
+                tokens, clock = ([runs[row.arm.key, steps, seed].result()
+                                  for seed in range(1, options.seeds + 1)]
+                                 for steps in (row.token_steps, row.clock_steps))
+                lines.append(table_row(row, tokens, clock))
+                options.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                print(lines[-1], flush=True)
+            lines.append("")
 
 
 if __name__ == "__main__":

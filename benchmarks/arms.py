@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -38,9 +39,10 @@ class Arm:
         return count_parameters(config.model, config.train.sequence_length).flops_per_token
 
 
-def train_arm(arm: Arm, folder: Path, seed: int) -> Run:
+def train_arm(arm: Arm, folder: Path, seed: int, threads: int | None = None) -> Run:
     """The run of `arm` with `seed` in `folder`: read if finished, else trained or continued.
 
+    With `threads` the run has so many, and what it prints goes into a file beside the folder.
     Raises ValueError if the finished run had other settings, and CalledProcessError if one fails.
     """
     command = [arm.preset, *arm.settings, f"train.seed={seed}"]
@@ -50,8 +52,13 @@ def train_arm(arm: Arm, folder: Path, seed: int) -> Run:
             raise ValueError(f"{folder} was run with {before}, not {command}; "
                              "choose another --out, or remove that folder")
         return read_run(folder)
-    subprocess.run([sys.executable, "-m", "fira", "train", *command, "--run", str(folder),
-                    "--resume"], check=True)
+    call = [sys.executable, "-m", "fira", "train", *command, "--run", str(folder), "--resume"]
+    if threads is None:
+        subprocess.run(call, check=True)
+    else:
+        with open(f"{folder}.log", "a", encoding="utf-8") as log:
+            subprocess.run(call, check=True, stdout=log, stderr=log,
+                           env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     done.write_text(json.dumps(command) + "\n", encoding="utf-8")
     return read_run(folder)
 

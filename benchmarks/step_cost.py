@@ -1,0 +1,55 @@
+"""What a training step of each arm costs, measured in turns so that a busy machine is fair to all.
+
+On a shared machine seconds of separate runs do not compare. A step's cost does, if the arms take
+turns: then *equal wall clock* means as many steps as the same time buys at that cost.
+"""
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from fira.data.batches import Batch
+from fira.loss.next_token import next_token_loss
+from fira.model.files import build
+from fira.model.moe import end_step
+from fira.runtime import keep_large_blocks
+from fira.train.optim import make_optimizer
+from fira.train.step import accumulate, finish_step
+
+
+class Trainee:
+    """One arm's model and optimizer, stepped on random tokens."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.model = build(config.model, seed=1)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.model.train()
+
+    def step(self) -> float:
+        """Seconds of one optimizer step, its batch already made."""
+        train = self.config.train
+        ids = torch.randint(0, self.config.model.vocab_size,
+                            (train.batch_size, train.sequence_length + 1))
+        cuts = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+                for rows in ids.split(train.micro_batch)]
+        began = time.perf_counter()
+        loss, count = accumulate(self.model, cuts, next_token_loss)
+        finish_step(self.model, self.optimizer, loss, count, self.config.optim.clip)
+        end_step(self.model)
+        return time.perf_counter() - began
+
+
+def step_seconds(configs: dict[str, Any], threads: int, repeats: int = 7) -> dict[str, float]:
+    """Median seconds of a step of each configuration, after two steps to warm up."""
+    keep_large_blocks()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    trainees = {name: Trainee(config) for name, config in configs.items()}
+    rounds = [{name: trainee.step() for name, trainee in trainees.items()}
+              for _ in range(repeats + 2)][2:]
+    torch.set_num_threads(before)
+    return {name: statistics.median(one[name] for one in rounds) for name in configs}
