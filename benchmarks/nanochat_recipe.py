@@ -125,16 +125,15 @@ def _train(place: Path, settings: dict[str, str], iterations: int, seed: int,
            compiled: bool) -> str:
     shutil.rmtree(place / "base" / "base_checkpoints", ignore_errors=True)
     every = {**settings, **QUIET, "num-iterations": str(iterations)}
-    return _run(place, "scripts.base_train", *(f"--{name}={value}" for name, value in every.items()),
-                seed=seed, compiled=compiled)
+    flags = [f"--{name}={value}" for name, value in every.items()]
+    return _run(place, "scripts.base_train", *flags, seed=seed, compiled=compiled)
 
 
 def _run(place: Path, module: str, *arguments: str, seed: int, compiled: bool = False) -> str:
     """Run one of nanochat's programs and give back what it printed."""
     seeded = Path(__file__).resolve().with_name("seeded.py")
     done = subprocess.run([sys.executable, str(seeded), str(seed), module, *arguments], cwd=place,
-                          env=_environment(place, compiled), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True)
+                          env=_environment(place, compiled), capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"nanochat's {module} exited with {done.returncode}; it says: "
                          f"{(done.stderr.strip().splitlines() or ['nothing'])[-1]}")
