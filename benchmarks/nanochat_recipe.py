@@ -146,21 +146,26 @@ def _environment(place: Path, compiled: bool) -> dict[str, str]:
             "TORCHDYNAMO_DISABLE": "0" if compiled else "1"}
 
 
+def windows(ids: list[int], bos: int, context: int) -> list[tuple[list[int], int]]:
+    """A document cut up to predict every token once: windows and how much of each is known."""
+    line, known, found = [bos, *ids], 0, []
+    stride = context // 2
+    for first in range(0, max(1, len(line) - 1 - (context - stride)), stride):
+        found.append((line[first:first + context + 1], known))
+        known = context - stride
+    return found
+
+
 def score(model: Any, bos: int, documents: list[list[int]], context: int,
           batch: int = 16) -> float:
-    """Nats of all documents: windows of `context` tokens advance by half, each token once."""
+    """Nats of all documents, each by itself, after the token that begins one."""
     import torch
 
-    windows: list[tuple[list[int], int]] = []
-    for ids in documents:
-        line, known = [bos, *ids], 0
-        for first in range(0, max(1, len(line) - 1 - (context - context // 2)), context // 2):
-            windows.append((line[first:first + context + 1], known))
-            known = context - context // 2
-    windows.sort(key=lambda one: len(one[0]))
+    cut = sorted((one for ids in documents for one in windows(ids, bos, context)),
+                 key=lambda one: len(one[0]))
     nats = 0.0
-    for some in range(0, len(windows), batch):
-        group = windows[some:some + batch]
+    for some in range(0, len(cut), batch):
+        group = cut[some:some + batch]
         length = max(3, max(len(line) for line, _ in group))  # nanochat reads at least two tokens
         tokens = torch.full((len(group), length), bos)
         targets = torch.full((len(group), length - 1), -1)  # not scored

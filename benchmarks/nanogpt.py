@@ -24,12 +24,12 @@ class Prepared(NamedTuple):
     """A copy of the checkout with the documents in its own form: a number for each character."""
 
     place: Path
-    characters: np.ndarray  # code points, in the order of their numbers
+    numbers: np.ndarray  # of every code point
+    vocab_size: int
     held_out: list[str]
 
     def encode(self, text: str) -> np.ndarray:
-        """The numbers of a text's characters."""
-        return np.searchsorted(self.characters, code_points(text)).astype(np.uint16)
+        return self.numbers[code_points(text)]
 
 
 def code_points(text: str) -> np.ndarray:
@@ -37,18 +37,21 @@ def code_points(text: str) -> np.ndarray:
 
 
 def prepare(checkout: Path, place: Path, train: list[str], held_out: list[str]) -> Prepared:
+    """Make `place` anew, with a vocabulary of all characters that occur."""
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(checkout, place, ignore=shutil.ignore_patterns(".git"))
     texts = {"train": "\n".join(train), "val": "\n".join(held_out)}
-    prepared = Prepared(place, np.unique(np.concatenate(
-        [np.unique(code_points(text)) for text in (*texts.values(), "\n")])), held_out)
-    assert len(prepared.characters) <= 1 << 16, len(prepared.characters)
+    occurs = np.zeros(sys.maxunicode + 1, bool)
+    for text in (*texts.values(), "\n"):
+        occurs[code_points(text)] = True
+    vocab_size = int(occurs.sum())
+    assert vocab_size <= 1 << 16, vocab_size
+    prepared = Prepared(place, (occurs.cumsum() - 1).astype(np.uint16), vocab_size, held_out)
     data = place / "data" / "text_char"
     data.mkdir()
     for name, text in texts.items():
         prepared.encode(text).tofile(data / f"{name}.bin")
-    (data / "meta.pkl").write_bytes(  # its own format
-        pickle.dumps({"vocab_size": len(prepared.characters)}))
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))  # its own format
     return prepared
 
 
@@ -79,7 +82,7 @@ def run_nanogpt(prepared: Prepared, seconds: float, seed: int, measured: Pace) -
     bits, size, parameters = score_nanogpt(prepared)
     return {"bits_per_byte": bits, "bytes": size, "seconds": spent, "iterations": iterations,
             "tokens": iterations * 12 * 64, "parameters": parameters,
-            "vocab_size": len(prepared.characters)}
+            "vocab_size": prepared.vocab_size}
 
 
 def score_nanogpt(prepared: Prepared) -> tuple[float, int, int]:
