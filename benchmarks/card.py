@@ -121,8 +121,9 @@ def rival_table(rivals: dict[str, list[dict[str, Any]]], moes: list[Run],
             ("about", [final(run) - score for run, score in zip(moes, scores, strict=True)]))}
         times = reached[name].values()
         first = results[0]
+        settings = first["asked"].get("settings")
         lines.append(
-            f"| {name} | {len(results)} | {first['parameters'] / 1e6:.1f}M | {first['vocab_size']} "
+            f"| {name}{f', {settings}' if settings else ''} | {len(results)} | {first['parameters'] / 1e6:.1f}M | {first['vocab_size']} "
             f"| {spread([one['bits_per_byte'] for one in results])} | "
             f"{first['tokens'] / 1e6:.2f}M | {seconds:.0f} | "
             + " | ".join("never" if one is None else f"{one:.0f}" for one in times) + " | "

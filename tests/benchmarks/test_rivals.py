@@ -1,5 +1,6 @@
 """Comparison with other programs: scored by one rule, kept, and timed without favor."""
 import json
+from collections import namedtuple
 from pathlib import Path
 
 import card
@@ -10,6 +11,8 @@ import torch
 
 from fira.eval.bits_per_byte import windows
 from fira.report.read import Run, Validation
+
+Tokens = namedtuple("Tokens", "vocab_size")
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 12, 13, 31])
@@ -53,6 +56,31 @@ def test_a_kept_result_is_not_made_again_and_not_mistaken(tmp_path):
     assert json.loads(path.read_text()) == made
     with pytest.raises(ValueError, match="choose another --out"):
         rivals.kept(path, {"seed": 2}, dict)
+
+
+def test_nanochat_takes_the_best_of_short_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    trained = []
+
+    def run_nanochat(place, settings, seconds, seed, pace):
+        trained.append((settings["depth"], seconds, seed))
+        return {"bits_per_byte": {"2": 3.0, "4": 2.0, "6": 4.0}[settings["depth"]] + seed / 100}
+
+    monkeypatch.setattr(nanochat_recipe, "run_nanochat", run_nanochat)
+    for step in ("prepare", "pace", "shuffle"):
+        monkeypatch.setattr(nanochat_recipe, step, lambda *_: None)
+    monkeypatch.setattr(rivals, "documents", lambda *_: ["text"])
+    monkeypatch.setattr(rivals.Tokenizer, "load", lambda _: Tokens(600))
+    text = rivals.Text(tmp_path, 64)
+
+    def compare(seeds):
+        rivals.run_nanochat(tmp_path, text, tmp_path, 1.0, seeds, ["depth=2", "depth=4", ""], 0.25)
+
+    compare(1)
+    assert trained == [("2", 15, 0), ("4", 15, 0), ("6", 15, 0), ("4", 60, 1)]
+    compare(2)
+    assert trained[4:] == [("4", 60, 2)]
+    found = rivals.finished(tmp_path)["nanochat"]
+    assert [(one["asked"]["seed"], one["bits_per_byte"]) for one in found] == [(1, 2.01), (2, 2.02)]
 
 
 def curve(*values):
