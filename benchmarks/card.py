@@ -115,20 +115,22 @@ def rival_table(rivals: dict[str, list[dict[str, Any]]], moes: list[Run],
     reached = {}
     for name, results in rivals.items():
         goal = statistics.mean(one["bits_per_byte"] for one in results)
-        seconds = statistics.mean(one["seconds"] for one in results)
-        reached[name] = {rule: seconds_to(moes, goal, shifts) for rule, shifts in (
-            ("at most", [0.0] * len(moes)),
-            ("about", [final(run) - score for run, score in zip(moes, scores, strict=True)]))}
-        times = reached[name].values()
-        first = results[0]
-        settings = first["asked"].get("settings")
-        lines.append(
-            f"| {name}{f', {settings}' if settings else ''} | {len(results)} | {first['parameters'] / 1e6:.1f}M | {first['vocab_size']} "
-            f"| {spread([one['bits_per_byte'] for one in results])} | "
-            f"{first['tokens'] / 1e6:.2f}M | {seconds:.0f} | "
-            + " | ".join("never" if one is None else f"{one:.0f}" for one in times) + " | "
-            + " | ".join("" if one is None else f"{seconds / one:.2f}" for one in times) + " |")
+        shifts = [final(run) - score for run, score in zip(moes, scores, strict=True)]
+        reached[name] = {"at most": seconds_to(moes, goal, [0.0] * len(moes)),
+                         "about": seconds_to(moes, goal, shifts)}
+        lines.append(rival_row(name, results, list(reached[name].values())))
     return lines, reached
+
+
+def rival_row(name: str, results: list[dict[str, Any]], times: list[float | None]) -> str:
+    first, seconds = results[0], statistics.mean(one["seconds"] for one in results)
+    cells = [", ".join(filter(None, (name, first["asked"].get("settings")))), str(len(results)),
+             f"{first['parameters'] / 1e6:.1f}M", str(first["vocab_size"]),
+             spread([one["bits_per_byte"] for one in results]), f"{first['tokens'] / 1e6:.2f}M",
+             f"{seconds:.0f}",
+             *("never" if one is None else f"{one:.0f}" for one in times),
+             *("" if one is None else f"{seconds / one:.2f}" for one in times)]
+    return f"| {' | '.join(cells)} |"
 
 
 def seconds_to(moes: list[Run], goal: float, shifts: list[float]) -> float | None:
