@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from nanogpt import run_nanogpt
+import nanogpt
 from record import append, machine
 
 from fira.data.text import texts
@@ -65,8 +65,9 @@ def main() -> None:
         rows = {"fira tiny": run_fira(options.minutes, Path(work) / "fira", held_out,
                                       options.settings)}
         if options.nanogpt:
-            rows["nanoGPT"] = run_nanogpt(options.nanogpt, rows["fira tiny"]["seconds"], train,
-                                          held_out, Path(work))
+            other = nanogpt.prepare(options.nanogpt, Path(work) / "nanoGPT", train, held_out)
+            rows["nanoGPT"] = nanogpt.run_nanogpt(other, rows["fira tiny"]["seconds"], 1,
+                                                  nanogpt.pace(other.place))
     print(f"\n{len(held_out)} held-out speeches, {machine()}")
     for name, row in rows.items():
         assert row["bytes"] == rows["fira tiny"]["bytes"], rows

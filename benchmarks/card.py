@@ -1,0 +1,165 @@
+"""The report card of a comparison: a table and the curves, drawn from finished runs."""
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from arms import Arm, final, spread
+from record import append, machine
+
+from fira.infer.load import load
+from fira.report.read import Run, Validation
+
+MOE, DENSE, LARGE = "MoE", "dense, equal active", "dense, equal total"
+COLORS = {MOE: "#d9541e", DENSE: "#3b6fb6", LARGE: "#7a8791"}
+AXES: dict[str, Callable[[Validation, int], float]] = {
+    "tokens": lambda row, flops: row.tokens,
+    "training FLOPs": lambda row, flops: row.tokens * flops,
+    "seconds": lambda row, flops: row.seconds,
+}
+
+
+def reach(run: Run, goal: float, flops: int) -> dict[str, float | None]:
+    """Where the run's validation first falls to `goal`, by each axis; None if it never does."""
+    rows = run.validations
+    for before, after in zip([None, *rows], rows, strict=False):
+        if after.bits_per_byte > goal:
+            continue
+        found = {}
+        for name, axis in AXES.items():
+            end = axis(after, flops)
+            if before is None:
+                found[name] = end
+                continue
+            start = axis(before, flops)
+            part = (before.bits_per_byte - goal) / (before.bits_per_byte - after.bits_per_byte)
+            found[name] = start + part * (end - start)
+        return found
+    return dict.fromkeys(AXES)
+
+
+def decode_speed(folder: Path, tokens: int = 128) -> float:
+    """Greedy tokens/s of one sequence, the best of three."""
+    model, tokenizer, _ = load(folder, "cpu")
+    tokens = min(tokens, model.spec.context - 1)
+    best = 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        model.generate([tokenizer.end_of_text], max_new_tokens=tokens, temperature=0.0)
+        best = max(best, tokens / (time.perf_counter() - began))
+    return best
+
+
+def report(arms: dict[str, Arm], runs: dict[str, list[Run]], out: Path,
+           rivals: dict[str, list[dict[str, Any]]], scores: list[float]) -> None:
+    """Write card.md, card.png and a line of card.jsonl into `out`.
+
+    `rivals` holds the results of other programs by name; `scores` what the MoE's runs have by
+    their rule.
+    """
+    goal = statistics.mean(final(run) for run in runs[DENSE])
+    lines = [f"# {out.name}: mixture of experts against dense", "", f"{machine()}. Bits per byte "
+             f"on held-out text, mean ± deviation over seeds. *To reach*: where the validation "
+             f"curve falls to {goal:.4f}, the end of the dense twin, median over seeds.", "",
+             "| | seeds | parameters, active / total | rate | bits per byte | tokens | seconds "
+             "to reach | tokens to reach | training FLOPs to reach | decode tokens/s |",
+             "|---" * 10 + "|"]
+    lines += [table_row(name, found, arms[name].flops_per_token, goal)
+              for name, found in runs.items() if found]
+    ratios = {}
+    if rivals:
+        found, ratios = rival_table(rivals, runs[MOE], scores)
+        lines += ["", *found]
+    (out / "card.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw(arms, runs, goal, out / "card.png")
+    print("\n".join(lines))
+    append(out / "card.jsonl", {
+        "goal": goal,
+        "final": {name: [final(run) for run in found] for name, found in runs.items()},
+        "rivals": rivals, "moe_by_their_rule": scores, "moe_seconds_to_rivals": ratios})
+
+
+def table_row(name: str, found: list[Run], flops: int, goal: float) -> str:
+    reached = [reach(run, goal, flops) for run in found]
+    cells = []
+    for axis in ("seconds", "tokens", "training FLOPs"):
+        values = [one[axis] for one in reached if one[axis] is not None]
+        cells.append(f"{statistics.median(values):.3g} ({len(values)} of {len(found)})"
+                     if values else "never")
+    counts, last = found[0].parameters, found[0].validations[-1]
+    return (f"| {name} | {len(found)} | {counts['active'] / 1e6:.1f}M / "
+            f"{counts['total'] / 1e6:.1f}M | {found[0].settings['optim.lr']:g} | "
+            f"{spread([final(run) for run in found])} | {last.tokens / 1e6:.2f}M | "
+            f"{' | '.join(cells)} | {decode_speed(found[0].path):.0f} |")
+
+
+def rival_table(rivals: dict[str, list[dict[str, Any]]], moes: list[Run],
+                scores: list[float]) -> tuple[list[str], dict[str, Any]]:
+    """The rows of other programs, and the seconds the MoE takes to each one's end, as written."""
+    lines = ["Other programs on the same text for the same time, and the MoE, all by the rule of "
+             "`fira eval`: each document alone, windows that advance by half, every byte once. "
+             "*To reach*: seconds of the MoE's training until it has what the program ends with, "
+             "median over its seeds, and the program's seconds over them. Training validates "
+             "without the overlap of windows, so its curve lies higher: *at most* takes it as it "
+             "is, *about* moves it down by the difference at its end.", "",
+             "| | seeds | parameters | vocabulary | bits per byte | tokens | seconds | to reach, "
+             "at most | to reach, about | ratio, at least | ratio, about |", "|---" * 11 + "|",
+             f"| MoE | {len(scores)} | {moes[0].parameters['total'] / 1e6:.1f}M | "
+             f"{moes[0].settings['model.vocab_size']} | {spread(scores)} | "
+             f"{moes[0].validations[-1].tokens / 1e6:.2f}M | "
+             f"{moes[0].validations[-1].seconds:.0f} | | | | |"]
+    reached = {}
+    for name, results in rivals.items():
+        goal = statistics.mean(one["bits_per_byte"] for one in results)
+        shifts = [final(run) - score for run, score in zip(moes, scores, strict=True)]
+        reached[name] = {"at most": seconds_to(moes, goal, [0.0] * len(moes)),
+                         "about": seconds_to(moes, goal, shifts)}
+        lines.append(rival_row(name, results, list(reached[name].values())))
+    return lines, reached
+
+
+def rival_row(name: str, results: list[dict[str, Any]], times: list[float | None]) -> str:
+    first, seconds = results[0], statistics.mean(one["seconds"] for one in results)
+    cells = [", ".join(filter(None, (name, first["asked"].get("settings")))), str(len(results)),
+             f"{first['parameters'] / 1e6:.1f}M", str(first["vocab_size"]),
+             spread([one["bits_per_byte"] for one in results]), f"{first['tokens'] / 1e6:.2f}M",
+             f"{seconds:.0f}",
+             *("never" if one is None else f"{one:.0f}" for one in times),
+             *("" if one is None else f"{seconds / one:.2f}" for one in times)]
+    return f"| {' | '.join(cells)} |"
+
+
+def seconds_to(moes: list[Run], goal: float, shifts: list[float]) -> float | None:
+    """Median seconds until each run's curve, moved down by its shift, falls to `goal`.
+
+    None if most never do: a run that does not counts as endless.
+    """
+    found = [reach(run, goal + shift, 0)["seconds"]
+             for run, shift in zip(moes, shifts, strict=True)]
+    middle = statistics.median(math.inf if one is None else one for one in found)
+    return middle if math.isfinite(middle) else None
+
+
+def draw(arms: dict[str, Arm], runs: dict[str, list[Run]], goal: float, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), dpi=130, layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for panel, (label, axis) in zip(panels, AXES.items(), strict=True):
+        for name, found in runs.items():
+            flops = arms[name].flops_per_token
+            for number, run in enumerate(found):
+                panel.plot([axis(row, flops) for row in run.validations],
+                           [row.bits_per_byte for row in run.validations], color=COLORS[name],
+                           linewidth=1.4, label=name if number == 0 else None)
+        panel.axhline(goal, color="#999999", linewidth=0.8, linestyle=":")
+        panel.set_xlabel(label)
+        panel.set_ylim(top=goal * 1.6)
+        panel.grid(alpha=0.2)
+    panels[0].set_ylabel("bits per byte, held out")
+    panels[0].legend(frameon=False)
+    figure.savefig(path)
