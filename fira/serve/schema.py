@@ -2,7 +2,7 @@
 
 Names, ranges and defaults are OpenAI's; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and
 `experts` are extensions. Null means left out. Descriptions are nouns: they stand in error messages
-and in /openapi.json.
+and in /openapi.json. Lists fail fast: a fault for each of a million entries would take minutes.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MAX_CHOICES = 64  # answers one request may ask for, over all its prompts
+MAX_FAULTS = 1000  # more are not looked at one by one
 MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH, MAX_RIVALS = 1024, 16, 256, 20
 SEED = 2**63
 _WORDS = re.compile(r"^(Input|List|Dictionary|String|Value) should ")
@@ -59,7 +60,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] = Field(
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] = Field(
         description="a string or a list of text parts")
 
 
@@ -71,8 +72,11 @@ class ResponseFormat(Strict):
     type: Literal["text"]
 
 
-Stops = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Several = Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
 
 
 class Sampling(Strict):
@@ -89,7 +93,7 @@ class Sampling(Strict):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="token ids as strings, with numbers from -100 to 100")
-    stop: Stops | Annotated[list[Stops], Field(max_length=MAX_STOPS)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = Field(
         None, description=f"a string or at most {MAX_STOPS} strings, each of 1 to "
                           f"{MAX_STOP_LENGTH} characters")
     seed: int | None = Field(None, ge=-SEED, lt=SEED)
@@ -102,7 +106,7 @@ class Sampling(Strict):
 
 
 class ChatRequest(Sampling):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_RIVALS)
@@ -110,10 +114,8 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    prompt: (str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
-             | Annotated[list[TokenId], Field(min_length=1)]
-             | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]],
-                         Field(min_length=1, max_length=MAX_CHOICES)]) = Field(
+    prompt: (str | Annotated[list[str], Several] | TokenIds
+             | Annotated[list[TokenIds], Several]) = Field(
         description="a string, a list of token ids, or a list of at most "
                     f"{MAX_CHOICES} strings or lists of token ids, none of them empty")
     echo: bool | None = None
@@ -125,14 +127,14 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(
         None, description="whether to begin with the end of text, as a completion's prompt does")
 
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(fail_fast=True)
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -147,6 +149,9 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
 
 
 def _refusal(schema: type[BaseModel], error: ValidationError) -> Refused:
+    if error.error_count() > MAX_FAULTS:
+        return Refused(400, f"the request has {error.error_count()} faults; /openapi.json lists "
+                       "the fields", code="invalid_value")
     faults = error.errors(include_url=False)
     if faults[0]["type"] == "json_invalid":
         why = faults[0]["ctx"]["error"]

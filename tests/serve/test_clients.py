@@ -1,51 +1,15 @@
-"""Clients that others wrote, against the real engine: openai's package, lm-eval, schemathesis."""
+"""Clients that others wrote, against the real engine: openai's package and schemathesis."""
 from __future__ import annotations
 
 import json
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 
-from fira.infer.engine import Engine
-from fira.model.files import build
 from fira.model.generate import generate
-from fira.model.spec import FIRA2Spec
 from fira.serve.api import Served
-from fira.serve.process import facts
-from fira.serve.server import Service
-
-from .conftest import Running
 
 CHAT = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    spec = FIRA2Spec(vocab_size=320, d_model=32, n_head=2, n_kv_head=1, head_dim=16, num_layers=2,
-                     d_ff=32, num_experts=4, top_k=2, context=128, init_std=0.3)
-    return build(spec, seed=1).eval()
-
-
-@pytest.fixture(scope="module")
-def real(model, tokenizer):
-    """A server over a real engine."""
-    yield from over_engine(model, tokenizer, 128)
-
-
-@pytest.fixture(scope="module")
-def short(model, tokenizer):
-    """The same, whose longest answers are short."""
-    yield from over_engine(model, tokenizer, 40)
-
-
-def over_engine(model, tokenizer, window):
-    engine = Engine(model, tokenizer, slots=8, capacity=window)
-    engine.start()
-    served = Served("tiny", tokenizer, window, 320, tuned=True, facts=facts(model))
-    running = Running(lambda: Service(served, engine)).wait()
-    yield running
-    running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -116,42 +80,6 @@ def test_greedy_completions_equal_plain_generation(openai, model, tokenizer):
                                        temperature=0, extra_body={"ignore_eos": True}, logprobs=0)
     names = Served("tiny", tokenizer, 128, 320, True).name_of
     assert answer.choices[0].logprobs.tokens == [names(id) for id in new]
-
-
-# lm-eval
-
-
-def lm_scores(real, tokenizer, folder, requests):
-    for needed in ("lm_eval", "tenacity"):
-        pytest.importorskip(needed, reason="lm-eval[api] is not installed")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models import openai_completions as api
-
-    tokenizer.save(folder)
-    scorer = api.LocalCompletionsAPI(base_url=real.address + "/v1/completions", model="tiny",
-                                     tokenizer=str(folder), tokenizer_backend="huggingface",
-                                     max_length=128, batch_size=4)
-    return scorer.loglikelihood([Instance("loglikelihood", {}, pair, number)
-                                 for number, pair in enumerate(requests)], disable_tqdm=True)
-
-
-@torch.inference_mode()
-def in_process(model, ids, start):
-    """Sum of log-probabilities of ids[start:], and whether each was the likeliest."""
-    logprobs_TV = model(torch.tensor([ids]))[0].log_softmax(-1)
-    rows = range(start, len(ids))
-    total = sum(float(logprobs_TV[row - 1, ids[row]]) for row in rows)
-    return total, all(int(logprobs_TV[row - 1].argmax()) == ids[row] for row in rows)
-
-
-def test_lm_eval_scores_the_server_as_in_process(real, model, tokenizer, tmp_path):
-    requests = [("The state of the", " Union"), ("The state of the", " naïve café"),
-                ("Größe and", " text too."), ("you", " and 🙂🙃 are text")]
-    for (context, rest), (score, greedy) in zip(
-            requests, lm_scores(real, tokenizer, tmp_path, requests), strict=True):
-        start = len(tokenizer.encode(context))
-        wanted, likeliest = in_process(model, tokenizer.encode(context + rest), start)
-        assert score == pytest.approx(wanted, abs=1e-3) and greedy == likeliest
 
 
 # schemathesis
