@@ -12,6 +12,7 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 MAX_CHOICES = 64  # answers one request may ask for, over all its prompts
 MAX_FAULTS = 1000  # more are not looked at one by one
@@ -29,6 +30,12 @@ REFUSED = {  # fields of OpenAI's API that ask for what this server does not do
     "metadata": "the server stores nothing", "prediction": "predicted outputs are not used",
     "reasoning_effort": "the model's effort cannot be set",
     "web_search_options": "the server reaches no network",
+    "moderation": "nothing is moderated", "service_tier": "there is one tier",
+    "verbosity": "the model's verbosity cannot be set",
+    "safety_identifier": "give the label as user",
+    "prompt_cache_key": "prompts are cached without it",
+    "prompt_cache_options": "prompts are cached without them",
+    "prompt_cache_retention": "prompts stay cached while there is room",
 }
 
 
@@ -160,8 +167,8 @@ def _refusal(schema: type[BaseModel], error: ValidationError) -> Refused:
     if not faults[0]["loc"]:
         return Refused(400, "the body must be one JSON object, such as {\"model\": ...}")
     fault = max(faults, key=lambda fault: len(fault["loc"]))  # the branch that came furthest
-    path = [str(part) for part in fault["loc"] if not _is_branch(part)]
-    param, name = ".".join(path), path[-1]
+    path = _path(fault)
+    param, name = _clipped(".".join(path)), path[-1]
     if fault["type"] == "extra_forbidden":
         return Refused(400, _unknown(schema, param, name, len(path)), param, "unknown_field")
     if fault["type"] == "missing":
@@ -179,17 +186,27 @@ def _refusal(schema: type[BaseModel], error: ValidationError) -> Refused:
 def _unknown(schema: type[BaseModel], param: str, name: str, depth: int) -> str:
     if depth == 1 and name in REFUSED:
         return f"{name} is not supported: {REFUSED[name]}; leave it out"
-    near = difflib.get_close_matches(name, schema.model_fields, 1) if depth == 1 else []
+    near = difflib.get_close_matches(name[:60], schema.model_fields, 1) if depth == 1 else []
     hint = f"did you mean {near[0]}?" if near else "leave it out; /openapi.json lists the fields"
     return f"{_short(param)} is no field of this request; {hint}"
 
 
+def _path(fault: ErrorDetails) -> list[str]:
+    """The names on the way to a fault, without those that Pydantic gives to a union's members."""
+    first, *rest = fault["loc"]
+    last = [rest.pop()] if rest and fault["type"] == "extra_forbidden" else []  # the caller's word
+    return [str(part) for part in (first, *(part for part in rest if not _is_branch(part)), *last)]
+
+
 def _is_branch(part: int | str) -> bool:
-    """Pydantic names the member of a union that it tried: 'str', 'constrained-str', 'list[...]'."""
+    """'str', 'constrained-str', 'list[...]': the member of a union that was tried."""
     return isinstance(part, str) and (part in ("str", "int", "constrained-str", "constrained-int")
                                       or "[" in part)
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    return _clipped(json.dumps(value, default=str))
+
+
+def _clipped(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."

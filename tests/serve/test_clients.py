@@ -44,6 +44,12 @@ def test_openai_gets_n_answers_that_a_seed_repeats(openai):
     assert first == texts() and len(set(first)) == 3
 
 
+def test_openai_sends_an_answer_back_as_history(openai):
+    first = openai.chat.completions.create(model="tiny", messages=CHAT, max_tokens=4)
+    history = [*CHAT, first.choices[0].message, {"role": "user", "content": "And?"}]
+    assert openai.chat.completions.create(model="tiny", messages=history, max_tokens=4).choices
+
+
 def test_openai_stops_and_biases(openai, tokenizer):
     (wanted,) = tokenizer.encode("a")
     answer = openai.completions.create(model="tiny", prompt="x", max_tokens=8, temperature=0,

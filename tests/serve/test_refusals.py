@@ -32,6 +32,9 @@ WRONG = [
     ("chat", {"temperature": "hot"}, "temperature", "number"),
     ("chat", {"temprature": 1}, "temprature", "did you mean temperature?"),
     ("chat", {"tools": []}, "tools", "calls no tools"),
+    ("chat", {"str": 1}, "str", "no field"), ("chat", {"a[0]": 1}, "a[0]", "no field"),
+    ("chat", {"messages": [{"role": "user", "content": "x", "a[": 1}]}, "messages.0.a[",
+     "no field"),
     ("chat", {"response_format": {"type": "json_object"}}, "response_format.type", "text"),
     ("chat", {"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
@@ -120,3 +123,10 @@ def test_very_many_faults_are_counted_not_told(body):
     with pytest.raises(Refused, match="has 2000 faults") as found:
         parse(CompletionRequest, json.dumps(body).encode())
     assert found.value.status == 400 and found.value.param is None
+
+
+@pytest.mark.parametrize("body", [{"x" * 10_000: 1}, {"logit_bias": {"x" * 10_000: ""}},
+                                  {"model": "x" * 10_000}, {"prompt": {"x" * 10_000: 1}}])
+def test_a_refusal_is_short_whatever_was_sent(http, body):
+    response = http.post("/v1/completions", json={**TEXT, **body})
+    assert response.status_code in (400, 404) and len(response.content) < 500
