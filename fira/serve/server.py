@@ -179,7 +179,7 @@ class Server:
                 yield chunk
         except Refused as refused:
             yield sse(refused.body)
-        self.metrics.seconds.labels(request.url.path).observe(time.monotonic() - start)
+        self.metrics.seconds.labels(request.scope["path"]).observe(time.monotonic() - start)
 
     async def tokenize(self, request: Request) -> Response:
         service = self.ready()
@@ -251,8 +251,9 @@ async def _leaving(request: Request) -> None:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the shape of every other refusal."""
     assert isinstance(error, HTTPException)
-    words = {404: f"there is nothing at {request.url.path[:80]}; /openapi.json lists what is",
-             405: f"{request.method} is not for {request.url.path[:80]}"}
+    path = request.scope["path"][:80]
+    words = {404: f"there is nothing at {path}; /openapi.json lists what is",
+             405: f"{request.method} is not for {path}"}
     message = words.get(error.status_code, error.detail)
     refused = Refused(error.status_code, message, headers=dict(error.headers or {}))
     return JSONResponse(refused.body, refused.status, refused.headers)

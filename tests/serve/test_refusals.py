@@ -96,9 +96,17 @@ def test_other_faults_have_their_own_status(http):
     assert status("POST", "/v1/completions", content=b"x" * 10**7, headers=JSON) == 413
     assert status("POST", "/v1/completions", json={**TEXT, "model": "gpt-4"}) == 404
     assert status("GET", "/v1/models/gpt-4") == 404
-    assert status("GET", "/health", headers={"Host": "evil.example"}) == 403
     assert http.get("/v1/models/tiny").json()["chat_tuned"] is True
     assert MAX_BODY < 10**7
+
+
+@pytest.mark.parametrize("host, status", [
+    ("localhost", 200), ("LOCALHOST:80", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200),
+    ("evil.example", 403), ("evil.example:", 403), ("localhost.evil.example", 403),
+    ("localhost:80:80", 403), ("[::1", 403), ("evil@localhost", 403),
+])
+def test_without_keys_only_names_of_this_machine_are_answered(http, host, status):
+    assert http.get("/health", headers={"Host": host}).status_code == status
 
 
 @pytest.mark.parametrize("schema, body", [
