@@ -59,8 +59,8 @@ class Suite:
     @property
     def well(self) -> bool:
         """Whether every test passed or was refused as it should be."""
-        return all(outcome == "passed" or outcome.startswith("refused 4")
-                   for _, outcome in self.counts)
+        return bool(self.counts) and all(
+            outcome == "passed" or outcome.startswith("refused 4") for _, outcome in self.counts)
 
 
 def why_refused(name: str) -> str | None:

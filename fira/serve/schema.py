@@ -132,6 +132,10 @@ class CompletionRequest(Sampling):
 class TokenizeRequest(Strict):
     """Text as it is, or messages as a chat would read them."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [
+        {"required": [given], "properties": {given: {"not": {"type": "null"}},
+                                             other: {"type": "null"}}}
+        for given, other in (("prompt", "messages"), ("messages", "prompt"))]})
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None

@@ -1,7 +1,6 @@
 """Clients that others wrote, against the real engine: openai's package and schemathesis."""
 from __future__ import annotations
 
-import json
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -102,20 +101,56 @@ def test_extreme_parameters_are_answered(real, extreme):
     response = real.http.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
 
-def test_no_generated_request_breaks_the_server(short):
-    """Some hundred cases; benchmarks/serve_fuzz.py runs thousands."""
+
+@pytest.fixture
+def described(short):
+    """The server's description, read by schemathesis."""
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
-    description = json.loads(short.http.get("/openapi.json").text)
-    schema = schemathesis.openapi.from_dict(description)
+    schema = schemathesis.openapi.from_dict(short.http.get("/openapi.json").json())
     schema.config.update(base_url=short.address)
-    for operation in schema.get_all_operations():
+    return schema
+
+
+def conforms(case):
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
+
+    case.call_and_validate(timeout=20, checks=[
+        not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
+        checks.response_schema_conformance])
+
+
+def test_generated_requests_are_answered_as_described(described):
+    """Some hundred cases; benchmarks/serve_fuzz.py runs thousands."""
+    for operation in described.get_all_operations():
         @given(case=operation.ok().as_strategy())
         @settings(max_examples=30, deadline=None, database=None, derandomize=True,
                   suppress_health_check=list(HealthCheck))
         def run(case):
-            response = case.call(timeout=20)
-            assert response.status_code < 500, (case.body, response.text)
+            conforms(case)
         run()
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/v1/chat/completions", {"messages": CHAT, "stream": True, "logprobs": True}),
+    ("/v1/completions", {"prompt": "a", "stream": True, "experts": True}),
+    ("/v1/completions", {"prompt": "a", "echo": True, "logprobs": 2, "experts": True}),
+    ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}),
+    ("/tokenize", {"messages": CHAT, "prompt": None}), ("/tokenize", {"prompt": "a"}),
+])
+def test_these_requests_are_answered_as_described(described, path, body):
+    conforms(described[path]["POST"].Case(body=body, media_type="application/json"))
+
+
+def test_the_description_says_that_tokenize_takes_one_of_two(described):
+    import jsonschema_rs
+
+    schema = described.raw_schema["components"]["schemas"]["TokenizeRequest"]
+    root = {**schema, "components": described.raw_schema["components"]}
+    right = jsonschema_rs.validator_for(root).is_valid
+    assert right({"prompt": "a", "messages": None}) and right({"messages": CHAT})
+    assert not right({}) and not right({"prompt": None})
+    assert not right({"prompt": "a", "messages": CHAT})
 
 
 def test_the_description_is_what_is_taken(real):
