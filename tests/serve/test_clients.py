@@ -1,7 +1,6 @@
 """Clients that others wrote, against the real engine: openai's package and schemathesis."""
 from __future__ import annotations
 
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 
