@@ -260,6 +260,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    """The traceback goes to the log, by uvicorn; the caller learns that it is not their fault."""
-    refused = Refused(500, "the server failed on this request; its log says why")
-    return JSONResponse(refused.body, refused.status)
+    """The traceback goes to the log, by uvicorn; the caller learns that it is not their fault.
+
+    uvicorn then closes the connection, so the answer says it: else the next request on it is lost.
+    """
+    refused = Refused(500, "the server failed on this request; its log says why",
+                      headers={"Connection": "close"})
+    return JSONResponse(refused.body, refused.status, refused.headers)
