@@ -185,13 +185,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         expected = make_run(Path(folder))
         result = asyncio.run(load(Path(folder), expected, options.streams, options.seconds))
     for name, value in result.items():
         print(f"{name:>22}  {value}")
-    append(RESULTS, result)
+    append(options.json, result)
     first, *_, last = result["memory_mb"]
     sys.exit(bool(result["wrong"] or result["lost"] or result["exit"] or last > 1.1 * first
                   or not result["killed_amid"]))
