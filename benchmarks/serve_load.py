@@ -1,9 +1,10 @@
 """Many clients at once: `python benchmarks/serve_load.py [--streams 200] [--seconds 60]`.
 
-Starts `fira serve` on a tiny model and keeps `streams` requests streaming for `seconds`, one of
-them by a client that hardly reads. Every greedy answer is compared with `generate`: none may be
-lost, mixed or cut. Then the server is killed with -9 and must serve again. Prints one table and
-appends to docs/results/serve_load.jsonl.
+Starts `fira serve` on a tiny model and keeps `streams` requests streaming for `seconds`, beside a
+client that hardly reads a very long stream. Every greedy answer is compared with `generate`: none
+may be lost, mixed or cut, and the server's memory may not grow by a tenth after the first quarter.
+Then the server is killed with -9 amid answers and must serve again. Prints one table and appends
+to docs/results/serve_load.jsonl.
 """
 from __future__ import annotations
 
@@ -86,10 +87,13 @@ async def one(http: httpx.AsyncClient, prompt: str, answer: str, tally: dict[str
                 done = True
             elif line.startswith("data: "):
                 first = first or time.monotonic() - start
-                text += json.loads(line[6:])["choices"][0]["text"]
-    tally["right" if done and text == answer else "wrong"] += 1
-    tally["first"].append(first)
-    tally["whole"].append(time.monotonic() - start)
+                for choice in json.loads(line[6:]).get("choices", []):
+                    text += choice["text"]
+    right = done and text == answer
+    tally["right" if right else "wrong"] += 1
+    if right:
+        tally["first"].append(first)
+        tally["whole"].append(time.monotonic() - start)
 
 
 async def keep_asking(http: httpx.AsyncClient, expected: list[tuple[str, str]], number: int,
@@ -103,17 +107,45 @@ async def keep_asking(http: httpx.AsyncClient, expected: list[tuple[str, str]], 
         number += 7
 
 
-async def hardly_read(port: int, until: float) -> None:
-    """A client that asks for much and takes a few bytes a second."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=64)
+async def hardly_read(port: int, until: float, tally: dict[str, Any]) -> None:
+    """A client that asks for ten megabytes, more than its socket holds, and takes 32 bytes/s."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=client, limit=64)
     body = json.dumps({"prompt": ["The"] * 16, "n": 4, "max_tokens": 100, "stream": True,
                        "logprobs": 20, "ignore_eos": True}).encode()
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
                  b"application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     while time.monotonic() < until:
-        await reader.read(16)
+        tally["slow_bytes"] += len(await reader.read(16))
         await asyncio.sleep(0.5)
     writer.close()
+
+
+async def press(http: httpx.AsyncClient, port: int, process: int, expected: list[tuple[str, str]],
+                streams: int, seconds: int, tally: dict[str, Any]) -> None:
+    """Keep `streams` requests under way; sizes of the process at each quarter."""
+    until = time.monotonic() + seconds
+    tasks = [asyncio.create_task(keep_asking(http, expected, number, until, tally))
+             for number in range(streams)]
+    tasks.append(asyncio.create_task(hardly_read(port, until, tally)))
+    for _ in range(4):
+        await asyncio.sleep(seconds / 4)
+        tally["memory"].append(round(memory(process)))
+    await asyncio.gather(*tasks)
+
+
+async def kill(http: httpx.AsyncClient, server: subprocess.Popen[bytes],
+               expected: list[tuple[str, str]]) -> int:
+    """Kill the server amid answers; how many it took along."""
+    lost: dict[str, Any] = {"right": 0, "wrong": 0, "first": [], "whole": []}
+    asked = [asyncio.create_task(one(http, *pair, lost)) for pair in expected]
+    await asyncio.sleep(0.1)
+    server.send_signal(signal.SIGKILL)
+    server.wait()
+    ends = await asyncio.gather(*asked, return_exceptions=True)
+    return sum(isinstance(end, httpx.HTTPError) for end in ends)
 
 
 async def load(run: Path, expected: list[tuple[str, str]], streams: int,
@@ -121,50 +153,49 @@ async def load(run: Path, expected: list[tuple[str, str]], streams: int,
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server, sizes = begin(run, port), []
-    tally: dict[str, Any] = {"right": 0, "wrong": 0, "lost": 0, "first": [], "whole": []}
+    server = begin(run, port)
+    tally: dict[str, Any] = {"right": 0, "wrong": 0, "lost": 0, "first": [], "whole": [],
+                             "memory": [], "slow_bytes": 0}
     limits = httpx.Limits(max_connections=streams + 10)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120,
                                  limits=limits) as http:
         try:
             await ready(http)
-            until = time.monotonic() + seconds
-            tasks = [asyncio.create_task(keep_asking(http, expected, number, until, tally))
-                     for number in range(streams)]
-            tasks.append(asyncio.create_task(hardly_read(port, until)))
-            for _ in range(4):
-                await asyncio.sleep(seconds / 4)
-                sizes.append(round(memory(server.pid)))
-            await asyncio.gather(*tasks)
-            server.send_signal(signal.SIGKILL)
-            server.wait()
+            start = time.monotonic()
+            await press(http, port, server.pid, expected, streams, seconds, tally)
+            took, right = time.monotonic() - start, tally["right"]
+            killed = await kill(http, server, expected)
             server = begin(run, port)
             restart = await ready(http)
             await one(http, *expected[0], tally)
         finally:
             server.terminate()
             code = server.wait()
-    middle = {name: round(sorted(tally[name])[len(tally[name]) // 2], 2)
-              for name in ("first", "whole")}
-    return {"streams": streams, "seconds": seconds, "right": tally["right"],
-            "wrong": tally["wrong"], "lost": tally["lost"],
-            "tokens_per_second": round(tally["right"] * TOKENS / seconds),
-            "median_first_token_s": middle["first"], "median_answer_s": middle["whole"],
-            "memory_mb": sizes, "restart_s": round(restart, 1), "exit": code}
+    times = {name: sorted(tally[name]) for name in ("first", "whole")}
+    return {"streams": streams, "seconds": seconds, "right": right, "wrong": tally["wrong"],
+            "lost": tally["lost"], "tokens_per_second": round(right * TOKENS / took),
+            "median_first_token_s": round(times["first"][right // 2], 2),
+            "median_answer_s": round(times["whole"][right // 2], 2),
+            "slowest_answer_s": round(times["whole"][-1], 2), "memory_mb": tally["memory"],
+            "slow_client_bytes": tally["slow_bytes"], "killed_amid": killed,
+            "restart_s": round(restart, 1), "exit": code}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         expected = make_run(Path(folder))
         result = asyncio.run(load(Path(folder), expected, options.streams, options.seconds))
     for name, value in result.items():
         print(f"{name:>22}  {value}")
-    append(RESULTS, result)
-    sys.exit(bool(result["wrong"] or result["lost"] or result["exit"]))
+    append(options.json, result)
+    first, *_, last = result["memory_mb"]
+    sys.exit(bool(result["wrong"] or result["lost"] or result["exit"] or last > 1.1 * first
+                  or not result["killed_amid"]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 from pathlib import Path
 
 from starlette.requests import Request
@@ -14,6 +15,7 @@ MAX_BODY = 4 * 2**20  # bytes; far above any model's window here
 MAX_DISCARDED = 16 * MAX_BODY  # so much of a body too large is read, that the refusal is heard
 BODY_SECONDS = 60
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:]+)(:\d+)?")  # name or address, and the port
 OPEN = ("/", "/health", "/openapi.json")  # need no key
 
 
@@ -56,8 +58,12 @@ def check_host(request: Request) -> None:
 
     Else a web page elsewhere could reach it through a name that it points to 127.0.0.1.
     """
-    if request.url.hostname not in LOOPBACK:
-        raise Refused(403, f"host {request.url.hostname!r} is not this machine's; use 127.0.0.1, "
+    host = request.headers.get("host")
+    if host is None:  # no browser leaves it out
+        return
+    named = _HOST.fullmatch(host.lower())
+    if not named or named[1].strip("[]") not in LOOPBACK:
+        raise Refused(403, f"host {host[:60]!r} is not this machine's; use 127.0.0.1, "
                       "or start the server with --keys", code="unknown_host")
 
 

@@ -141,6 +141,8 @@ GETS: dict[str, tuple[str, Any]] = {
     "/v1/models": ("The served model", Models), "/v1/models/{model}": ("One model", Model),
     "/health": ("Whether the model is loaded", Health)}
 STREAMING = ("/v1/chat/completions", "/v1/completions")
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {
+    "type": "string", "description": "a chunk or an error in JSON; at the end [DONE]"}}}
 REFUSALS = {"400": "Something in the request cannot be honoured",
             "404": "Another model than the one served", "413": "The body is too large",
             "415": "The body is not JSON", "429": "The queue is full; see Retry-After",
@@ -173,7 +175,7 @@ def document(keys: bool) -> dict[str, Any]:
 def _operation(path: str, meaning: str, response: Any, keys: bool) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _ref(response)}}
     if path in STREAMING:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     refusals = {**REFUSALS, **({"401": "The API key is missing or unknown"} if keys else {})}
     wanted = {"401", "503"} if path in GETS else set(refusals)
     wanted |= {"404"} if "{" in path else set()

@@ -2,7 +2,7 @@
 
 Names, ranges and defaults are OpenAI's; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and
 `experts` are extensions. Null means left out. Descriptions are nouns: they stand in error messages
-and in /openapi.json.
+and in /openapi.json. Lists fail fast: a fault for each of a million entries would take minutes.
 """
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 MAX_CHOICES = 64  # answers one request may ask for, over all its prompts
+MAX_FAULTS = 1000  # more are not looked at one by one
 MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH, MAX_RIVALS = 1024, 16, 256, 20
 SEED = 2**63
 _WORDS = re.compile(r"^(Input|List|Dictionary|String|Value) should ")
@@ -28,6 +30,12 @@ REFUSED = {  # fields of OpenAI's API that ask for what this server does not do
     "metadata": "the server stores nothing", "prediction": "predicted outputs are not used",
     "reasoning_effort": "the model's effort cannot be set",
     "web_search_options": "the server reaches no network",
+    "moderation": "nothing is moderated", "service_tier": "there is one tier",
+    "verbosity": "the model's verbosity cannot be set",
+    "safety_identifier": "give the label as user",
+    "prompt_cache_key": "prompts are cached without it",
+    "prompt_cache_options": "prompts are cached without them",
+    "prompt_cache_retention": "prompts stay cached while there is room",
 }
 
 
@@ -59,7 +67,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] = Field(
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] = Field(
         description="a string or a list of text parts")
 
 
@@ -71,8 +79,11 @@ class ResponseFormat(Strict):
     type: Literal["text"]
 
 
-Stops = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Several = Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
 
 
 class Sampling(Strict):
@@ -89,7 +100,7 @@ class Sampling(Strict):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="token ids as strings, with numbers from -100 to 100")
-    stop: Stops | Annotated[list[Stops], Field(max_length=MAX_STOPS)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = Field(
         None, description=f"a string or at most {MAX_STOPS} strings, each of 1 to "
                           f"{MAX_STOP_LENGTH} characters")
     seed: int | None = Field(None, ge=-SEED, lt=SEED)
@@ -102,7 +113,7 @@ class Sampling(Strict):
 
 
 class ChatRequest(Sampling):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_RIVALS)
@@ -110,10 +121,8 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    prompt: (str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
-             | Annotated[list[TokenId], Field(min_length=1)]
-             | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]],
-                         Field(min_length=1, max_length=MAX_CHOICES)]) = Field(
+    prompt: (str | Annotated[list[str], Several] | TokenIds
+             | Annotated[list[TokenIds], Several]) = Field(
         description="a string, a list of token ids, or a list of at most "
                     f"{MAX_CHOICES} strings or lists of token ids, none of them empty")
     echo: bool | None = None
@@ -123,16 +132,20 @@ class CompletionRequest(Sampling):
 class TokenizeRequest(Strict):
     """Text as it is, or messages as a chat would read them."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [
+        {"required": [given], "properties": {given: {"not": {"type": "null"}},
+                                             other: {"type": "null"}}}
+        for given, other in (("prompt", "messages"), ("messages", "prompt"))]})
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(
         None, description="whether to begin with the end of text, as a completion's prompt does")
 
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(fail_fast=True)
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -147,6 +160,9 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
 
 
 def _refusal(schema: type[BaseModel], error: ValidationError) -> Refused:
+    if error.error_count() > MAX_FAULTS:
+        return Refused(400, f"the request has {error.error_count()} faults; /openapi.json lists "
+                       "the fields", code="invalid_value")
     faults = error.errors(include_url=False)
     if faults[0]["type"] == "json_invalid":
         why = faults[0]["ctx"]["error"]
@@ -155,8 +171,8 @@ def _refusal(schema: type[BaseModel], error: ValidationError) -> Refused:
     if not faults[0]["loc"]:
         return Refused(400, "the body must be one JSON object, such as {\"model\": ...}")
     fault = max(faults, key=lambda fault: len(fault["loc"]))  # the branch that came furthest
-    path = [str(part) for part in fault["loc"] if not _is_branch(part)]
-    param, name = ".".join(path), path[-1]
+    path = _path(fault)
+    param, name = _clipped(".".join(path)), path[-1]
     if fault["type"] == "extra_forbidden":
         return Refused(400, _unknown(schema, param, name, len(path)), param, "unknown_field")
     if fault["type"] == "missing":
@@ -174,17 +190,27 @@ def _refusal(schema: type[BaseModel], error: ValidationError) -> Refused:
 def _unknown(schema: type[BaseModel], param: str, name: str, depth: int) -> str:
     if depth == 1 and name in REFUSED:
         return f"{name} is not supported: {REFUSED[name]}; leave it out"
-    near = difflib.get_close_matches(name, schema.model_fields, 1) if depth == 1 else []
+    near = difflib.get_close_matches(name[:60], schema.model_fields, 1) if depth == 1 else []
     hint = f"did you mean {near[0]}?" if near else "leave it out; /openapi.json lists the fields"
     return f"{_short(param)} is no field of this request; {hint}"
 
 
+def _path(fault: ErrorDetails) -> list[str]:
+    """The names on the way to a fault, without those that Pydantic gives to a union's members."""
+    first, *rest = fault["loc"]
+    last = [rest.pop()] if rest and fault["type"] == "extra_forbidden" else []  # the caller's word
+    return [str(part) for part in (first, *(part for part in rest if not _is_branch(part)), *last)]
+
+
 def _is_branch(part: int | str) -> bool:
-    """Pydantic names the member of a union that it tried: 'str', 'constrained-str', 'list[...]'."""
+    """'str', 'constrained-str', 'list[...]': the member of a union that was tried."""
     return isinstance(part, str) and (part in ("str", "int", "constrained-str", "constrained-int")
                                       or "[" in part)
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    return _clipped(json.dumps(value, default=str))
+
+
+def _clipped(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."

@@ -179,7 +179,7 @@ class Server:
                 yield chunk
         except Refused as refused:
             yield sse(refused.body)
-        self.metrics.seconds.labels(request.url.path).observe(time.monotonic() - start)
+        self.metrics.seconds.labels(request.scope["path"]).observe(time.monotonic() - start)
 
     async def tokenize(self, request: Request) -> Response:
         service = self.ready()
@@ -251,14 +251,19 @@ async def _leaving(request: Request) -> None:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the shape of every other refusal."""
     assert isinstance(error, HTTPException)
-    words = {404: f"there is nothing at {request.url.path[:80]}; /openapi.json lists what is",
-             405: f"{request.method} is not for {request.url.path[:80]}"}
+    path = request.scope["path"][:80]
+    words = {404: f"there is nothing at {path}; /openapi.json lists what is",
+             405: f"{request.method} is not for {path}"}
     message = words.get(error.status_code, error.detail)
     refused = Refused(error.status_code, message, headers=dict(error.headers or {}))
     return JSONResponse(refused.body, refused.status, refused.headers)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    """The traceback goes to the log, by uvicorn; the caller learns that it is not their fault."""
-    refused = Refused(500, "the server failed on this request; its log says why")
-    return JSONResponse(refused.body, refused.status)
+    """The traceback goes to the log, by uvicorn; the caller learns that it is not their fault.
+
+    uvicorn then closes the connection, so the answer says it: else the next request on it is lost.
+    """
+    refused = Refused(500, "the server failed on this request; its log says why",
+                      headers={"Connection": "close"})
+    return JSONResponse(refused.body, refused.status, refused.headers)

@@ -1,4 +1,4 @@
-"""A server over a fake engine that answers by rule, in this process, on a free port."""
+"""Servers in this process, on free ports, over a real engine or one that answers by rule."""
 from __future__ import annotations
 
 import threading
@@ -9,11 +9,14 @@ import pytest
 import uvicorn
 
 from fira.data.tokenizer import train_tokenizer
+from fira.infer.engine import Engine
 from fira.infer.request import End, Piece, QueueFull, TokenScore
 from fira.infer.text import decode
+from fira.model.files import build
+from fira.model.spec import FIRA2Spec
 from fira.serve.api import Served
 from fira.serve.guard import Keys
-from fira.serve.process import listen
+from fira.serve.process import facts, listen
 from fira.serve.server import Server, Service
 
 TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 8]
@@ -147,3 +150,31 @@ def running(start, served, engine):
 @pytest.fixture
 def http(running):
     return running.http
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    spec = FIRA2Spec(vocab_size=320, d_model=32, n_head=2, n_kv_head=1, head_dim=16, num_layers=2,
+                     d_ff=32, num_experts=4, top_k=2, context=128, init_std=0.3)
+    return build(spec, seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def real(model, tokenizer):
+    """A server over a real engine."""
+    yield from over_engine(model, tokenizer, 128)
+
+
+@pytest.fixture(scope="module")
+def short(model, tokenizer):
+    """The same, whose longest answers are short."""
+    yield from over_engine(model, tokenizer, 40)
+
+
+def over_engine(model, tokenizer, window):
+    engine = Engine(model, tokenizer, slots=8, capacity=window)
+    engine.start()
+    served = Served("tiny", tokenizer, window, 320, tuned=True, facts=facts(model))
+    running = Running(lambda: Service(served, engine)).wait()
+    yield running
+    running.stop()

@@ -1,51 +1,13 @@
-"""Clients that others wrote, against the real engine: openai's package, lm-eval, schemathesis."""
+"""Clients that others wrote, against the real engine: openai's package and schemathesis."""
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 
-from fira.infer.engine import Engine
-from fira.model.files import build
 from fira.model.generate import generate
-from fira.model.spec import FIRA2Spec
 from fira.serve.api import Served
-from fira.serve.process import facts
-from fira.serve.server import Service
-
-from .conftest import Running
 
 CHAT = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    spec = FIRA2Spec(vocab_size=320, d_model=32, n_head=2, n_kv_head=1, head_dim=16, num_layers=2,
-                     d_ff=32, num_experts=4, top_k=2, context=128, init_std=0.3)
-    return build(spec, seed=1).eval()
-
-
-@pytest.fixture(scope="module")
-def real(model, tokenizer):
-    """A server over a real engine."""
-    yield from over_engine(model, tokenizer, 128)
-
-
-@pytest.fixture(scope="module")
-def short(model, tokenizer):
-    """The same, whose longest answers are short."""
-    yield from over_engine(model, tokenizer, 40)
-
-
-def over_engine(model, tokenizer, window):
-    engine = Engine(model, tokenizer, slots=8, capacity=window)
-    engine.start()
-    served = Served("tiny", tokenizer, window, 320, tuned=True, facts=facts(model))
-    running = Running(lambda: Service(served, engine)).wait()
-    yield running
-    running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +40,12 @@ def test_openai_gets_n_answers_that_a_seed_repeats(openai):
         return [choice.text for choice in answer.choices]
     first = texts()
     assert first == texts() and len(set(first)) == 3
+
+
+def test_openai_sends_an_answer_back_as_history(openai):
+    first = openai.chat.completions.create(model="tiny", messages=CHAT, max_tokens=4)
+    history = [*CHAT, first.choices[0].message, {"role": "user", "content": "And?"}]
+    assert openai.chat.completions.create(model="tiny", messages=history, max_tokens=4).choices
 
 
 def test_openai_stops_and_biases(openai, tokenizer):
@@ -118,42 +86,6 @@ def test_greedy_completions_equal_plain_generation(openai, model, tokenizer):
     assert answer.choices[0].logprobs.tokens == [names(id) for id in new]
 
 
-# lm-eval
-
-
-def lm_scores(real, tokenizer, folder, requests):
-    for needed in ("lm_eval", "tenacity"):
-        pytest.importorskip(needed, reason="lm-eval[api] is not installed")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models import openai_completions as api
-
-    tokenizer.save(folder)
-    scorer = api.LocalCompletionsAPI(base_url=real.address + "/v1/completions", model="tiny",
-                                     tokenizer=str(folder), tokenizer_backend="huggingface",
-                                     max_length=128, batch_size=4)
-    return scorer.loglikelihood([Instance("loglikelihood", {}, pair, number)
-                                 for number, pair in enumerate(requests)], disable_tqdm=True)
-
-
-@torch.inference_mode()
-def in_process(model, ids, start):
-    """Sum of log-probabilities of ids[start:], and whether each was the likeliest."""
-    logprobs_TV = model(torch.tensor([ids]))[0].log_softmax(-1)
-    rows = range(start, len(ids))
-    total = sum(float(logprobs_TV[row - 1, ids[row]]) for row in rows)
-    return total, all(int(logprobs_TV[row - 1].argmax()) == ids[row] for row in rows)
-
-
-def test_lm_eval_scores_the_server_as_in_process(real, model, tokenizer, tmp_path):
-    requests = [("The state of the", " Union"), ("The state of the", " naïve café"),
-                ("Größe and", " text too."), ("you", " and 🙂🙃 are text")]
-    for (context, rest), (score, greedy) in zip(
-            requests, lm_scores(real, tokenizer, tmp_path, requests), strict=True):
-        start = len(tokenizer.encode(context))
-        wanted, likeliest = in_process(model, tokenizer.encode(context + rest), start)
-        assert score == pytest.approx(wanted, abs=1e-3) and greedy == likeliest
-
-
 # schemathesis
 
 
@@ -168,20 +100,56 @@ def test_extreme_parameters_are_answered(real, extreme):
     response = real.http.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
 
-def test_no_generated_request_breaks_the_server(short):
-    """Some hundred cases; benchmarks/serve_fuzz.py runs thousands."""
+
+@pytest.fixture
+def described(short):
+    """The server's description, read by schemathesis."""
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
-    description = json.loads(short.http.get("/openapi.json").text)
-    schema = schemathesis.openapi.from_dict(description)
+    schema = schemathesis.openapi.from_dict(short.http.get("/openapi.json").json())
     schema.config.update(base_url=short.address)
-    for operation in schema.get_all_operations():
+    return schema
+
+
+def conforms(case):
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
+
+    case.call_and_validate(timeout=20, checks=[
+        not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
+        checks.response_schema_conformance])
+
+
+def test_generated_requests_are_answered_as_described(described):
+    """Some hundred cases; benchmarks/serve_fuzz.py runs thousands."""
+    for operation in described.get_all_operations():
         @given(case=operation.ok().as_strategy())
         @settings(max_examples=30, deadline=None, database=None, derandomize=True,
                   suppress_health_check=list(HealthCheck))
         def run(case):
-            response = case.call(timeout=20)
-            assert response.status_code < 500, (case.body, response.text)
+            conforms(case)
         run()
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/v1/chat/completions", {"messages": CHAT, "stream": True, "logprobs": True}),
+    ("/v1/completions", {"prompt": "a", "stream": True, "experts": True}),
+    ("/v1/completions", {"prompt": "a", "echo": True, "logprobs": 2, "experts": True}),
+    ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}),
+    ("/tokenize", {"messages": CHAT, "prompt": None}), ("/tokenize", {"prompt": "a"}),
+])
+def test_these_requests_are_answered_as_described(described, path, body):
+    conforms(described[path]["POST"].Case(body=body, media_type="application/json"))
+
+
+def test_the_description_says_that_tokenize_takes_one_of_two(described):
+    import jsonschema_rs
+
+    schema = described.raw_schema["components"]["schemas"]["TokenizeRequest"]
+    root = {**schema, "components": described.raw_schema["components"]}
+    right = jsonschema_rs.validator_for(root).is_valid
+    assert right({"prompt": "a", "messages": None}) and right({"messages": CHAT})
+    assert not right({}) and not right({"prompt": None})
+    assert not right({"prompt": "a", "messages": CHAT})
 
 
 def test_the_description_is_what_is_taken(real):

@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fira.serve.process import listen
+
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {"prompt": "The state", "max_tokens": 40, "ignore_eos": True}
 
@@ -94,6 +96,13 @@ def test_other_mistakes_are_one_line(trained_run, tmp_path, refused):
         port = taken.getsockname()[1]
         assert "give another --host or --port" in refused("serve", trained_run, "--port", port)
     assert "give another" in refused("serve", trained_run, "--host", "203.0.113.1")
+
+
+def test_small_writes_do_not_wait_for_acknowledgements():
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_foreign_folder_is_one_line(tmp_path, refused):

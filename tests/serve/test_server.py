@@ -232,5 +232,7 @@ def test_answers_under_way_are_finished_at_the_end(start, served, engine):
 
 def test_a_bug_is_a_500_and_nothing_else_ends(http, engine, served, monkeypatch):
     monkeypatch.setattr(engine, "add", lambda *_: 1 / 0)
-    assert http.post("/v1/completions", json=TEXT).json()["error"]["type"] == "server_error"
+    response = http.post("/v1/completions", json=TEXT)
+    assert response.json()["error"]["type"] == "server_error"
+    assert response.headers["connection"] == "close"
     assert http.get("/health").status_code == 200
