@@ -19,11 +19,10 @@ from fira.convert import qwen3
 from fira.convert.limits import check_target
 from fira.convert.target import new_target
 from fira.data.tokenizer import PAD, TURN_END, TURN_START, Tokenizer
-from fira.model.files import CONFIG, WEIGHTS
+from fira.model.files import CONFIG, INDEX, WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODELLING = Path(__file__).with_name("modeling_fira.py")
-INDEX = WEIGHTS + ".index.json"
 
 
 def export_hf(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | None = None,

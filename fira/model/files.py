@@ -19,6 +19,8 @@ from fira.model.spec import ModelSpec
 
 CLASSES: dict[str, type[FIRA] | type[FIRA2]] = {"fira": FIRA, "fira2": FIRA2}
 WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+INDEX = WEIGHTS + ".index.json"  # of models in several files, made elsewhere
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # what a model learned with, besides its spec, and how its weights are stored if not as numbers
 NOTES = ("end_of_text", "trained_length", "quantization")
 
@@ -92,9 +94,19 @@ def find_model(folder: str | Path) -> Path:
     """`folder` itself if it holds weights, else the newest complete step in it."""
     folder = Path(folder)
     if not folder.is_dir():
+        forms = "; fira chat reads .gguf files" if folder.suffix == ".gguf" else ""
         raise ValueError(f"{folder} is not a folder; give a run folder such as out/tiny, "
-                         "or a step folder in it")
-    return folder if (folder / WEIGHTS).exists() else newest_step(folder)
+                         f"or a step folder in it{forms}")
+    if (folder / WEIGHTS).exists():
+        return folder
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} is a Hugging Face model in several files; bring it in with "
+                         f"fira import hf {folder} RUN")
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    if pickles:
+        raise ValueError(f"{folder} has its weights in {pickles[0]}, a pickle, which FIRA never "
+                         "reads; save them as safetensors where they come from")
+    return newest_step(folder)
 
 
 def newest_step(run: str | Path) -> Path:
@@ -122,6 +134,9 @@ def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{path} is not valid JSON; copy it again or use another step") from None
     if not isinstance(config, dict) or config.get("architecture") not in CLASSES:
         kind = config.get("architecture") if isinstance(config, dict) else None
+        if kind is None and isinstance(config, dict) and "model_type" in config:
+            raise ValueError(f"{path.parent} is a Hugging Face model ({config['model_type']}); "
+                             f"bring it in with fira import hf {path.parent} RUN")
         raise ValueError(f"{path} has architecture {kind!r}, not one of {', '.join(CLASSES)}; "
                          "give a folder that FIRA wrote")
     notes = {note: config.pop(note, None) for note in NOTES}

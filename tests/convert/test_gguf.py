@@ -1,14 +1,17 @@
 """llama.cpp computes what FIRA computes, from the file alone."""
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from io import StringIO
 
 import pytest
 import torch
+from torch import nn
 
 from fira.infer.load import load
+from fira.model.experts import ExpertLinear
 from tests.convert.conftest import HARD
 
 gguf = pytest.importorskip("gguf")
@@ -48,26 +51,63 @@ def scores(edge, ids, count):
 
 
 @torch.no_grad()
-def worst(loaded, edge, count=16):
+def worst(model, ids, edge, count=16):
     """Largest difference of log-probability over `count` greedy steps, above one in a million."""
-    ids = prompt(loaded)
     theirs, rows = scores(edge, ids, count)
-    ours = loaded.model.generate(ids, count, 0, end_of_text=-1)[0, len(ids):].tolist()
-    logp_TV = loaded.model(torch.tensor([ids + ours])).log_softmax(-1)[0, len(ids) - 1:]
+    ours = model.generate([ids], count, 0, end_of_text=-1)[0, len(ids):].tolist()
+    logp_TV = model(torch.tensor([ids + ours])).log_softmax(-1)[0, len(ids) - 1:]
     found = [abs(logp_TV[step, token].item() - logprob) for step, row in enumerate(rows)
              for token, logprob in row.items() if logprob > math.log(1e-6)]
     assert len(found) > 20 * count
     return theirs == ours, max(found)
 
 
-@pytest.mark.parametrize("name, limit", [("f32", 1e-4), ("f16", 2e-3), ("bf16", 2e-2)])
-def test_greedy_text_and_log_probabilities_equal_those_of_llamacpp(files, loaded, name, limit):
-    same, difference = worst(loaded, Edge(files / f"{name}.gguf", exact=True))
-    assert same and difference < limit
+def rounded(model):
+    """The model of the numbers that an f16 file holds: matrices are rounded, routers are not."""
+    model = copy.deepcopy(model)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and "router" not in name:
+            weight.data = weight.data.half().float()
+    return model
+
+
+def rounding_inputs(model):
+    """A copy that also rounds whatever meets such a matrix, as llama.cpp does in its products."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | ExpertLinear):
+            module.register_forward_pre_hook(lambda _, given: (given[0].half().float(), *given[1:]))
+    model.norm.register_forward_hook(lambda _, given, x_BTD: x_BTD.half().float())  # to the head
+    return model
+
+
+def test_greedy_text_and_log_probabilities_equal_those_of_llamacpp(files, loaded):
+    same, difference = worst(loaded.model, prompt(loaded), Edge(files / "f32.gguf", exact=True))
+    assert same and difference < 1e-4
+
+
+def test_an_f16_file_holds_the_rounded_weights_and_llamacpp_rounds_activations_too(files, loaded):
+    edge, ids = Edge(files / "f16.gguf", exact=True), prompt(loaded)
+    file = rounded(loaded.model)
+    same, difference = worst(file, ids, edge)
+    assert same and difference < 2e-3
+    assert worst(loaded.model, ids, edge)[1] < 5e-3  # both roundings
+    assert worst(rounding_inputs(file), ids, edge)[1] < 1e-3  # neither
+
+
+def test_keys_and_values_of_16_bits_cost_no_more(files, loaded):
+    same, difference = worst(rounded(loaded.model), prompt(loaded), Edge(files / "f16.gguf"))
+    assert same and difference < 2e-3
+
+
+def test_a_bf16_file_is_close(files, loaded):
+    same, difference = worst(loaded.model, prompt(loaded), Edge(files / "bf16.gguf", exact=True))
+    assert same and difference < 2e-2
 
 
 def test_a_dense_model_equals_its_file_too(files, dense_run):
-    same, difference = worst(load(dense_run, "cpu"), Edge(files / "dense.gguf", exact=True))
+    dense = load(dense_run, "cpu")
+    same, difference = worst(dense.model, prompt(dense), Edge(files / "dense.gguf", exact=True))
     assert same and difference < 1e-4
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fira.convert.hf import INDEX
 from fira.convert.limits import check_target
 from fira.infer.load import load
-from fira.model.files import CONFIG, WEIGHTS, load_pretrained
+from fira.model.files import CONFIG, INDEX, WEIGHTS, load_pretrained
 from tests.convert.conftest import HARD
 
 transformers = pytest.importorskip("transformers")
@@ -112,6 +111,18 @@ def test_the_dtype_can_be_chosen(run, fira, tmp_path):
     assert {tensor.dtype for tensor in load_file(tmp_path / "hf" / WEIGHTS).values()} == {
         torch.bfloat16}
     assert json.loads((tmp_path / "hf" / CONFIG).read_text())["torch_dtype"] == "bfloat16"
+
+
+@torch.no_grad()
+def test_weights_of_16_bits_are_the_same_model_there(run, fira, loaded, tmp_path):
+    assert fira("export", "hf", run, tmp_path / "hf", "--dtype", "float16").code == 0
+    assert fira("import", "hf", tmp_path / "hf", tmp_path / "again").code == 0
+    ours, ids_BT = load_pretrained(tmp_path / "again").float(), prompt(loaded)
+    logp_BTV = ours(ids_BT).log_softmax(-1)
+    likely = logp_BTV > -13.8  # one in a million
+    for dtype, limit in ((torch.float32, 1e-4), (torch.float16, 1e-2)):
+        theirs = peer(tmp_path / "hf", dtype=dtype)(ids_BT).logits.float().log_softmax(-1)
+        assert (theirs - logp_BTV)[likely].abs().max() < limit
 
 
 def edit_config(folder, **changes):

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fira.convert.hf import INDEX
 from fira.data.batches import Batches
 from fira.data.prepare import prepare
 from fira.data.shards import Shards
 from fira.data.tokenizer import Tokenizer, train_tokenizer
-from fira.model.files import load_pretrained
+from fira.model.files import INDEX, load_pretrained
 from fira.runlog import read_rows
 
 transformers = pytest.importorskip("transformers")
