@@ -56,9 +56,14 @@ def import_hf(folder: Path) -> tuple[Any, Tokenizer, bool]:
     Weights keep their dtype. Raises ValueError, one line, for what FIRA2 cannot hold.
     """
     config = _read_json(folder / CONFIG)
+    if "model_type" not in config and {"architecture", "preset"} & config.keys():
+        raise ValueError(f"{folder} is FIRA's own; every verb reads it as it is")
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; copy it from where the weights come "
+                         "from, or let AutoTokenizer.from_pretrained(...).save_pretrained write it")
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        ours = config.get("fira", {})
+        ours = qwen3.table(config, "fira")
         notes = {"end_of_text": tokenizer.end_of_text,
                  "trained_length": ours.get("trained_length"), "quantization": None}
         with _Checkpoint(folder) as files:
@@ -80,11 +85,12 @@ class _Checkpoint:
         self.folder = folder
         self.files: dict[str, Any] = {}
         if (folder / INDEX).is_file():
-            self.place: dict[str, str] = _read_json(folder / INDEX).get("weight_map", {})
+            self.place: dict[str, str] = qwen3.table(_read_json(folder / INDEX), "weight_map")
         elif (folder / WEIGHTS).is_file():
             self.place = dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
         else:
-            raise ValueError(f"{folder} has no {WEIGHTS}; FIRA reads safetensors, never pickles")
+            raise ValueError(f"{folder} has no {WEIGHTS}; FIRA reads safetensors, never pickles: "
+                             "load it in transformers and save_pretrained it again")
 
     def __enter__(self) -> _Checkpoint:
         return self
@@ -155,7 +161,7 @@ def _write(path: Path, value: Any) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path.parent} has no {path.name}; give a Hugging Face model folder"
                          ) from None
     except ValueError:

@@ -54,8 +54,9 @@ class Edge:
         try:
             self.server = xllamacpp.Server(params)
         except RuntimeError:
-            raise ValueError(f"llama.cpp cannot load {file}; write it again with fira export gguf, "
-                             "or update xllamacpp for a newer kind of model") from None
+            raise ValueError(f"llama.cpp cannot load {file}: it is cut short, or a kind of model "
+                             "that this xllamacpp does not know; copy it again, or update "
+                             "xllamacpp") from None
         self.address = self.server.listening_address
         facts = self._get("/props")
         self.template: str = facts["chat_template"]

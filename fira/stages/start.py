@@ -7,10 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fira.checkpoint import find_damage
 from fira.config import ConfigError, flatten
 from fira.infer.chat import knows_chat
-from fira.model.files import MANIFEST, WEIGHTS, find_model, read_config
+from fira.infer.load import find_whole
+from fira.model.files import CONFIG, WEIGHTS, build_meta, check_tensors, read_config
 
 FREE = ("balance", "balance_weight", "z_weight", "dropout")  # of use to training alone
 TUNED = "tune"  # the stage of a run that goes on from a model that knows chat turns
@@ -46,14 +46,12 @@ class Start(NamedTuple):
 def open_start(run: Path) -> Start:
     """The newest complete step of a run folder, or a step folder. Raises ValueError, one line, if
     there is none that can be trained."""
-    folder = find_model(run)
-    fault = find_damage(folder, (WEIGHTS,)) if (folder / MANIFEST).exists() else None
-    if fault:
-        raise ValueError(f"{folder} is damaged: {fault}; use another step of the run")
-    spec, notes = read_config(folder / "config.json")
+    folder = find_whole(run)
+    spec, notes = read_config(folder / CONFIG)
     if notes["quantization"]:
         raise ValueError(f"{folder} holds {notes['quantization']} weights, which cannot be "
                          "trained; use the run it was made from")
+    check_tensors(folder / WEIGHTS, build_meta(spec).state_dict())
     return Start(folder, spec)
 
 

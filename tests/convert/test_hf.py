@@ -159,7 +159,20 @@ MISTAKES = {
     "model.safetensors cannot be read": lambda folder: (folder / WEIGHTS).write_bytes(b"no"),
     "has no config.json": lambda folder: (folder / CONFIG).unlink(),
     "is not valid JSON": lambda folder: (folder / CONFIG).write_text("{"),
-    "tokenizer.json does not exist": lambda folder: (folder / "tokenizer.json").unlink(),
+    "has no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
+    "tokenizer_config.json is not valid JSON":
+        lambda folder: (folder / "tokenizer_config.json").write_text("["),
+    "hidden_size='wide' is not a whole number":
+        lambda folder: edit_config(folder, hidden_size="wide"),
+    "rope_parameters=7 is not a table": lambda folder: edit_config(folder, rope_parameters=7),
+    "fira=[1] is not a table": lambda folder: edit_config(folder, fira=[1]),
+    "weight_map=['x'] is not a table":
+        lambda folder: (folder / INDEX).write_text('{"weight_map": ["x"]}'),
+    "model-2.safetensors cannot be read": lambda folder: (folder / INDEX).write_text(
+        '{"weight_map": {"model.embed_tokens.weight": "model-2.safetensors"}}'),
+    "FIRA reads safetensors, never pickles": lambda folder: (folder / WEIGHTS).rename(
+        folder / "pytorch_model.bin"),
+    "has no config.json": lambda folder: (folder / CONFIG).unlink(),
 }
 
 
@@ -178,6 +191,12 @@ def test_a_bias_that_only_selects_has_no_place_elsewhere(target):
         check_target(SimpleNamespace(spec=spec, quantization=None), target)
     spec.balance = "loss"
     check_target(SimpleNamespace(spec=spec, quantization=None), target)
+
+
+def test_a_fira_run_need_not_be_imported(run, refused, tmp_path):
+    for folder in (run, load(run, "cpu").folder):
+        line = refused("import", "hf", folder, tmp_path / "x")
+        assert "is FIRA's own; every verb reads it as it is" in line
 
 
 def test_a_bad_target_or_source_is_one_line(run, folder, refused, text_file, tmp_path):
