@@ -2,9 +2,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import signal
+import socket
+import subprocess
 import sys
+import urllib.request
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +26,8 @@ pytest.importorskip("xllamacpp")
 from fira.cli_exchange import TYPES  # noqa: E402
 from fira.convert.gguf import MIXES  # noqa: E402
 from fira.infer.edge import Edge  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +160,40 @@ def test_chat_with_a_file_says_what_chat_with_the_run_says(files, run, fira, mon
         answers.append(fira("chat", model, "--temperature", 0, "--max-new-tokens", 8))
         assert answers[-1].code == 0 and "not tuned for chat" in answers[-1].err
     assert answers[0].out == answers[1].out and answers[0].out.strip()
+
+
+def test_a_file_is_served_until_a_signal(files):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "fira", "serve", str(files / "f16.gguf"), "--port", "0", "--slots",
+         "2", "--name", "small"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    try:
+        line = next(line for line in child.stderr if line.startswith("serving small by llama.cpp"))
+        address = line.split()[-1]
+        with urllib.request.urlopen(f"{address}/models") as answer:
+            assert json.load(answer)["data"][0]["id"] == "small"
+        body = {"prompt": "The state", "max_tokens": 4, "temperature": 0}
+        request = urllib.request.Request(f"{address}/completions", json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 4
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=20) == 0
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_what_serving_a_file_cannot_honour_is_one_line(files, refused, tmp_path):
+    file = files / "f16.gguf"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        line = refused("serve", file, "--port", taken.getsockname()[1])
+        assert "cannot be listened at" in line and "another --host or --port" in line
+    for option in ("--keys", "--queue", "--device", "--precision"):
+        value = {"--keys": tmp_path / "keys", "--queue": 4, "--device": "cpu",
+                 "--precision": "int8"}[option]
+        assert f"{option} {value} is for runs" in refused("serve", file, option, value)
+    assert "does not exist" in refused("serve", tmp_path / "gone.gguf", "--port", 0)
 
 
 def test_a_modelfile_for_ollama_stands_beside_it(files):

@@ -172,7 +172,6 @@ MISTAKES = {
         '{"weight_map": {"model.embed_tokens.weight": "model-2.safetensors"}}'),
     "FIRA reads safetensors, never pickles": lambda folder: (folder / WEIGHTS).rename(
         folder / "pytorch_model.bin"),
-    "has no config.json": lambda folder: (folder / CONFIG).unlink(),
 }
 
 
