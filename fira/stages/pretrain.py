@@ -26,7 +26,7 @@ from fira.model.spec import ModelSpec
 from fira.parallel.layout import Layout, check_fit
 from fira.parallel.mesh import Mesh, ParallelConfig, joined
 from fira.runlog import NoLog, RunLog, tracker
-from fira.stages.start import Start, begun_from, open_start
+from fira.stages.start import Start, begun_from, longest_read, open_start
 from fira.train.loop import Loop, LoopState, TrainConfig, fraction_done
 from fira.train.optim import OptimConfig, make_optimizer
 from fira.train.recompute import recompute_blocks
@@ -119,7 +119,8 @@ def _train(preset: str, config: PretrainConfig, start: Start | None, run: Path, 
     layout = Layout(mesh, config.model, config.train.seed, config.parallel.schedule)
     model = layout.model
     model.end_of_text = tokenizer.end_of_text
-    model.trained_length = config.train.sequence_length
+    model.trained_length = (longest_read(origin, config.train.sequence_length) if start and origin
+                            else config.train.sequence_length)
     optimizer = make_optimizer(model, config.optim)
     state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
     if start and not newest:

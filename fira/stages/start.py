@@ -69,3 +69,10 @@ def begun_from(saved: dict[str, Any], spec: Any, run: Path, asked: Path | None) 
         return None
     own = any(run.glob("step-*"))  # with steps of its own it no longer needs the other run
     return Start(Path(before), spec) if own else open_start(Path(before))
+
+
+def longest_read(step: Path, sequence_length: int) -> int | None:
+    """Tokens that a tuned model reads at once: what it knew at `step` or learns now. None, of a
+    model made elsewhere, is its whole context."""
+    known = read_config(step / CONFIG)[1]["trained_length"]
+    return None if known is None else max(known, sequence_length)

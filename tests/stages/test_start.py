@@ -56,6 +56,7 @@ def test_an_imported_checkpoint_is_tuned_and_goes_back(foreign, preset, corpus, 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     ours, tokens_BT = load_pretrained(run), torch.arange(24)[None]
     assert type(theirs).__name__ == "Qwen3MoeForCausalLM" and ours.spec.num_experts == 6
+    assert ours.trained_length is None  # it still reads the context that it came with
     with torch.no_grad():
         assert (theirs(tokens_BT).logits - ours(tokens_BT)).abs().max() < 1e-4
 
@@ -77,7 +78,9 @@ def test_a_tuned_run_resumes_from_its_own_steps(trained_run, preset, data_folder
                                                 tmp_path):
     source, run = shutil.copytree(trained_run, tmp_path / "source"), tmp_path / "run"
     words = ("train", preset, f"data.folder={data_folder}", "--run", run, "--device", "cpu")
-    assert fira(*words, "train.steps=2", "--from", source).code == 0
+    short = ("train.sequence_length=16", "train.micro_batch=8", "train.steps=2")
+    assert fira(*words, *short, "--from", source).code == 0
+    assert load_pretrained(run).trained_length == load_pretrained(trained_run).trained_length == 32
     line = refused(*words, "train.steps=4", "--resume", "--from", trained_run, code=2)
     assert "was started from" in line and "leave --from out" in line
     shutil.rmtree(source)
