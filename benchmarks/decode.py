@@ -1,21 +1,24 @@
 """Generating text: FIRA's engine against transformers and llama.cpp, with random, equal weights.
 
-    python benchmarks/decode.py --shape fira2-130m
+    python benchmarks/decode.py --shape fira2-135m --json docs/results/decode.jsonl
     python benchmarks/decode.py --shape fira-334m --json docs/results/decode.jsonl
 
 One row per side: tokens per second of one greedy answer (between its first token and its last), as
-a share of the ceiling (measured read bandwidth over the bytes of the weights that a token passes
-through), and of reading a prompt. Then the engine with many requests at once. All sides run fp32
-on the same threads, take turns, and show their median. transformers is Qwen3MoeForCausalLM.generate
-with its defaults; llama.cpp is xllamacpp's server on an exported f32 GGUF with its prompt cache
-off. A side that cannot run is named with the reason.
+a share of the ceiling (measured read bandwidth over the bytes of the fp32 weights that a token
+passes through), and of reading a prompt. Then the engine with many requests at once. All sides run
+on the same threads, take turns, and show their median; they compute in fp32 but for the last two,
+which are ours as `fira export int8` writes it and llama.cpp's Q8_0. transformers is generate with
+its defaults, on what `fira export hf` writes; llama.cpp is xllamacpp's server on an exported GGUF
+with its prompt cache off. A side that cannot run is named with the reason.
 """
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from peers import Side, Turn, llama_side, rate, transformers_side
 from record import append, machine
 
 from fira.config import load_preset
+from fira.convert.quantize import quantize
 from fira.infer.engine import Engine
 from fira.infer.fused import FusedStep, find_obstacle
 from fira.infer.request import Piece, SamplingParams
@@ -33,7 +37,11 @@ from fira.model.spec import FIRA2Spec, FIRASpec
 
 SHAPES = {
     "fira-334m": lambda: FIRASpec(**load_preset("fira-334m")["model"] | {"dropout": 0.0}),
-    # fine-grained: 129.8M parameters, 47.2M of them (head included) for a token
+    # fine-grained: 134.9M parameters, 47.0M of them (head included) for a token
+    "fira2-135m": lambda: FIRA2Spec(
+        vocab_size=50304, d_model=512, n_head=8, n_kv_head=8, head_dim=64, num_layers=8, d_ff=256,
+        num_experts=32, top_k=4, context=1024),
+    # finer, as measured first: 129.8M parameters, 47.2M of them (head included) for a token
     "fira2-130m": lambda: FIRA2Spec(
         vocab_size=50304, d_model=512, n_head=8, n_kv_head=4, head_dim=64, num_layers=12, d_ff=160,
         num_experts=32, top_k=4, context=1024),
@@ -77,7 +85,8 @@ def make_sides(model: Any, arguments: argparse.Namespace,
     sides: dict[str, Side] = {"engine, torch step": engine_side(model)}
     left_out = {}
     makers = {"engine, fused step": fused_side, "transformers": transformers_side,
-              "llama.cpp": llama_side}
+              "llama.cpp": llama_side, "engine, int8": int8_side,
+              "llama.cpp, q8_0": partial(llama_side, kind="q8_0")}
     for name, make in makers.items():
         try:
             sides[name] = make(model, arguments, scratch)
@@ -117,6 +126,11 @@ def fused_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side
         raise ValueError(obstacle)
     fused = FusedStep(model, threads=arguments.threads)
     return engine_side(model, fused.decode)
+
+
+def int8_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side:
+    """As `fira generate` runs an exported int8 run: its prompt, too, is read from int8."""
+    return fused_side(quantize(copy.deepcopy(model), "int8"), arguments, scratch)
 
 
 def compare(sides: dict[str, Side], vocab_size: int,
@@ -196,7 +210,7 @@ def show(result: dict[str, Any], model: Any) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="fira2-130m")
+    parser.add_argument("--shape", choices=SHAPES, default="fira2-135m")
     parser.add_argument("--new", type=int, default=48, help="tokens of an answer")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt to read")
     parser.add_argument("--concurrent", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])

@@ -143,8 +143,7 @@ def restore(folder: Path, layout: Layout, optimizer: torch.optim.Optimizer) -> d
     Whatever layout wrote it: every rank reads its own rows.
     """
     model = layout.model
-    with torch.no_grad():
-        read_pieces(folder / WEIGHTS, layout.pieces(model.state_dict().items()))
+    read_weights(folder, layout)
     saved: dict[str, list[str]] = {}
     with safe_open(folder / OPTIMIZER, framework="pt") as file:
         for key in file.keys():
@@ -159,6 +158,20 @@ def restore(folder: Path, layout: Layout, optimizer: torch.optim.Optimizer) -> d
                 state[key.rpartition("/")[2]] = value if scalar else value.to(device)
             optimizer.state[parameters[piece.name]] = state
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def read_weights(folder: Path, layout: Layout) -> None:
+    """Put a step folder's weights in place, in the dtype of the model that is there.
+
+    A router's state that the folder lacks, since it was balanced in another way, stays as it is.
+    """
+    state = layout.model.state_dict()
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        lacking = state.keys() - set(file.keys())
+    assert lacking.isdisjoint(dict(layout.model.named_parameters())), lacking
+    read_pieces(folder / WEIGHTS, layout.pieces(
+        (name, tensor) for name, tensor in state.items() if name not in lacking))
 
 
 def write_manifest(folder: Path) -> None:

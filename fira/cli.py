@@ -126,11 +126,13 @@ def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_e
 @click.option("--run", "--run-folder", "run", type=OUT,
               help="Run folder (torchrun takes --run for its own).  [default: out/PRESET]")
 @click.option("--resume", is_flag=True, help="Continue from the run's newest checkpoint.")
+@click.option("--from", "source", type=FOLDER, metavar="RUN",
+              help="Tune the model of this run, trained or imported, instead of a new one.")
 @click.option("--dry-run", is_flag=True,
               help="Only print the settings, marking what differs from the preset.")
 @device_option
-def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool, dry_run: bool,
-          device: str) -> None:
+def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool,
+          source: Path | None, dry_run: bool, device: str) -> None:
     """Train the model of a preset on data that fira data prepared.
 
     PRESET is a name or a .toml file; SECTION.KEY=VALUE settings change it, --dry-run lists them.
@@ -141,12 +143,12 @@ def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool
     from fira.stages.pretrain import describe, pretrain
 
     if dry_run:
-        click.echo(describe(preset, settings))
+        click.echo(describe(preset, settings, source))
         return
     from fira.runlog import console
 
     run = run or Path("out") / Path(preset).stem
-    trained(lambda: pretrain(preset, settings, run, device, resume, console()), run)
+    trained(lambda: pretrain(preset, settings, run, device, resume, console(), source), run)
 
 
 @fira.command(epilog=PRESETS)

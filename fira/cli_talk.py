@@ -78,11 +78,19 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
 def serve(run: Path, **options: Any) -> None:
     """Serve the model in RUN: OpenAI's API and a chat page.
 
-    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
+    RUN is a run folder (its newest checkpoint is used), a step folder in it, or a .gguf file, which
+    llama.cpp's own server serves, without page and keys (pip install 'fira-moe[edge]').
 
     \b
     Example: fira serve out/quickstart/run --port 8000
     """
+    if run.suffix == ".gguf":
+        from fira.serve.edge import serve as serve_file
+
+        for option in ("keys", "queue", "precision", "device"):
+            _check_not_given(option, options.pop(option))
+        serve_file(run, **options)
+        return
     try:
         from fira.serve.process import serve as run_server
     except ModuleNotFoundError as error:
@@ -90,6 +98,13 @@ def serve(run: Path, **options: Any) -> None:
                          "pip install 'fira-moe[serve]'") from None
 
     run_server(run, **options)
+
+
+def _check_not_given(option: str, value: Any) -> None:
+    source = click.get_current_context().get_parameter_source(option)
+    if source == click.core.ParameterSource.COMMANDLINE:
+        raise ValueError(f"--{option} {value} is for runs; llama.cpp's server has none: leave it "
+                         "out for a .gguf file")
 
 
 VERBS = (generate, chat, serve)

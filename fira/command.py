@@ -16,7 +16,8 @@ device_option = click.option("--device", default="auto", show_default=True,
 
 precision_option = click.option(
     "--precision", type=click.Choice(["float32", "int8", "int4"]), default="float32",
-    show_default=True, help="Weights while decoding on a CPU; the smaller ones need numba.")
+    show_default=True,
+    help="Weights of a float32 run while decoding on a CPU; the smaller ones need numba.")
 
 
 def sampling_options(command: Any) -> Any:

@@ -170,6 +170,51 @@ def test_a_missing_part_of_a_checkpoint_is_one_line(step, refused):
         assert str(step) in refused("generate", step, "hi")
 
 
+FOREIGN = {
+    "is a Hugging Face model (llama); a qwen3 or qwen3_moe comes in with fira import hf":
+        lambda step: (step / "config.json").write_text('{"model_type": "llama"}'),
+    "is a Hugging Face model in several files; bring it in with fira import hf":
+        lambda step: (step / "model.safetensors").rename(step / "model.safetensors.index.json"),
+    "has its weights in pytorch_model.bin, a pickle, which FIRA never reads":
+        lambda step: (step / "model.safetensors").rename(step / "pytorch_model.bin"),
+    "has no model.safetensors; copy it back":
+        lambda step: (step / "model.safetensors").unlink(),
+    "has no tokenizer.json": lambda step: (step / "tokenizer.json").unlink(),
+    "tokenizer_config.json is not valid JSON":
+        lambda step: (step / "tokenizer_config.json").write_text("{"),
+    "config.json is missing": lambda step: (step / "config.json").unlink(),
+    "is damaged (Error while deserializing header": lambda step: (
+        step / "model.safetensors").write_bytes(b"\x80\x02}q\x00X\x01\x00\x00\x00"),
+}
+
+
+@pytest.mark.parametrize("words", FOREIGN)
+def test_a_model_folder_with_a_missing_or_foreign_file_is_one_line_in_every_verb(
+        words, step, preset, data_folder, text_file, refused, tmp_path):
+    (step / "manifest.json").unlink()
+    FOREIGN[words](step)
+    before = content(step)
+    for verb in (("generate", step, "hi"), ("chat", step), ("serve", step, "--port", 0),
+                 ("eval", step, "--text", text_file), ("export", "hf", step, tmp_path / "x"),
+                 ("export", "int8", step, tmp_path / "x"),
+                 ("train", preset, f"data.folder={data_folder}", "--run", tmp_path / "x", "--from",
+                  step)):
+        line = refused(*verb)
+        assert words in line and str(step) in line, (verb, line)
+        assert not (tmp_path / "x").exists() or not any((tmp_path / "x").iterdir())
+    assert content(step) == before
+
+
+def test_a_file_in_the_place_of_a_run_is_one_line(refused, tmp_path):
+    for name in ("model.bin", "model.safetensors", "model.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+        for verb in (("generate", tmp_path / name, "hi"), ("export", "hf", tmp_path / name,
+                                                           tmp_path / "x")):
+            line = refused(*verb)
+            assert "is not a folder" in line and ("fira chat" in line) == (name[-4:] == "gguf")
+        assert "has no config.json" in refused("import", "hf", tmp_path / name, tmp_path / "x")
+
+
 def test_the_other_architectures_class_refuses_the_checkpoint(run):
     from fira import FIRA
 

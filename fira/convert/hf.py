@@ -19,11 +19,10 @@ from fira.convert import qwen3
 from fira.convert.limits import check_target
 from fira.convert.target import new_target
 from fira.data.tokenizer import PAD, TURN_END, TURN_START, Tokenizer
-from fira.model.files import CONFIG, WEIGHTS
+from fira.model.files import CONFIG, INDEX, WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODELLING = Path(__file__).with_name("modeling_fira.py")
-INDEX = WEIGHTS + ".index.json"
 
 
 def export_hf(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | None = None,
@@ -57,9 +56,14 @@ def import_hf(folder: Path) -> tuple[Any, Tokenizer, bool]:
     Weights keep their dtype. Raises ValueError, one line, for what FIRA2 cannot hold.
     """
     config = _read_json(folder / CONFIG)
+    if "model_type" not in config and {"architecture", "preset"} & config.keys():
+        raise ValueError(f"{folder} is FIRA's own; every verb reads it as it is")
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; copy it from where the weights come "
+                         "from, or let AutoTokenizer.from_pretrained(...).save_pretrained write it")
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        ours = config.get("fira", {})
+        ours = qwen3.table(config, "fira")
         notes = {"end_of_text": tokenizer.end_of_text,
                  "trained_length": ours.get("trained_length"), "quantization": None}
         with _Checkpoint(folder) as files:
@@ -81,11 +85,12 @@ class _Checkpoint:
         self.folder = folder
         self.files: dict[str, Any] = {}
         if (folder / INDEX).is_file():
-            self.place: dict[str, str] = _read_json(folder / INDEX).get("weight_map", {})
+            self.place: dict[str, str] = qwen3.table(_read_json(folder / INDEX), "weight_map")
         elif (folder / WEIGHTS).is_file():
             self.place = dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
         else:
-            raise ValueError(f"{folder} has no {WEIGHTS}; FIRA reads safetensors, never pickles")
+            raise ValueError(f"{folder} has no {WEIGHTS}; FIRA reads safetensors, never pickles: "
+                             "load it in transformers and save_pretrained it again")
 
     def __enter__(self) -> _Checkpoint:
         return self
@@ -156,7 +161,7 @@ def _write(path: Path, value: Any) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path.parent} has no {path.name}; give a Hugging Face model folder"
                          ) from None
     except ValueError:

@@ -97,8 +97,8 @@ def spec_of(config: dict[str, Any]) -> FIRA2Spec:
         raise ValueError(f"model_type={model_type!r} is not one that FIRA2 can hold: "
                          f"{' or '.join(CLASS)}; give a checkpoint of such a model")
     moe = model_type == MOE
-    rope = {"rope_type": "default", **(config.get("rope_scaling") or {}),
-            **(config.get("rope_parameters") or {})}
+    rope = {"rope_type": "default", **table(config, "rope_scaling"),
+            **table(config, "rope_parameters")}
     top_k = _need(config, "num_experts_per_tok") if moe else 1
     for key, found, wanted in [
             ("hidden_act", config.get("hidden_act", "silu"), "silu"),
@@ -112,7 +112,7 @@ def spec_of(config: dict[str, Any]) -> FIRA2Spec:
         if found != wanted:
             raise ValueError(f"{key}={found} is not what FIRA2 computes, which has {key}={wanted}; "
                              "give a checkpoint with that setting")
-    ours = config.get("fira", {})
+    ours = table(config, "fira")
     fields = {
         "vocab_size": _need(config, "vocab_size"), "d_model": _need(config, "hidden_size"),
         "n_head": _need(config, "num_attention_heads"),
@@ -121,7 +121,7 @@ def spec_of(config: dict[str, Any]) -> FIRA2Spec:
         "context": _need(config, "max_position_embeddings"), "top_k": top_k,
         "d_ff": _need(config, "moe_intermediate_size" if moe else "intermediate_size"),
         "num_experts": _need(config, "num_experts", "num_local_experts") if moe else 1,
-        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
         **{key: ours[key] for key in TRAINING if key in ours}}
     try:
         return parse(FIRA2Spec, fields)
@@ -129,10 +129,22 @@ def spec_of(config: dict[str, Any]) -> FIRA2Spec:
         raise ValueError(f"{error}; FIRA2 cannot hold such a model") from None
 
 
-def _need(config: dict[str, Any], *keys: str) -> Any:
+def table(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """What stands under a key that may be missing or null. Raises ValueError if it is no table."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{key}={found!r} is not a table of names and values; use the file that "
+                         "came with the weights")
+    return found
+
+
+def _need(config: dict[str, Any], *keys: str) -> int:
     for key in keys:
-        if config.get(key) is not None:
+        if isinstance(config.get(key), int):
             return config[key]
+        if config.get(key) is not None:
+            raise ValueError(f"{key}={config[key]!r} is not a whole number; use the config.json "
+                             "that came with the weights")
     raise ValueError(f"{keys[0]} is missing; use the config.json that came with the weights")
 
 

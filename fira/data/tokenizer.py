@@ -59,7 +59,7 @@ class Tokenizer:
             raise ValueError(f"{file} is not a tokenizer.json ({str(error).splitlines()[0]}); "
                              "give one written by fira or the tokenizers library") from None
         config = file.with_name("tokenizer_config.json")
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
+        settings = _read_settings(config) if config.is_file() else None
         try:
             return cls(reference, settings)
         except ValueError as error:
@@ -238,6 +238,17 @@ def _check_text(text: str) -> bytes:
     except UnicodeEncodeError as error:
         raise ValueError(f"character {error.start} is half of a surrogate pair "
                          f"(\\u{ord(text[error.start]):04x}) and no text; remove it") from None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not valid JSON of settings; copy it again, or delete it to "
+                         "take FIRA's own") from None
+    return settings
 
 
 def _check_byte_level(description: dict[str, Any]) -> None:

@@ -160,14 +160,26 @@ def dot_int4(weight, scale, row, x):
 
 
 @compiled
-def dot(precision, linear, row, x):
+def dot(linear, row, x):
     """One row of a matrix times x, plus the row's bias."""
-    if precision == FLOAT32:
+    if linear.precision == FLOAT32:
         total = dot_float32(linear.weight, row, x)
-    elif precision == INT8:
+    elif linear.precision == INT8:
         total = dot_int8(linear.weight, row, x) * floats(linear.scale, row + 1)[row]
     else:
         total = dot_int4(linear.weight, linear.scale, row, x)
     if linear.bias:
         total += floats(linear.bias, row + 1)[row]
     return total
+
+
+@compiled
+def copy_row(table, row, first, last, out):
+    """out[first:last] = columns first to last of a row of an embedding, float32 or int8."""
+    if table.precision == FLOAT32:
+        out[first:last] = floats(table.weight + 4 * row * len(out), len(out))[first:last]
+    else:
+        steps = carray(_pointer(table.weight + row * len(out)), len(out), np.int8)
+        scale = floats(table.scale, row + 1)[row]
+        for i in range(first, last):
+            out[i] = np.float32(steps[i]) * scale

@@ -30,10 +30,12 @@ Message = dict[str, str]
 class Edge:
     """One loaded .gguf file. `context` 0 is the file's own; `exact` keeps keys and values float32.
 
-    Raises ValueError, one line, if llama.cpp is not installed or cannot load the file.
+    `slots` sequences at once share the context; port 0 is a free one. Raises ValueError, one line,
+    if llama.cpp is not installed or cannot load the file.
     """
 
-    def __init__(self, file: str | Path, context: int = 0, exact: bool = False) -> None:
+    def __init__(self, file: str | Path, context: int = 0, exact: bool = False, slots: int = 1,
+                 host: str = "127.0.0.1", port: int = 0, name: str = "") -> None:
         _check_file(Path(file))
         try:
             import xllamacpp
@@ -42,7 +44,10 @@ class Edge:
                              ) from None
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
-        params.n_ctx, params.n_parallel = context, 1
+        params.n_ctx, params.n_parallel = context, slots
+        params.hostnames, params.port = [host], port
+        if name:
+            params.model_alias = {name}
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = workers()
         params.warmup = params.ui = False
         params.verbosity = 0
@@ -54,8 +59,9 @@ class Edge:
         try:
             self.server = xllamacpp.Server(params)
         except RuntimeError:
-            raise ValueError(f"llama.cpp cannot load {file}; write it again with fira export gguf, "
-                             "or update xllamacpp for a newer kind of model") from None
+            raise ValueError(f"llama.cpp cannot load {file}: it is cut short, or a kind of model "
+                             "that this xllamacpp does not know; copy it again, or update "
+                             "xllamacpp") from None
         self.address = self.server.listening_address
         facts = self._get("/props")
         self.template: str = facts["chat_template"]

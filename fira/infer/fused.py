@@ -2,7 +2,8 @@
 
 Plain torch spends most of a token on dispatching some thirty small operators a layer; the function
 in `fira.infer.kernel` reads the weights at the speed of memory. It takes what FIRA and FIRA2 are
-made of, in fp32 on a CPU; `find_obstacle` says in one line why it cannot take a model.
+made of, in fp32 or as `fira export int8` and `int4` stored it, on a CPU; `find_obstacle` says in
+one line why it cannot take a model.
 """
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fira import runtime
-from fira.convert.quantize import GROUP
+from fira.convert.quantize import GROUP, Quantized, quantize
 from fira.infer.cache import SlotCache
 from fira.infer.crew import Crew
 from fira.infer.pack import WORK, Packed
@@ -32,8 +33,9 @@ PATIENCE = 1.0  # seconds of packing and compiling before we say what takes so l
 class FusedStep:
     """One decode step of a model over slots of a key-value cache.
 
-    fp32 weights are shared with the model; `precision` int8 and int4 make a quantized copy. Not
-    for use by two threads at once. The model must not be moved or given new parameters.
+    Weights are shared with the model, fp32 or quantized; `precision` int8 and int4 make a quantized
+    copy of fp32 ones. Not for use by two threads at once. The model must not be moved or given new
+    parameters.
     """
 
     def __init__(self, model: Any, precision: str = "float32", threads: int | None = None) -> None:
@@ -134,11 +136,14 @@ def find_obstacle(model: Any, precision: str = "float32") -> str | None:
         return "numba is not installed; pip install 'fira-moe[fast]'"
     if sys.platform == "win32":
         return "the fused step needs Linux or macOS"
-    plain = build_meta(model.spec).state_dict()
-    weights = model.state_dict()
+    kind = getattr(model, "quantization", None)
+    if kind and precision != "float32":
+        return f"the weights are {kind} already"
+    plain = build_meta(model.spec)
+    plain, weights = (quantize(plain, kind) if kind else plain).state_dict(), model.state_dict()
     if {name: w.shape for name, w in weights.items()} != {n: w.shape for n, w in plain.items()}:
-        return "the model has other weights than its architecture (an adapter, or quantized)"
-    odd = {f"{w.dtype} on {w.device}".removeprefix("torch.") for w in model.parameters()
+        return "the model has other weights than its architecture (an adapter perhaps)"
+    odd = {f"{w.dtype} on {w.device}".removeprefix("torch.") for w in _numbers(model)
            if w.dtype != torch.float32 or w.device.type != "cpu" or not w.is_contiguous()}
     if odd:
         return f"it runs float32 on cpu, and the model is {', '.join(sorted(odd))}"
@@ -149,6 +154,12 @@ def find_obstacle(model: Any, precision: str = "float32") -> str | None:
     return None
 
 
+def _numbers(model: Any) -> Iterator[Tensor]:
+    """Every parameter, and the scales that stand for quantized ones."""
+    yield from model.parameters()
+    yield from (module.scale for module in model.modules() if isinstance(module, Quantized))
+
+
 def open_step(model: Any, precision: str, say: Callable[[str], object]) -> FusedStep | None:
     """The fused step of a model on a CPU, compiled, or None where plain torch decodes.
 
@@ -157,7 +168,8 @@ def open_step(model: Any, precision: str, say: Callable[[str], object]) -> Fused
     """
     obstacle = find_obstacle(model, precision)
     if obstacle and precision != "float32":
-        raise ValueError(f"precision={precision} cannot be had: {obstacle}; use float32")
+        raise ValueError(f"precision={precision} cannot be had: {obstacle}; "
+                         "leave --precision out")
     if obstacle:
         if next(model.parameters()).device.type == "cpu":
             say(f"Decoding with plain torch: {obstacle}.")

@@ -13,17 +13,16 @@ import math
 
 import numpy as np
 
-from fira.infer.dots import compiled, dot, dot_float32, floats, integers, matrix, meet
-from fira.infer.pack import FLOAT32
+from fira.infer.dots import compiled, copy_row, dot, dot_float32, floats, integers, matrix, meet
 
 
 @compiled
-def multiply(rank, ranks, precision, linear, x, out, add):
+def multiply(rank, ranks, linear, x, out, add):
     """This rank's rows of out = linear x, or of out += linear x, for every token."""
     rows = out.shape[1]
     for row in range(rows * rank // ranks, rows * (rank + 1) // ranks):
         for s in range(len(x)):
-            y = dot(precision, linear, row, x[s])
+            y = dot(linear, row, x[s])
             out[s, row] = out[s, row] + y if add else y
 
 
@@ -146,7 +145,7 @@ def soften(shape, layer, x, probs):
     E = shape.experts
     largest, total = np.float32(-np.inf), np.float32(0)
     for e in range(E):
-        probs[e] = dot(FLOAT32, layer.router, e, x) if layer.router.weight else np.float32(0)
+        probs[e] = dot(layer.router, e, x) if layer.router.weight else np.float32(0)
         largest = max(largest, probs[e])
     for e in range(E):
         probs[e] = math.exp(probs[e] - largest)
@@ -166,9 +165,9 @@ def think(rank, ranks, shape, layer, x, chosen, order, hidden):
             end += 1
         for f in range(F * rank // ranks, F * (rank + 1) // ranks):
             for pair in order[first:end]:
-                up = dot(shape.precision, layer.up, expert * F + f, x[pair // K])
+                up = dot(layer.up, expert * F + f, x[pair // K])
                 if layer.gate.weight:
-                    gate = dot(shape.precision, layer.gate, expert * F + f, x[pair // K])
+                    gate = dot(layer.gate, expert * F + f, x[pair // K])
                     hidden[pair, f] = up * gate / (np.float32(1) + np.float32(math.exp(-gate)))
                 else:  # tanh form: x * sigmoid(2 z)
                     z = np.float32(0.7978845608) * (up + np.float32(0.044715) * up * up * up)
@@ -187,7 +186,7 @@ def answer(rank, ranks, shape, layer, weights, chosen, order, hidden, x):
             end += 1
         for d in range(D * rank // ranks, D * (rank + 1) // ranks):
             for pair in order[first:end]:
-                y = dot(shape.precision, layer.down, expert * D + d, hidden[pair])
+                y = dot(layer.down, expert * D + d, hidden[pair])
                 x[pair // K, d] += weights[pair] * y
         first = end
 
@@ -197,9 +196,7 @@ def embed(rank, ranks, shape, tokens, positions, x):
     """This rank's columns of the token's row, plus the position's where positions are learned."""
     D = shape.width
     for s in range(len(x)):
-        token = floats(shape.embedding + 4 * tokens[s] * D, D)
-        for i in range(D * rank // ranks, D * (rank + 1) // ranks):
-            x[s, i] = token[i]
+        copy_row(shape.embedding, tokens[s], D * rank // ranks, D * (rank + 1) // ranks, x[s])
         if shape.positions:
             place = floats(shape.positions + 4 * positions[s] * D, D)
             for i in range(D * rank // ranks, D * (rank + 1) // ranks):
@@ -227,13 +224,13 @@ def step(rank, ranks, shapes, layers, works, tokens, positions, slots, logits, e
     for index in range(len(layers)):
         layer = layers[index]
         normalize(x, layer.attention_norm, shape.epsilon, normed)
-        multiply(rank, ranks, shape.precision, layer.qkv, normed, qkv, False)
+        multiply(rank, ranks, layer.qkv, normed, qkv, False)
         target = meet(work.counter, target + ranks)
         remember(rank, ranks, shape, layer, positions, slots, qkv)
         target = meet(work.counter, target + ranks)
         attend(rank, ranks, shape, layer, positions, slots, qkv, scores, mixed)
         target = meet(work.counter, target + ranks)
-        multiply(rank, ranks, shape.precision, layer.output, mixed, x, True)
+        multiply(rank, ranks, layer.output, mixed, x, True)
         target = meet(work.counter, target + ranks)
         normalize(x, layer.moe_norm, shape.epsilon, normed)
         route(shape, layer, normed, probs, weights, chosen, order)
@@ -244,5 +241,5 @@ def step(rank, ranks, shapes, layers, works, tokens, positions, slots, logits, e
         answer(rank, ranks, shape, layer, weights, chosen, order, hidden, x)
         target = meet(work.counter, target + ranks)
     normalize(x, shape.norm, shape.epsilon, normed)
-    multiply(rank, ranks, shape.precision, shape.head, normed, logits, False)
+    multiply(rank, ranks, shape.head, normed, logits, False)
     meet(work.counter, target + ranks)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from fira.checkpoint import find_damage
 from fira.convert.quantize import load_model
 from fira.data.tokenizer import Tokenizer
-from fira.model.files import MANIFEST, WEIGHTS, find_model
+from fira.model.files import CONFIG, MANIFEST, WEIGHTS, find_model, read_config
 from fira.runtime import pick_device
 
 
@@ -22,13 +22,7 @@ def load(run: str | Path, device: str = "auto") -> Loaded:
 
     Raises ValueError, one line, if there is none, or if its tokenizer is not its model's.
     """
-    folder = find_model(run)
-    fault = find_damage(folder, (WEIGHTS,)) if (folder / MANIFEST).exists() else None
-    if fault:
-        raise ValueError(f"{folder} is damaged: {fault}; use another step of the run")
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder} has no tokenizer.json; copy it back from the data folder that "
-                         "the model was trained on, or use another step")
+    folder = find_whole(run)
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder)
     if tokenizer.vocab_size > model.spec.vocab_size:
@@ -37,3 +31,16 @@ def load(run: str | Path, device: str = "auto") -> Loaded:
     if model.end_of_text is None:
         model.end_of_text = tokenizer.end_of_text
     return Loaded(model.to(pick_device(device)), tokenizer, folder)
+
+
+def find_whole(run: str | Path) -> Path:
+    """The step folder that `run` names, its weights undamaged and its tokenizer there."""
+    folder = find_model(run)
+    fault = find_damage(folder, (WEIGHTS,)) if (folder / MANIFEST).exists() else None
+    if fault:
+        raise ValueError(f"{folder} is damaged: {fault}; use another step of the run")
+    read_config(folder / CONFIG)  # a folder from elsewhere is told before its tokenizer is missed
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; copy it back from the data folder that "
+                         "the model was trained on, or use another step")
+    return folder

@@ -1,8 +1,8 @@
 """A model's weights as the table of addresses that the compiled step reads.
 
-In fp32 nothing is copied: the table points into torch's own parameters. int8 and int4 are laid out
-as in `fira.convert.quantize`, and activations stay fp32.
-Embeddings, norms and routers always stay fp32; a tied head is quantized as a copy.
+Nothing is copied: the table points into torch's own memory, whether it is of fp32 weights or of a
+quantized model's numbers and scales (`fira.convert.quantize`); each matrix says which. Asked for
+int8 or int4, fp32 matrices are quantized as copies, a tied head too. Activations stay fp32.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fira.convert.quantize import quantize_int4, quantize_int8
+from fira.convert.quantize import Quantized, quantize_int4, quantize_int8
 
 FLOAT32, INT8, INT4 = 0, 1, 2
 
@@ -22,7 +22,7 @@ FLOAT32, INT8, INT4 = 0, 1, 2
 SOURCES = "sources_" + str(zlib.crc32(b"".join(
     (Path(__file__).parent / name).read_bytes() for name in ("dots.py", "kernel.py"))))
 
-MATRIX = np.dtype([(name, np.int64) for name in ("weight", "scale", "bias")])
+MATRIX = np.dtype([(name, np.int64) for name in ("weight", "scale", "bias", "precision")])
 NORM = np.dtype([(name, np.int64) for name in ("weight", "bias")])
 LAYER = np.dtype([
     ("attention_norm", NORM), ("qkv", MATRIX), ("query_norm", np.int64), ("key_norm", np.int64),
@@ -30,8 +30,8 @@ LAYER = np.dtype([
     ("gate", MATRIX), ("up", MATRIX), ("down", MATRIX), ("keys", np.int64), ("values", np.int64)])
 SHAPE = np.dtype([(name, np.int64) for name in (
     "width", "heads", "kv_heads", "head_width", "hidden", "experts", "top_k", "vocabulary",
-    "context", "precision", "embedding", "positions", "cosines", "sines", "slot_stride",
-    "group_stride")] + [("norm", NORM), ("head", MATRIX), ("epsilon", np.float64)])
+    "context", "positions", "cosines", "sines", "slot_stride", "group_stride")] + [
+    ("embedding", MATRIX), ("norm", NORM), ("head", MATRIX), ("epsilon", np.float64)])
 WORK = np.dtype([(name, np.int64) for name in (
     "x", "qkv", "mixed", "hidden",  # shared by the crew
     "normed", "scores", "probs", "weights", "chosen", "order",  # each rank's own
@@ -64,10 +64,10 @@ class Packed:
         sizes = {"width": spec.d_model, "heads": spec.n_head, "kv_heads": kv_heads,
                  "head_width": spec.head_dim, "hidden": spec.d_ff, "experts": spec.num_experts,
                  "top_k": spec.top_k, "vocabulary": spec.vocab_size, "context": spec.context,
-                 "precision": PRECISIONS[self.precision], "epsilon": model.norm.eps}
+                 "epsilon": model.norm.eps}
         for name, size in sizes.items():
             record[name] = size
-        record["embedding"] = self._hold(model.token_embedding.weight)
+        record["embedding"] = self._stored(model.token_embedding)
         if hasattr(model, "position_embedding"):
             record["positions"] = self._hold(model.position_embedding.weight)
         if hasattr(model, "rotary"):
@@ -87,7 +87,7 @@ class Packed:
             record["key_norm"] = self._hold(attention.key_norm.weight)
         if hasattr(block.moe, "router"):
             router = block.moe.router
-            record["router"] = self._hold(router.weight), 0, self._bias(router)
+            record["router"] = self._stored(router)
             if router.selection_bias_E is not None:
                 record["selection"] = self._hold(router.selection_bias_E)
         if hasattr(experts, "gate"):
@@ -109,10 +109,18 @@ class Packed:
     def _norm(self, norm: Any) -> tuple[int, int]:
         return self._hold(norm.weight), self._bias(norm)
 
-    def _matrix(self, module: Any) -> tuple[int, int, int]:
-        """Weight, scale and bias of a matrix [..., out, in]."""
-        weight = module.weight.detach()
-        if self.precision == "float32":
-            return self._hold(weight), 0, self._bias(module)
-        numbers, scale = (quantize_int8 if self.precision == "int8" else quantize_int4)(weight)
-        return self._hold(numbers), self._hold(scale), self._bias(module)
+    def _stored(self, module: Any) -> tuple[int, int, int, int]:
+        """Weight, scale, bias and precision of a matrix [..., out, in], as the model has them."""
+        if isinstance(module, Quantized):
+            return (self._hold(module.numbers), self._hold(module.scale), self._bias(module),
+                    PRECISIONS[module.kind])
+        return self._hold(module.weight), 0, self._bias(module), FLOAT32
+
+    def _matrix(self, module: Any) -> tuple[int, int, int, int]:
+        """The same, in the precision that was asked for."""
+        if self.precision == "float32" or isinstance(module, Quantized):
+            return self._stored(module)
+        quantize = quantize_int8 if self.precision == "int8" else quantize_int4
+        numbers, scale = quantize(module.weight.detach())
+        return (self._hold(numbers), self._hold(scale), self._bias(module),
+                PRECISIONS[self.precision])

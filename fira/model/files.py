@@ -1,8 +1,10 @@
 """A model as files: model.safetensors and config.json in one folder, and how to find the newest."""
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from fira.model.spec import ModelSpec
 
 CLASSES: dict[str, type[FIRA] | type[FIRA2]] = {"fira": FIRA, "fira2": FIRA2}
 WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+INDEX = WEIGHTS + ".index.json"  # of models in several files, made elsewhere
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # what a model learned with, besides its spec, and how its weights are stored if not as numbers
 NOTES = ("end_of_text", "trained_length", "quantization")
 
@@ -92,9 +96,21 @@ def find_model(folder: str | Path) -> Path:
     """`folder` itself if it holds weights, else the newest complete step in it."""
     folder = Path(folder)
     if not folder.is_dir():
+        forms = "; fira chat reads .gguf files" if folder.suffix == ".gguf" else ""
         raise ValueError(f"{folder} is not a folder; give a run folder such as out/tiny, "
-                         "or a step folder in it")
-    return folder if (folder / WEIGHTS).exists() else newest_step(folder)
+                         f"or a step folder in it{forms}")
+    if (folder / WEIGHTS).exists():
+        return folder
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} is a Hugging Face model in several files; bring it in with "
+                         f"fira import hf {folder} RUN")
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    if pickles:
+        raise ValueError(f"{folder} has its weights in {pickles[0]}, a pickle, which FIRA never "
+                         "reads; save them as safetensors where they come from")
+    if (folder / CONFIG).exists() and (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder} has no {WEIGHTS}; copy it back, or use another step")
+    return newest_step(folder)
 
 
 def newest_step(run: str | Path) -> Path:
@@ -122,6 +138,9 @@ def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{path} is not valid JSON; copy it again or use another step") from None
     if not isinstance(config, dict) or config.get("architecture") not in CLASSES:
         kind = config.get("architecture") if isinstance(config, dict) else None
+        if kind is None and isinstance(config, dict) and "model_type" in config:
+            raise ValueError(f"{path.parent} is a Hugging Face model ({config['model_type']}); "
+                             f"a qwen3 or qwen3_moe comes in with fira import hf {path.parent} RUN")
         raise ValueError(f"{path} has architecture {kind!r}, not one of {', '.join(CLASSES)}; "
                          "give a folder that FIRA wrote")
     notes = {note: config.pop(note, None) for note in NOTES}
@@ -138,21 +157,37 @@ def read_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch
 
     Raises ValueError, one line, if the file is damaged, or has others or other shapes.
     """
+    with _opened(path) as file:
+        _check_names(path, file, wanted)
+        return {name: file.get_tensor(name).clone() for name in wanted}
+
+
+def check_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError as `read_tensors` would; reads only the file's table of contents."""
+    with _opened(path) as file:
+        _check_names(path, file, wanted)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; use another step or copy the file again")
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if names != set(wanted):
-                odd = sorted(names.symmetric_difference(wanted))[0]
-                raise ValueError(f"{path} and its config.json disagree on tensor {odd}; "
-                                 "use the config.json that was written with it")
-            tensors = {name: file.get_tensor(name).clone() for name in wanted}
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); use another step or copy the file again"
                          ) from None
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{path}: {name} has shape {list(tensor.shape)} but config.json says "
-                             f"{list(wanted[name].shape)}; use the config.json written with it")
-    return tensors
+
+
+def _check_names(path: Path, file: Any, wanted: dict[str, torch.Tensor]) -> None:
+    names = set(file.keys())
+    if names != set(wanted):
+        odd = sorted(names.symmetric_difference(wanted))[0]
+        raise ValueError(f"{path} and its config.json disagree on tensor {odd}; "
+                         "use the config.json that was written with it")
+    for name, tensor in wanted.items():
+        shape = file.get_slice(name).get_shape()
+        if shape != list(tensor.shape):
+            raise ValueError(f"{path}: {name} has shape {shape} but config.json says "
+                             f"{list(tensor.shape)}; use the config.json written with it")

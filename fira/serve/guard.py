@@ -9,12 +9,12 @@ from pathlib import Path
 
 from starlette.requests import Request
 
+from fira.serve.address import LOOPBACK
 from fira.serve.schema import Refused
 
 MAX_BODY = 4 * 2**20  # bytes; far above any model's window here
 MAX_DISCARDED = 16 * MAX_BODY  # so much of a body too large is read, that the refusal is heard
 BODY_SECONDS = 60
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:]+)(:\d+)?")  # name or address, and the port
 OPEN = ("/", "/health", "/openapi.json")  # need no key
 

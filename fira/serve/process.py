@@ -16,8 +16,9 @@ from fira.infer.load import load
 from fira.model.files import WEIGHTS, find_model
 from fira.model.generate import window_length
 from fira.runlog import console
+from fira.serve.address import LOOPBACK, listen, url
 from fira.serve.api import Served
-from fira.serve.guard import LOOPBACK, Keys
+from fira.serve.guard import Keys
 from fira.serve.server import Server, Service
 
 DRAIN_SECONDS = 30  # for answers under way when the process is told to end
@@ -29,7 +30,7 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
     accepted = Keys.load(keys) if keys else None
     folder = find_model(run)
     listener = listen(host, port)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    address = url(listener, host)
     notes = console()
     if host not in LOOPBACK and not accepted:
         notes.print(Text(f"Anyone who reaches {address} may use the model: there are no --keys.",
@@ -91,21 +92,6 @@ def facts(model: Any) -> dict[str, Any]:
     return {"fira": {"architecture": spec.architecture, "layers": spec.num_layers,
                      "num_experts": spec.num_experts, "top_k": min(spec.top_k, spec.num_experts),
                      "parameters": sum(weight.numel() for weight in model.parameters())}}
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises ValueError if the address is not this machine's or is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise ValueError(f"{host}:{port} cannot be listened at ({why}); give another "
-                         "--host or --port") from None
-    # connections inherit it; asyncio sets it only on sockets of its own, and without it each small
-    # write waits for the client's delayed acknowledgement: 40 ms a response, and tokens in bursts
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
 
 
 def _name(run: Path) -> str:

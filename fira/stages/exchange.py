@@ -80,7 +80,9 @@ def import_hf(folder: Path, run: Path, screen: Console) -> None:
     record = {"stage": IMPORTED if chat else PRETRAIN, "preset": IMPORTED,
               "imported_from": str(folder)}
     write_run(run, model, tokenizer, 0, record)
-    screen.print(f'wrote {run}; try fira generate {run} "..."', soft_wrap=True)
+    screen.print(f'wrote {run}; try fira generate {run} "...", or tune it: fira data TEXT '
+                 f"--tokenizer {run / 'step-000000'} --out DATA, then fira train PRESET "
+                 f"--from {run} data.folder=DATA", soft_wrap=True)
 
 
 def _print_stored(model: Any, screen: Console) -> None:

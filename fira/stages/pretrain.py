@@ -15,7 +15,7 @@ from pydantic import Field
 from rich.console import Console
 
 from fira import runtime
-from fira.checkpoint import Checkpoints, restore
+from fira.checkpoint import Checkpoints, read_weights, restore
 from fira.config import Config, ConfigError, flatten, load_preset, override, parse
 from fira.data.batches import Batch, Batches, sequential
 from fira.data.shards import Shards
@@ -26,6 +26,7 @@ from fira.model.spec import ModelSpec
 from fira.parallel.layout import Layout, check_fit
 from fira.parallel.mesh import Mesh, ParallelConfig, joined
 from fira.runlog import NoLog, RunLog, tracker
+from fira.stages.start import Start, begun_from, longest_read, open_start
 from fira.train.loop import Loop, LoopState, TrainConfig, fraction_done
 from fira.train.optim import OptimConfig, make_optimizer
 from fira.train.recompute import recompute_blocks
@@ -50,8 +51,11 @@ class PretrainConfig(Config):
     parallel: ParallelConfig = ParallelConfig()
 
 
-def configure(preset: dict[str, Any], settings: Iterable[str]) -> PretrainConfig:
-    """`settings` over `preset`; a horizon given in steps or minutes replaces the preset's."""
+def configure(preset: dict[str, Any], settings: Iterable[str],
+              start: Start | None = None) -> PretrainConfig:
+    """`settings` over `preset`; a horizon given in steps or minutes replaces the preset's, and a
+    `start` its model."""
+    preset = start.over(preset) if start else preset
     settings = list(settings)
     given = {setting.partition("=")[0] for setting in settings}
     horizons = {"train.steps", "train.minutes"}
@@ -62,14 +66,17 @@ def configure(preset: dict[str, Any], settings: Iterable[str]) -> PretrainConfig
         raise ConfigError(f"train.sequence_length={config.train.sequence_length} is longer than "
                           f"model.context={config.model.context}; "
                           f"try train.sequence_length={config.model.context}")
+    if start:
+        start.check(config.model)
     return config
 
 
-def describe(preset: str, settings: Iterable[str]) -> str:
+def describe(preset: str, settings: Iterable[str], source: Path | None = None) -> str:
     """The resolved configuration, a setting a line, with what differs from the preset marked."""
     base = flatten(configure(load_preset(preset), ()))
     lines = []
-    for key, value in flatten(configure(load_preset(preset), settings)).items():
+    start = open_start(source) if source else None
+    for key, value in flatten(configure(load_preset(preset), settings, start)).items():
         changed = f"   # preset: {_toml(base.get(key))}" if value != base.get(key) else ""
         lines.append(f"{key} = {_toml(value)}{changed}")
     return "\n".join(lines)
@@ -80,45 +87,50 @@ def _toml(value: Any) -> str:
 
 
 def pretrain(preset: str, settings: Iterable[str], run: Path, device_name: str, resume: bool,
-             screen: Console) -> LoopState:
+             screen: Console, source: Path | None = None) -> LoopState:
     """Train `preset` into the folder `run`, or continue there. Raises ValueError on bad input.
 
+    With `source`, a run or step folder, the model and its first weights are taken from there.
     Every rank that a launcher started calls this; the first writes what there is to write.
     """
     runtime.keep_large_blocks()
     resume = resume or runtime.launch().restarts > 0
-    config = _configure_run(preset, settings, run, resume, screen)
+    config, start = _configure_run(preset, settings, run, resume, source, screen)
     with joined(config.parallel, device_name) as mesh, contextlib.ExitStack() as held:
         if mesh.rank:
             screen = Console(quiet=True)
-        return _train(preset, config, run, mesh, screen, held)
+        return _train(preset, config, start, run, mesh, screen, held)
 
 
-def _train(preset: str, config: PretrainConfig, run: Path, mesh: Mesh,
+def _train(preset: str, config: PretrainConfig, start: Start | None, run: Path, mesh: Mesh,
            screen: Console, held: contextlib.ExitStack) -> LoopState:
     check_fit(mesh.sizes, config.parallel.schedule, config.model, config.train.batch_size,
               config.train.micro_batch, config.train.sequence_length)
     data = _data_folder(config)
     train_tokens, validation_tokens = _open_data(data, config.train.validation_tokens)
     tokenizer = Tokenizer.load(data)
-    check_vocabulary(tokenizer, config)
     checkpoints = Checkpoints(run, data, config.train.keep, mesh)
     newest = checkpoints.newest_whole(lambda text: screen.print(text, soft_wrap=True))
-    if newest is not None:
-        _check_same_tokenizer(newest, tokenizer, config)
+    origin = newest or (start.folder if start else None)
+    if origin is not None:
+        _check_same_tokenizer(origin, tokenizer, config)
+    check_vocabulary(tokenizer, config)
 
     layout = Layout(mesh, config.model, config.train.seed, config.parallel.schedule)
     model = layout.model
     model.end_of_text = tokenizer.end_of_text
-    model.trained_length = config.train.sequence_length
+    model.trained_length = (longest_read(origin, config.train.sequence_length) if start and origin
+                            else config.train.sequence_length)
     optimizer = make_optimizer(model, config.optim)
     state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
+    if start and not newest:
+        read_weights(start.folder, layout)
     log: RunLog | NoLog = NoLog()
     if mesh.rank == 0:
         held.enter_context(runtime.claim(run))
-        _write_config(run, config, preset)
+        _write_config(run, config, preset, start)
         log = RunLog.resume(run, state.step, sinks=tracker(config.train.track, run))
-    _introduce(config, state, mesh, screen)
+    _introduce(config, state, start, mesh, screen)
     token_bytes_V = torch.zeros(config.model.vocab_size, dtype=torch.long)
     lengths = torch.tensor([len(text) for text in tokenizer.token_bytes()])
     token_bytes_V[:len(lengths)] = lengths
@@ -158,17 +170,21 @@ def _forward(model: Any, config: TrainConfig, mesh: Mesh) -> Any:
 
 
 def _configure_run(preset: str, settings: Iterable[str], run: Path, resume: bool,
-                   screen: Console) -> PretrainConfig:
-    """The run's configuration: the preset's, or when resuming the one it was started with."""
+                   source: Path | None, screen: Console) -> tuple[PretrainConfig, Start | None]:
+    """The run's configuration and start: as asked, or when resuming those it was begun with."""
     path = run / CONFIG
     if not path.exists():
         if resume:
             screen.print(f"nothing to resume in {run}; starting at step 0", soft_wrap=True)
-        return configure(load_preset(preset), settings)
+        start = open_start(source) if source else None
+        return configure(load_preset(preset), settings, start), start
     if not resume:
         raise ValueError(f"{run} already holds a run; --resume continues it, "
                          "or choose another folder for a new one")
     saved = json.loads(path.read_text(encoding="utf-8"))
+    if "config" not in saved:
+        raise ConfigError(f"{run} was written by fira import or export, so there is no training to "
+                          f"resume; tune it with fira train {preset} --from {run} --run FOLDER")
     if saved["preset"] != preset:
         raise ConfigError(f"{run} was started from preset {saved['preset']}, not {preset}; "
                           f"write fira train {saved['preset']} --resume, or choose another --run")
@@ -179,7 +195,7 @@ def _configure_run(preset: str, settings: Iterable[str], run: Path, resume: bool
                        if value != flatten(before.model).get(key))
         raise ConfigError(f"model.{changed} cannot change when a run is resumed; "
                           "start a new run with --run")
-    return now
+    return now, begun_from(saved, now.model, run, source)
 
 
 def _data_folder(config: PretrainConfig) -> Path:
@@ -216,9 +232,10 @@ def _check_same_tokenizer(step: Path, tokenizer: Tokenizer, config: PretrainConf
                          f"with --tokenizer {step}")
 
 
-def _write_config(run: Path, config: PretrainConfig, preset: str) -> None:
+def _write_config(run: Path, config: PretrainConfig, preset: str, start: Start | None) -> None:
     count = count_parameters(config.model)
-    record = {"preset": preset, "config": config.model_dump(), "argv": sys.argv,
+    record = {"preset": preset, **(start.record if start else {}),
+              "config": config.model_dump(), "argv": sys.argv,
               "parameters": {"total": count.total, "active": count.active},
               "versions": runtime.versions(), "commit": runtime.commit(),
               "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -227,11 +244,14 @@ def _write_config(run: Path, config: PretrainConfig, preset: str) -> None:
     os.replace(partial, run / CONFIG)
 
 
-def _introduce(config: PretrainConfig, state: LoopState, mesh: Mesh, screen: Console) -> None:
+def _introduce(config: PretrainConfig, state: LoopState, start: Start | None, mesh: Mesh,
+               screen: Console) -> None:
     """Say what is about to run, and what a changed horizon does to a resumed one."""
     count = count_parameters(config.model)
     screen.print(f"{config.model.architecture}: {count.total / 1e6:.2f}M parameters, "
                  f"{count.active / 1e6:.2f}M active per token, on {mesh}", soft_wrap=True)
+    if start and not state.step:
+        screen.print(f"starting from the weights in {start.folder}", soft_wrap=True)
     if state.step:
         fraction = fraction_done(config.train, state.step, state.seconds)
         rate = config.optim.lr * factor(config.schedule, fraction)

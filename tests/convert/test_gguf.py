@@ -1,14 +1,24 @@
 """llama.cpp computes what FIRA computes, from the file alone."""
 from __future__ import annotations
 
+import copy
+import json
 import math
+import os
+import signal
+import socket
+import subprocess
 import sys
+import urllib.request
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fira.infer.load import load
+from fira.model.experts import ExpertLinear
 from tests.convert.conftest import HARD
 
 gguf = pytest.importorskip("gguf")
@@ -16,6 +26,8 @@ pytest.importorskip("xllamacpp")
 from fira.cli_exchange import TYPES  # noqa: E402
 from fira.convert.gguf import MIXES  # noqa: E402
 from fira.infer.edge import Edge  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +60,63 @@ def scores(edge, ids, count):
 
 
 @torch.no_grad()
-def worst(loaded, edge, count=16):
+def worst(model, ids, edge, count=16):
     """Largest difference of log-probability over `count` greedy steps, above one in a million."""
-    ids = prompt(loaded)
     theirs, rows = scores(edge, ids, count)
-    ours = loaded.model.generate(ids, count, 0, end_of_text=-1)[0, len(ids):].tolist()
-    logp_TV = loaded.model(torch.tensor([ids + ours])).log_softmax(-1)[0, len(ids) - 1:]
+    ours = model.generate([ids], count, 0, end_of_text=-1)[0, len(ids):].tolist()
+    logp_TV = model(torch.tensor([ids + ours])).log_softmax(-1)[0, len(ids) - 1:]
     found = [abs(logp_TV[step, token].item() - logprob) for step, row in enumerate(rows)
              for token, logprob in row.items() if logprob > math.log(1e-6)]
     assert len(found) > 20 * count
     return theirs == ours, max(found)
 
 
-@pytest.mark.parametrize("name, limit", [("f32", 1e-4), ("f16", 2e-3), ("bf16", 2e-2)])
-def test_greedy_text_and_log_probabilities_equal_those_of_llamacpp(files, loaded, name, limit):
-    same, difference = worst(loaded, Edge(files / f"{name}.gguf", exact=True))
-    assert same and difference < limit
+def rounded(model):
+    """The model of the numbers that an f16 file holds: matrices are rounded, routers are not."""
+    model = copy.deepcopy(model)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and "router" not in name:
+            weight.data = weight.data.half().float()
+    return model
+
+
+def rounding_inputs(model):
+    """A copy that also rounds whatever meets such a matrix, as llama.cpp does in its products."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | ExpertLinear):
+            module.register_forward_pre_hook(lambda _, given: (given[0].half().float(), *given[1:]))
+    model.norm.register_forward_hook(lambda _, given, x_BTD: x_BTD.half().float())  # to the head
+    return model
+
+
+def test_greedy_text_and_log_probabilities_equal_those_of_llamacpp(files, loaded):
+    same, difference = worst(loaded.model, prompt(loaded), Edge(files / "f32.gguf", exact=True))
+    assert same and difference < 1e-4
+
+
+def test_an_f16_file_holds_the_rounded_weights_and_llamacpp_rounds_activations_too(files, loaded):
+    edge, ids = Edge(files / "f16.gguf", exact=True), prompt(loaded)
+    file = rounded(loaded.model)
+    same, difference = worst(file, ids, edge)
+    assert same and difference < 2e-3
+    assert worst(loaded.model, ids, edge)[1] < 5e-3  # both roundings
+    assert worst(rounding_inputs(file), ids, edge)[1] < 1e-3  # neither
+
+
+def test_keys_and_values_of_16_bits_cost_no_more(files, loaded):
+    same, difference = worst(rounded(loaded.model), prompt(loaded), Edge(files / "f16.gguf"))
+    assert same and difference < 2e-3
+
+
+def test_a_bf16_file_is_close(files, loaded):
+    same, difference = worst(loaded.model, prompt(loaded), Edge(files / "bf16.gguf", exact=True))
+    assert same and difference < 2e-2
 
 
 def test_a_dense_model_equals_its_file_too(files, dense_run):
-    same, difference = worst(load(dense_run, "cpu"), Edge(files / "dense.gguf", exact=True))
+    dense = load(dense_run, "cpu")
+    same, difference = worst(dense.model, prompt(dense), Edge(files / "dense.gguf", exact=True))
     assert same and difference < 1e-4
 
 
@@ -111,6 +160,40 @@ def test_chat_with_a_file_says_what_chat_with_the_run_says(files, run, fira, mon
         answers.append(fira("chat", model, "--temperature", 0, "--max-new-tokens", 8))
         assert answers[-1].code == 0 and "not tuned for chat" in answers[-1].err
     assert answers[0].out == answers[1].out and answers[0].out.strip()
+
+
+def test_a_file_is_served_until_a_signal(files):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "fira", "serve", str(files / "f16.gguf"), "--port", "0", "--slots",
+         "2", "--name", "small"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    try:
+        line = next(line for line in child.stderr if line.startswith("serving small by llama.cpp"))
+        address = line.split()[-1]
+        with urllib.request.urlopen(f"{address}/models") as answer:
+            assert json.load(answer)["data"][0]["id"] == "small"
+        body = {"prompt": "The state", "max_tokens": 4, "temperature": 0}
+        request = urllib.request.Request(f"{address}/completions", json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 4
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=20) == 0
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_what_serving_a_file_cannot_honour_is_one_line(files, refused, tmp_path):
+    file = files / "f16.gguf"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        line = refused("serve", file, "--port", taken.getsockname()[1])
+        assert "cannot be listened at" in line and "another --host or --port" in line
+    for option in ("--keys", "--queue", "--device", "--precision"):
+        value = {"--keys": tmp_path / "keys", "--queue": 4, "--device": "cpu",
+                 "--precision": "int8"}[option]
+        assert f"{option} {value} is for runs" in refused("serve", file, option, value)
+    assert "does not exist" in refused("serve", tmp_path / "gone.gguf", "--port", 0)
 
 
 def test_a_modelfile_for_ollama_stands_beside_it(files):

@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fira.convert.hf import INDEX
 from fira.convert.limits import check_target
 from fira.infer.load import load
-from fira.model.files import CONFIG, WEIGHTS, load_pretrained
+from fira.model.files import CONFIG, INDEX, WEIGHTS, load_pretrained
 from tests.convert.conftest import HARD
 
 transformers = pytest.importorskip("transformers")
@@ -114,6 +113,18 @@ def test_the_dtype_can_be_chosen(run, fira, tmp_path):
     assert json.loads((tmp_path / "hf" / CONFIG).read_text())["torch_dtype"] == "bfloat16"
 
 
+@torch.no_grad()
+def test_weights_of_16_bits_are_the_same_model_there(run, fira, loaded, tmp_path):
+    assert fira("export", "hf", run, tmp_path / "hf", "--dtype", "float16").code == 0
+    assert fira("import", "hf", tmp_path / "hf", tmp_path / "again").code == 0
+    ours, ids_BT = load_pretrained(tmp_path / "again").float(), prompt(loaded)
+    logp_BTV = ours(ids_BT).log_softmax(-1)
+    likely = logp_BTV > -13.8  # one in a million
+    for dtype, limit in ((torch.float32, 1e-4), (torch.float16, 1e-2)):
+        theirs = peer(tmp_path / "hf", dtype=dtype)(ids_BT).logits.float().log_softmax(-1)
+        assert (theirs - logp_BTV)[likely].abs().max() < limit
+
+
 def edit_config(folder, **changes):
     path = folder / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -148,7 +159,19 @@ MISTAKES = {
     "model.safetensors cannot be read": lambda folder: (folder / WEIGHTS).write_bytes(b"no"),
     "has no config.json": lambda folder: (folder / CONFIG).unlink(),
     "is not valid JSON": lambda folder: (folder / CONFIG).write_text("{"),
-    "tokenizer.json does not exist": lambda folder: (folder / "tokenizer.json").unlink(),
+    "has no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
+    "tokenizer_config.json is not valid JSON":
+        lambda folder: (folder / "tokenizer_config.json").write_text("["),
+    "hidden_size='wide' is not a whole number":
+        lambda folder: edit_config(folder, hidden_size="wide"),
+    "rope_parameters=7 is not a table": lambda folder: edit_config(folder, rope_parameters=7),
+    "fira=[1] is not a table": lambda folder: edit_config(folder, fira=[1]),
+    "weight_map=['x'] is not a table":
+        lambda folder: (folder / INDEX).write_text('{"weight_map": ["x"]}'),
+    "model-2.safetensors cannot be read": lambda folder: (folder / INDEX).write_text(
+        '{"weight_map": {"model.embed_tokens.weight": "model-2.safetensors"}}'),
+    "FIRA reads safetensors, never pickles": lambda folder: (folder / WEIGHTS).rename(
+        folder / "pytorch_model.bin"),
 }
 
 
@@ -167,6 +190,12 @@ def test_a_bias_that_only_selects_has_no_place_elsewhere(target):
         check_target(SimpleNamespace(spec=spec, quantization=None), target)
     spec.balance = "loss"
     check_target(SimpleNamespace(spec=spec, quantization=None), target)
+
+
+def test_a_fira_run_need_not_be_imported(run, refused, tmp_path):
+    for folder in (run, load(run, "cpu").folder):
+        line = refused("import", "hf", folder, tmp_path / "x")
+        assert "is FIRA's own; every verb reads it as it is" in line
 
 
 def test_a_bad_target_or_source_is_one_line(run, folder, refused, text_file, tmp_path):

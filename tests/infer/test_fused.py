@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fira.convert.quantize import dequantize, quantize_int4, quantize_int8
+from fira.convert.quantize import (
+    Quantized,
+    dequantize,
+    load_model,
+    quantize,
+    quantize_int4,
+    quantize_int8,
+)
 from fira.infer import fused
 from fira.infer.engine import Engine
 from fira.infer.fused import FusedStep, find_obstacle, open_step
@@ -137,22 +144,67 @@ def test_weights_changed_in_place_are_the_ones_that_are_read():
 
 
 @pytest.mark.parametrize("name", ["fira2", "fira, top-2"])
-@pytest.mark.parametrize("precision, quantize",
+@pytest.mark.parametrize("precision, rounded",
                          [("int8", quantize_int8), ("int4", quantize_int4)])
-def test_quantized_step_equals_the_model_with_its_rounded_weights(name, precision, quantize):
+def test_quantized_step_equals_the_model_with_its_rounded_weights(name, precision, rounded):
     model = make(name)
     step = FusedStep(model, precision)
-    tied_VD = dequantize(*quantize(model.token_embedding.weight.detach()))
+    tied_VD = dequantize(*rounded(model.token_embedding.weight.detach()))
     for path, parameter in model.named_parameters():
         if path.endswith(("qkv.weight", "output.weight", "head.weight", "gate.weight", "up.weight",
                           "down.weight")):
-            parameter.data.copy_(dequantize(*quantize(parameter.detach())))
+            parameter.data.copy_(dequantize(*rounded(parameter.detach())))
 
     def twin(tokens_B1, cache):
         x_BD = model.features(tokens_B1, cache)[:, -1]
         return model.logits(x_BD) if hasattr(model, "head") else F.linear(x_BD, tied_VD)
 
     compare(model, step, twin, torch.randint(96, (2, 20)))
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_stored_small_integers_are_decoded_as_they_are(name, kind):
+    model = quantize(make(name), kind)
+    step = FusedStep(model)
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            assert module.numbers.data_ptr() in {held.data_ptr() for held in step.packed.held}
+    compare(model, step, lambda *new: model(*new)[:, -1], torch.randint(96, (2, 20)))
+    prompt = [[5, 6, 7]]
+    assert torch.equal(torch.stack(list(stream(model, prompt, 40, temperature=0, step=step))),
+                       torch.stack(list(stream(model, prompt, 40, temperature=0))))
+
+
+def test_rows_that_int4_cannot_group_stay_float32_in_the_step():
+    spec = FIRA2Spec(**SMALL | {"d_ff": 48}, **GROUPED, num_experts=4, top_k=2)
+    model = quantize(build(spec, seed=1).eval(), "int4")
+    assert not isinstance(model.blocks[0].moe.experts.down, Quantized)
+    assert isinstance(model.blocks[0].moe.experts.up, Quantized)
+    compare(model, FusedStep(model), lambda *new: model(*new)[:, -1], torch.randint(96, (1, 20)))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_run_decodes_by_the_compiled_step_or_says_why_not(kind, step_folder, fira,
+                                                                      monkeypatch, tmp_path):
+    assert fira("export", kind, step_folder.parent, tmp_path / kind).code == 0
+    model = load_model(tmp_path / kind / step_folder.name)
+    said: list[str] = []
+    assert isinstance(open_step(model, "float32", said.append), FusedStep)
+    assert not any("plain torch" in line for line in said)
+    words = ("generate", tmp_path / kind, "the state", "--max-new-tokens", 20, "--temperature", 0,
+             "--device", "cpu")
+    fast = fira(*words)
+    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
+    plain = fira(*words)
+    assert fast.code == 0 and fast.out == plain.out and "plain torch" not in fast.err
+    assert plain.err.count("Decoding with plain torch: numba is not installed") == 1
+
+
+def test_a_precision_on_top_of_another_is_refused(step_folder, fira, refused, tmp_path):
+    assert fira("export", "int8", step_folder.parent, tmp_path / "small").code == 0
+    line = refused("generate", tmp_path / "small", "the", "--precision", "int4", "--device", "cpu")
+    assert "precision=int4 cannot be had: the weights are int8 already" in line
 
 
 def test_rounding_errs_by_half_a_step_at_most():
@@ -197,7 +249,7 @@ def test_without_it_plain_torch_decodes_and_says_so_in_one_line():
     said, model = [], make("fira").bfloat16()
     assert open_step(model, "float32", said.append) is None
     assert len(said) == 1 and said[0].startswith("Decoding with plain torch: ")
-    with pytest.raises(ValueError, match="precision=int8 cannot be had: .*; use float32"):
+    with pytest.raises(ValueError, match="precision=int8 cannot be had: .*; leave --precision"):
         open_step(model, "int8", said.append)
 
 

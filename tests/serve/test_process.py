@@ -77,7 +77,7 @@ def test_it_comes_back_after_a_kill_and_ends_well_at_sigterm(serve):
 
 
 @pytest.mark.parametrize("file, words", [
-    ("tokenizer.json", "has no tokenizer.json"), ("model.safetensors", "is not a run folder"),
+    ("tokenizer.json", "has no tokenizer.json"), ("model.safetensors", "has no model.safetensors"),
     ("config.json", "config.json is missing"),
 ])
 def test_a_folder_that_lacks_a_file_is_one_line(trained_run, tmp_path, refused, file, words):
