@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import socket
 import statistics
 import time
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from record import append
 
 from fira.loss.next_token import next_token_loss
@@ -122,11 +120,7 @@ class Waited:
         return getattr(self.work, name)
 
 
-def rank_main(rank: int, port: int, queue: Any, jobs: list[Any], steps: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    keep_large_blocks()
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def run_jobs(rank: int, jobs: list[Any], steps: int) -> dict[str, dict[str, float]]:
     found = {}
     for name, sizes, sequences, overlap in jobs:
         sizes = dict(sizes)
@@ -134,24 +128,6 @@ def rank_main(rank: int, port: int, queue: Any, jobs: list[Any], steps: int) -> 
         mesh = make_mesh(dict.fromkeys(AXES, 1) | sizes, rank, torch.device("cpu"))
         found[name] = steps_of(Layout(mesh, FIRA2Spec(**SHAPE), 0, schedule), sequences, steps,
                                overlap)
-    if rank == 0:
-        queue.put(found)
-    dist.destroy_process_group()
-
-
-def on_two(jobs: list[Any], steps: int) -> dict[str, dict[str, float]]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=rank_main, args=(rank, port, queue, jobs, steps))
-                 for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = queue.get(timeout=600)
-    for process in processes:
-        process.join()
     return found
 
 
@@ -165,7 +141,7 @@ def compare_layouts(arguments: argparse.Namespace) -> None:
     strong, weak = alone(2, batch, arguments.steps), alone(1, batch // 2, arguments.steps)
     jobs = [(name, sizes, batch, True) for name, sizes in LAYOUTS.items()]
     jobs.append(("data 2, no overlap", {"data": 2}, batch, False))
-    found = on_two(jobs, arguments.steps)
+    found = on_ranks(2, run_jobs, jobs, arguments.steps)[0]
     print(f"one process: 2 threads {strong:.3f} s, 1 thread on half the batch {weak:.3f} s")
     found["shard 2"]["waiting"] = math.nan
     print(f"{'layout':24} {'s/step':>7} {'tokens/s':>9} {'strong':>7} {'weak':>6} {'waiting':>8}")

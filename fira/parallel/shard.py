@@ -21,7 +21,7 @@ def shard(model: Any, dense: DeviceMesh, experts: DeviceMesh) -> None:
         if isinstance(block.moe, MoE):
             fully_shard(block.moe.experts, mesh=experts)
         fully_shard(block, mesh=dense)
-    fully_shard(model, mesh=dense)
+    fully_shard(model, mesh=dense, reshard_after_forward=False)  # backward begins with the head
     for method in ("features", "logits"):  # a loss may call these instead of the model
         register_fsdp_forward_method(model, method)
     for module in _sharded(model):
@@ -30,9 +30,10 @@ def shard(model: Any, dense: DeviceMesh, experts: DeviceMesh) -> None:
 
 
 def set_sync(model: nn.Module, last: bool) -> None:
-    """Sum gradients over ranks only after the last micro-batch."""
+    """Scatter gradients after every micro-batch, for whole ones would be as large as the model; sum
+    them over replicas only after the last."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_all_reduce(last)
         model.set_is_last_backward(last)
 
 
