@@ -60,7 +60,7 @@ class Weight(NamedTuple):
 
 
 class Held(NamedTuple):
-    """The parameters of one pipeline rank; the layers it runs; whether it begins, ends the model"""
+    """The parameters of one pipeline rank, its layers, and whether it begins or ends the model."""
 
     weights: tuple[Weight, ...]
     layers: int
@@ -140,9 +140,8 @@ def memory_of(work: Work, sizes: dict[str, int], schedule: str, rank: int) -> di
     held = hold(spec, sizes, schedule, rank)
     flying = in_flight(sizes["pipeline"], micro_batches(work, sizes), schedule, rank)
     kept = flying * held.layers * activations_per_token(spec)
-    if work.recompute:  # of each block its input and the experts chosen; of one of them all
-        kept = (flying * held.layers * (spec.d_model + 2 * spec.top_k)
-                + activations_per_token(spec))
+    if work.recompute:  # of each block its input and the experts chosen
+        kept = flying * held.layers * (spec.d_model + 2 * spec.top_k)
     activations = tokens * (kept + 3 * spec.d_model)
     head = spec.vocab_size * spec.d_model if held.last else 0
     logits = (2 * min(tokens * spec.vocab_size, BLOCK_ELSEWHERE) + flying * head) if head else 0
@@ -158,9 +157,11 @@ def memory_of(work: Work, sizes: dict[str, int], schedule: str, rank: int) -> di
 
 def _backward(work: Work, sizes: dict[str, int], held: Held, head: int) -> int:
     """Elements beside activations while a block runs backward: gradients on their way to where they
-    are added, and routed rows."""
+    are added, routed rows, and what is computed again."""
     spec = work.spec
     rows = work.tokens * spec.top_k * 2 * (spec.d_model + spec.d_ff)
+    if work.recompute:
+        rows += work.tokens * activations_per_token(spec)
     if sizes["shard"] == 1:
         largest = max(prod(weight.shape) for weight in held.weights)
         bucket = max(BUCKET, largest) if sizes["data"] * sizes["expert"] > 1 else 0
