@@ -214,9 +214,8 @@ def sent_by(work: Work, sizes: dict[str, int], schedule: str, rank: int) -> dict
     sent = {"gradients": FLOAT * (ring(data * expert) * held.here(expert=False)
                                   + ring(data) * held.here(expert=True)),
             "sums": COUNT * ring(ranks) * (routing + 2)}  # loss, gradient norm
-    if shard > 1:  # per micro-batch, gathered forward and (blocks) backward, gradients scattered
-        sent["shards"] = FLOAT * (shard - 1) * micros * (3 * held.here(in_block=True)
-                                                         + 2 * held.here(in_block=False))
+    if shard > 1:  # per micro-batch, gathered forward and backward, gradients scattered
+        sent["shards"] = FLOAT * (shard - 1) * micros * 3 * held.here()
     if expert > 1:  # there and back, forward and backward; counts once
         rows = work.tokens * spec.top_k * held.layers * micros
         counts = COUNT * spec.num_experts * held.layers * micros

@@ -21,7 +21,7 @@ def shard(model: Any, dense: DeviceMesh, experts: DeviceMesh) -> None:
         if isinstance(block.moe, MoE):
             fully_shard(block.moe.experts, mesh=experts)
         fully_shard(block, mesh=dense)
-    fully_shard(model, mesh=dense, reshard_after_forward=False)  # backward begins with the head
+    fully_shard(model, mesh=dense)
     for method in ("features", "logits"):  # a loss may call these instead of the model
         register_fsdp_forward_method(model, method)
     for module in _sharded(model):

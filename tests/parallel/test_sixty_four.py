@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # noqa: F401 (teaches fake tensors to be sent)
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,7 +43,23 @@ def real_mesh(*arguments):
         return MAKE_DEVICE_MESH(*arguments)
 
 
-MAKE_DEVICE_MESH = layouts.make_device_mesh
+MAKE_DEVICE_MESH, TO_EMPTY = layouts.make_device_mesh, torch.nn.Module.to_empty
+
+
+def to_empty(model, *, device):
+    """Fake parameters cannot change in place, so they are replaced; FSDP's are not fake yet."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return TO_EMPTY(model, device=device)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, device=device)
+                module._parameters[name] = torch.nn.Parameter(empty)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype,
+                                                    device=device)
+    return model
 
 
 def step_once(spec, sizes, schedule, rank):
@@ -54,6 +71,7 @@ def step_once(spec, sizes, schedule, rank):
         return [rows // len(counts)] * len(counts)
 
     with (mock.patch.object(layouts, "make_device_mesh", real_mesh),
+          mock.patch.object(torch.nn.Module, "to_empty", to_empty),
           mock.patch.object(FakeTensor, "tolist", balanced), FakeTensorMode(), Answers()):
         layout = Layout(mesh, spec, seed=0, schedule=schedule)
         layout.model.train()
