@@ -5,25 +5,23 @@
 
 The base is one process with as many threads as there are processes, on the same global batch
 (strong), and one process with one thread on its share of it (weak). `waiting` is the share of a
-step in which the rank stands in a call that communicates (not known for shard: fully_shard waits
-inside). `overlap` is the share of a step that is saved by summing gradients during the backward
-pass instead of after it. --experts: seconds of
-forward and backward at 4 to 64 experts of equal active size on one process.
+step in which the rank waits for others' words. `overlap` is the share of a step that is saved by
+summing gradients during the backward pass instead of after it. --experts: seconds of forward and
+backward at 4 to 64 experts of equal active size on one process.
 """
 from __future__ import annotations
 
 import argparse
-import math
-import os
-import socket
+import contextlib
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from record import append
 
 from fira.loss.next_token import next_token_loss
@@ -63,7 +61,7 @@ def steps_of(layout: Layout, sequences: int, steps: int, overlap: bool = True) -
                for i in range(0, len(ids), 2)]
         layout.mesh.wait()
         spent[0] = 0.0
-        with timed_collectives(spent):
+        with timed_waits(spent):
             start = time.perf_counter()
             loss, count = run(layout.model, cut, next_token_loss)
             finish_step(layout.model, optimizer, loss, count, 1.0, layout.gradient_norm)
@@ -75,58 +73,26 @@ def steps_of(layout: Layout, sequences: int, steps: int, overlap: bool = True) -
     return {"seconds": statistics.median(times), "waiting": sum(waits) / sum(times)}
 
 
-class timed_collectives:
-    """Adds up the time that calls of torch.distributed and waits for them take."""
+@contextlib.contextmanager
+def timed_waits(spent: list[float]) -> Iterator[None]:
+    """Adds up the time in which this rank waits for a collective, whoever began it."""
+    wait = dist.Work.wait
 
-    names = ("all_reduce", "all_to_all_single", "batch_isend_irecv")  # fully_shard's are its own
-
-    def __init__(self, spent: list[float]) -> None:
-        self.spent = spent
-
-    def _timed(self, call: Any) -> Any:
-        def wrapped(*words: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                work = call(*words, **options)
-            finally:
-                self.spent[0] += time.perf_counter() - start
-            if isinstance(work, list):
-                return [Waited(one, self.spent) for one in work]
-            return work if work is None else Waited(work, self.spent)
-        return wrapped
-
-    def __enter__(self) -> None:
-        self.before = {name: getattr(dist, name) for name in self.names}
-        for name, call in self.before.items():
-            setattr(dist, name, self._timed(call))
-
-    def __exit__(self, *_: object) -> None:
-        for name, call in self.before.items():
-            setattr(dist, name, call)
-
-
-class Waited:
-    """A collective under way, whose `wait` is timed."""
-
-    def __init__(self, work: Any, spent: list[float]) -> None:
-        self.work, self.spent = work, spent
-
-    def wait(self, *words: Any) -> Any:
+    def timed(work: Any, *words: Any, **options: Any) -> Any:
         start = time.perf_counter()
         try:
-            return self.work.wait(*words)
+            return wait(work, *words, **options)
         finally:
-            self.spent[0] += time.perf_counter() - start
+            spent[0] += time.perf_counter() - start
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.work, name)
+    dist.Work.wait = timed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        dist.Work.wait = wait  # type: ignore[method-assign]
 
 
-def rank_main(rank: int, port: int, queue: Any, jobs: list[Any], steps: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    keep_large_blocks()
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def run_jobs(rank: int, jobs: list[Any], steps: int) -> dict[str, dict[str, float]]:
     found = {}
     for name, sizes, sequences, overlap in jobs:
         sizes = dict(sizes)
@@ -134,24 +100,6 @@ def rank_main(rank: int, port: int, queue: Any, jobs: list[Any], steps: int) -> 
         mesh = make_mesh(dict.fromkeys(AXES, 1) | sizes, rank, torch.device("cpu"))
         found[name] = steps_of(Layout(mesh, FIRA2Spec(**SHAPE), 0, schedule), sequences, steps,
                                overlap)
-    if rank == 0:
-        queue.put(found)
-    dist.destroy_process_group()
-
-
-def on_two(jobs: list[Any], steps: int) -> dict[str, dict[str, float]]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=rank_main, args=(rank, port, queue, jobs, steps))
-                 for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = queue.get(timeout=600)
-    for process in processes:
-        process.join()
     return found
 
 
@@ -165,9 +113,8 @@ def compare_layouts(arguments: argparse.Namespace) -> None:
     strong, weak = alone(2, batch, arguments.steps), alone(1, batch // 2, arguments.steps)
     jobs = [(name, sizes, batch, True) for name, sizes in LAYOUTS.items()]
     jobs.append(("data 2, no overlap", {"data": 2}, batch, False))
-    found = on_two(jobs, arguments.steps)
+    found = on_ranks(2, run_jobs, jobs, arguments.steps)[0]
     print(f"one process: 2 threads {strong:.3f} s, 1 thread on half the batch {weak:.3f} s")
-    found["shard 2"]["waiting"] = math.nan
     print(f"{'layout':24} {'s/step':>7} {'tokens/s':>9} {'strong':>7} {'weak':>6} {'waiting':>8}")
     for name, row in found.items():
         row |= {"strong": strong / row["seconds"], "weak": weak / row["seconds"],
@@ -177,7 +124,6 @@ def compare_layouts(arguments: argparse.Namespace) -> None:
     hidden = 1 - found["data 2"]["seconds"] / found["data 2, no overlap"]["seconds"]
     print(f"overlap saves {hidden:.0%} of a step")
     if arguments.json:
-        found["shard 2"].pop("waiting")
         append(Path(arguments.json), {"one_process": strong, "half_batch": weak, "overlap": hidden,
                                       "layouts": found, "sequences": batch})
 

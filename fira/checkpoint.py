@@ -116,8 +116,8 @@ class Checkpoints:
         return None
 
     def prune(self, best_step: int | None) -> None:
-        """Delete all but the newest `keep` steps and the best."""
-        self.wait()
+        """Delete all but the newest `keep` steps and the best; one still being written is not among
+        them."""
         if self.mesh.rank:
             return
         for folder in self.steps()[:-self.keep]:

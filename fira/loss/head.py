@@ -70,6 +70,7 @@ class HeadLoss(torch.autograd.Function):
                 grad_x[rows] = grad_RV @ matrix_VD
             if grad_weight is not None:
                 _add_product(grad_weight, grad_RV.t(), x_RD)
+            del logs_RV, grad_RV  # or the next block's logits would be held beside them
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         return torch.cat(losses).sum() / scored_N.sum()
 

@@ -20,7 +20,6 @@ class AllToAll:
     def __init__(self, group: Any) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
-        self.bytes_sent = 0  # to other ranks, rows and counts, forward only
 
     def __call__(self, experts: nn.Module, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert, with the counts of all experts -> the rows' results, here."""
@@ -28,10 +27,8 @@ class AllToAll:
         arriving_PE = torch.zeros_like(counts_PE)
         dist.all_to_all_single(arriving_PE, counts_PE, group=self.group)
         send, receive = counts_PE.sum(1).tolist(), arriving_PE.sum(1).tolist()
-        me = dist.get_rank(self.group)
-        self.bytes_sent += (sum(send) - send[me]) * rows_RD.shape[1] * rows_RD.element_size() * 2
         arrived_RD = Exchange.apply(rows_RD, send, receive, self.group)
-        order_R = _by_expert(arriving_PE)
+        order_R = _by_expert(arriving_PE, len(arrived_RD))
         inverse_R = torch.empty_like(order_R)
         inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
         mixed_RD = experts(Reorder.apply(arrived_RD, order_R, inverse_R), arriving_PE.sum(0))
@@ -39,11 +36,12 @@ class AllToAll:
                               self.group)
 
 
-def _by_expert(arriving_PE: Tensor) -> Tensor:
+def _by_expert(arriving_PE: Tensor, rows: int) -> Tensor:
     """The order that sorts rows, arrived by rank and then by expert, by expert and then by rank."""
     experts_PE = torch.arange(arriving_PE.shape[1], device=arriving_PE.device).expand_as(
         arriving_PE)
-    return experts_PE.flatten().repeat_interleave(arriving_PE.flatten()).argsort(stable=True)
+    owners_R = experts_PE.flatten().repeat_interleave(arriving_PE.flatten(), output_size=rows)
+    return owners_R.argsort(stable=True)
 
 
 class Exchange(torch.autograd.Function):

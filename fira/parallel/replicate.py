@@ -50,7 +50,6 @@ class GradientSum:
         self.owner: dict[nn.Parameter, Bucket] = {}
         self.armed = False
         self.started = 0
-        self.bytes_sent = 0
         open_buckets: dict[int, Bucket] = {}
         for parameter, group in reversed(members):  # about the order in which backward makes them
             bucket = open_buckets.get(id(group))
@@ -76,10 +75,7 @@ class GradientSum:
                 self._start()
 
     def _start(self) -> None:
-        bucket = self.buckets[self.started]
-        bucket.start()
-        ranks = dist.get_world_size(bucket.group)
-        self.bytes_sent += 2 * (ranks - 1) * bucket.elements * 4 // ranks  # a ring's
+        self.buckets[self.started].start()
         self.started += 1
 
     def finish(self) -> None:

@@ -30,9 +30,10 @@ def shard(model: Any, dense: DeviceMesh, experts: DeviceMesh) -> None:
 
 
 def set_sync(model: nn.Module, last: bool) -> None:
-    """Sum gradients over ranks only after the last micro-batch."""
+    """Scatter gradients after every micro-batch, for whole ones would be as large as the model; sum
+    them over replicas only after the last."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_all_reduce(last)
         model.set_is_last_backward(last)
 
 

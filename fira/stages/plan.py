@@ -9,10 +9,11 @@ from rich.table import Table
 from fira.config import ConfigError, load_preset
 from fira.model.count import count_parameters
 from fira.parallel import plan as planning
+from fira.parallel.footprint import Work
 from fira.stages.pretrain import configure
 
 SHOWN = 8  # layouts
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "working")
 
 
 def plan(preset: str, settings: Iterable[str], gpus: int, device_name: str, tokens: float | None,
@@ -23,8 +24,8 @@ def plan(preset: str, settings: Iterable[str], gpus: int, device_name: str, toke
                           f"{', '.join(planning.DEVICES)}")
     device, config = planning.DEVICES[device_name], configure(load_preset(preset), settings)
     train = config.train
-    work = planning.Work(config.model, train.batch_size, train.micro_batch, train.sequence_length,
-                         config.optim.rule)
+    work = Work(config.model, train.batch_size, train.micro_batch, train.sequence_length,
+                config.optim.rule, train.recompute)
     found = planning.plan(work, gpus, device)
     count = count_parameters(config.model, train.sequence_length)
     if not found:

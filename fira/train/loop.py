@@ -155,6 +155,7 @@ class Loop:
                     self._save()
                     self._evaluate()
         self.checkpoints.wait()
+        self.checkpoints.prune(self.state.best_step)
         return self.state
 
     def _seconds(self) -> float:

@@ -75,19 +75,87 @@ def test_a_killed_rank_does_not_end_the_run(preset, data_folder, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_two_hosts_meet_at_an_address(preset, data_folder, tmp_path):
-    port, run = free_port(), tmp_path / "run"
-    hosts = [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-         "--node-rank", str(host), "--master-addr", "127.0.0.1", "--master-port", str(port),
-         "-m", "fira", "train", str(preset), f"data.folder={data_folder}", "train.steps=4",
-         "train.micro_batch=1", "parallel.data=2", "--run-folder", str(run), "--device", "cpu"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-        for host in range(2)]
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_two_hosts_meet_at_an_address(rendezvous, preset, data_folder, tmp_path):
+    """Two launchers, each with an address of its own."""
+    port, run, hosts = free_port(), tmp_path / "run", []
+    for host in range(2):
+        words = ["--node-rank", str(host), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        if rendezvous == "c10d":
+            words = ["--rdzv-backend", "c10d", "--rdzv-id", "7", "--rdzv-endpoint",
+                     f"127.0.0.1:{port}", "--local-addr", f"127.0.0.{host + 1}"]
+        hosts.append(subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node",
+             "1", *words, "-m", "fira", "train", str(preset), f"data.folder={data_folder}",
+             "train.steps=4", "train.micro_batch=1", "parallel.data=2", "--run-folder", str(run),
+             "--device", "cpu"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True))
     said = [host.communicate(timeout=120)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said
-    assert "2 cpu ranks (data 2)" in said[0] and "step" not in said[1]
+    assert sorted("2 cpu ranks (data 2)" in words for words in said) == [False, True]
     assert len(losses(run)) == 4
+
+
+def test_a_silent_rank_is_waited_for_no_longer_than_the_timeout(preset, data_folder, tmp_path):
+    """Rank 1 is stopped, not killed: its connections stay open."""
+    run, port, ranks = tmp_path / "run", free_port(), []
+    for rank in range(2):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        ranks.append(subprocess.Popen(
+            [sys.executable, "-m", "fira", "train", str(preset), f"data.folder={data_folder}",
+             "train.micro_batch=2", "train.steps=5000", "train.save_every=3",
+             "parallel.timeout=12", "--run", str(run), "--device", "cpu"],
+            env=os.environ | place, stderr=subprocess.PIPE, text=True))
+    try:
+        while not list(run.glob("step-*")):
+            assert ranks[0].poll() is None, ranks[0].stderr.read()
+            time.sleep(0.01)
+        ranks[1].send_signal(signal.SIGSTOP)
+        _, words = ranks[0].communicate(timeout=90)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[0].returncode == 1
+    line = words.splitlines()[-1]
+    assert "rank 0: another rank is gone, or was silent for 12 s" in line and "--resume" in line
+    assert "Traceback" not in words
+
+
+def slow_disk(rank, preset, data, run):
+    """The first save is not written before two more steps are done; the steps done by then."""
+    from fira import checkpoint
+
+    step, write, done, seen = Loop._step, checkpoint.write_rows, [0], []
+
+    def counted(loop, line):
+        step(loop, line)
+        done.append(loop.state.step)
+
+    def late(path, plan):
+        if "step-000005" in str(path):
+            limit = time.monotonic() + 60
+            while done[-1] < 7 and time.monotonic() < limit:
+                time.sleep(0.01)
+            seen.append(done[-1])
+        write(path, plan)
+
+    Loop._step, checkpoint.write_rows = counted, late
+    pretrain(str(preset), [f"data.folder={data}", "train.micro_batch=1"], run, "cpu", False,
+             Console(quiet=True))
+    return min(seen)
+
+
+def test_training_goes_on_while_a_save_is_written(preset, data_folder, tmp_path):
+    run = tmp_path / "run"
+    assert min(on_ranks(2, slow_disk, preset, data_folder, run, join=False)) >= 7
+    calm = tmp_path / "calm"
+    pretrain(str(preset), [f"data.folder={data_folder}"], calm, "cpu", False, Console(quiet=True))
+    names = [{path.name for path in folder.glob("step-*")} for folder in (run, calm)]
+    assert names[0] == names[1]
+    ours, theirs = last_weights(run), last_weights(calm)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
 
 
 def poisoned(rank):

@@ -1,0 +1,112 @@
+"""The large presets on 64 ranks, at full depth and width: torch's fake process group and tensors.
+
+Nothing is computed or sent, but every shape, group, exchange and gather is the real one.
+"""
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # noqa: F401 (teaches fake tensors to be sent)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fira.config import load_preset
+from fira.loss.next_token import next_token_loss
+from fira.parallel import layout as layouts
+from fira.parallel.footprint import hold
+from fira.parallel.layout import Layout
+from fira.parallel.mesh import AXES, make_mesh
+from fira.stages.pretrain import configure
+from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.step import accumulate, finish_step
+from tests.parallel.test_parity import Batch
+
+LENGTH = 128  # tokens of a sequence: divides into equal rows for all experts
+
+
+class Answers(TorchDispatchMode):
+    """What depends on data, which fake tensors cannot know: numbers are 1, counts so many."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        if func is torch.ops.aten.bincount.default:
+            return args[0].new_empty((kwargs or {}).get("minlength") or args[2])
+        return func(*args, **(kwargs or {}))
+
+
+def real_mesh(*arguments):
+    with unset_fake_temporarily():
+        return MAKE_DEVICE_MESH(*arguments)
+
+
+MAKE_DEVICE_MESH, TO_EMPTY = layouts.make_device_mesh, torch.nn.Module.to_empty
+
+
+def to_empty(model, *, device):
+    """Fake parameters cannot change in place, so they are replaced; FSDP's are not fake yet."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return TO_EMPTY(model, device=device)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, device=device)
+                module._parameters[name] = torch.nn.Parameter(empty)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype,
+                                                    device=device)
+    return model
+
+
+def step_once(spec, sizes, schedule, rank):
+    """Build `rank`'s part of `spec` and train a step; returns its parameters and the layout."""
+    mesh = make_mesh(sizes, rank, torch.device("cpu"))
+    rows = LENGTH * spec.top_k
+
+    def balanced(counts):
+        return [rows // len(counts)] * len(counts)
+
+    with (mock.patch.object(layouts, "make_device_mesh", real_mesh),
+          mock.patch.object(torch.nn.Module, "to_empty", to_empty),
+          mock.patch.object(FakeTensor, "tolist", balanced), FakeTensorMode(), Answers()):
+        layout = Layout(mesh, spec, seed=0, schedule=schedule)
+        layout.model.train()
+        optimizer = make_optimizer(layout.model, OptimConfig())
+        tokens_BT = torch.zeros(1, LENGTH, dtype=torch.long)
+        cut = [Batch(tokens_BT, tokens_BT)] * (2 * sizes["pipeline"])
+        loss, count = layout.forward_backward(accumulate)(layout.model, cut, next_token_loss)
+        without = [name for name, p in layout.model.named_parameters() if p.grad is None]
+        assert not without
+        _, updated = finish_step(layout.model, optimizer, loss, count, 1.0, layout.gradient_norm)
+        assert updated and len(optimizer.state) == len(list(layout.model.parameters()))
+        return {p.name: p.rows.numel() for p in layout.pieces(layout.model.named_parameters())}
+
+
+@pytest.fixture
+def rank_of_64():
+    dist.init_process_group("fake", rank=37, world_size=64, store=FakeStore())
+    yield 37
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("preset,sizes", [
+    ("fira2-7b", {"shard": 2, "expert": 32}),
+    ("fira2-7b", {"pipeline": 8, "expert": 8}),
+    ("fira2-7b", {"pipeline": 8, "data": 2, "expert": 4, "schedule": "zero_bubble"}),
+    ("fira2-30b", {"shard": 8, "expert": 8}),
+    ("fira2-30b", {"pipeline": 4, "expert": 16}),
+])
+def test_a_rank_of_64_is_built_and_steps_without_the_whole_model(preset, sizes, rank_of_64):
+    spec = configure(load_preset(preset), ()).model
+    sizes = dict.fromkeys(AXES, 1) | sizes
+    schedule = sizes.pop("schedule", "1f1b")
+    held = step_once(spec, sizes, schedule, rank_of_64)
+    place = make_mesh(sizes, rank_of_64, torch.device("cpu")).place["pipeline"]
+    planned = hold(spec, sizes, schedule, place)
+    assert sum(held.values()) == pytest.approx(planned.here(), rel=0.01)
+    whole = hold(spec, dict.fromkeys(AXES, 1), "1f1b", 0).whole()
+    assert sum(held.values()) < 0.06 * whole
