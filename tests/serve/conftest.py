@@ -14,9 +14,10 @@ from fira.infer.request import End, Piece, QueueFull, TokenScore
 from fira.infer.text import decode
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec
+from fira.serve.address import listen
 from fira.serve.api import Served
 from fira.serve.guard import Keys
-from fira.serve.process import facts, listen
+from fira.serve.process import facts
 from fira.serve.server import Server, Service
 
 TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 8]

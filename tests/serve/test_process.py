@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fira.serve.process import listen
+from fira.serve.address import listen
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {"prompt": "The state", "max_tokens": 40, "ignore_eos": True}
