@@ -23,6 +23,7 @@ d_ff = 32
 num_experts = 4
 top_k = 2
 context = 64
+balance = "handover"
 
 [optim]
 lr = 1e-2

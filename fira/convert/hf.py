@@ -135,9 +135,9 @@ def _describe_fira(spec: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _fira_tensors(model: Any) -> list[tuple[str, Tensor]]:
-    """Our own names: the modelling file uses them. Load shares are of use to training alone."""
+    """Our own names: the modelling file uses them. Shares and faded biases are training's."""
     return [(name, tensor) for name, tensor in model.state_dict().items()
-            if not name.endswith("load_share_E")]
+            if not name.endswith(("load_share_E", "selection_bias_E"))]
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:

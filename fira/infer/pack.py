@@ -2,7 +2,8 @@
 
 Nothing is copied: the table points into torch's own memory, whether it is of fp32 weights or of a
 quantized model's numbers and scales (`fira.convert.quantize`); each matrix says which. Asked for
-int8 or int4, fp32 matrices are quantized as copies, a tied head too. Activations stay fp32.
+int8 or int4, fp32 matrices are quantized as copies; the head, tied or not, is int8 in both.
+Activations stay fp32.
 """
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ class Packed:
             record["cosines"] = self._hold(model.rotary.cos)
             record["sines"] = self._hold(model.rotary.sin)
         record["norm"] = self._norm(model.norm)
-        record["head"] = self._matrix(getattr(model, "head", model.token_embedding))
+        coarsest = "float32" if self.precision == "float32" else "int8"  # as `fira export` has it
+        record["head"] = self._matrix(getattr(model, "head", model.token_embedding), coarsest)
 
     def _fill_layer(self, record: Any, block: Any) -> None:
         attention, experts = block.attention, block.moe.experts
@@ -116,11 +118,11 @@ class Packed:
                     PRECISIONS[module.kind])
         return self._hold(module.weight), 0, self._bias(module), FLOAT32
 
-    def _matrix(self, module: Any) -> tuple[int, int, int, int]:
-        """The same, in the precision that was asked for."""
-        if self.precision == "float32" or isinstance(module, Quantized):
+    def _matrix(self, module: Any, precision: str | None = None) -> tuple[int, int, int, int]:
+        """The same in `precision`, or else in the one that was asked for."""
+        precision = precision or self.precision
+        if precision == "float32" or isinstance(module, Quantized):
             return self._stored(module)
-        quantize = quantize_int8 if self.precision == "int8" else quantize_int4
+        quantize = quantize_int8 if precision == "int8" else quantize_int4
         numbers, scale = quantize(module.weight.detach())
-        return (self._hold(numbers), self._hold(scale), self._bias(module),
-                PRECISIONS[self.precision])
+        return (self._hold(numbers), self._hold(scale), self._bias(module), PRECISIONS[precision])

@@ -6,6 +6,8 @@ bias      a bias per expert that only selects, nudged by the sign of its lack of
           balance gradient disturbs the language model (Wang et al. 2024, 2408.15664)
 quantile  the same bias, set to the score quantile at which an expert gets its even share: one round
           of solving the balanced assignment, without a coefficient
+handover  quantile for most of the run; over its last part the bias fades to exactly nothing and the
+          loss takes its place, so that the finished model is one without a bias
 none      nothing
 """
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FADE = 0.2  # of a run, at its end, in which `handover` hands over (docs/log.md)
 RATE = 1e-3  # a step's nudge, in probability (2408.15664); lost in bf16, so the bias stays fp32
 
 
@@ -50,22 +53,31 @@ def _centered(bias_E: Tensor) -> Tensor:
     return bias_E - bias_E.mean()
 
 
+def bias_strength(fraction: float) -> float:
+    """Of `handover`, after `fraction` (0..1) of the run: 1, and 0 at the end."""
+    return min(1.0, max(0.0, (1 - fraction) / FADE))
+
+
 class Method(NamedTuple):
     """loss enters the training loss; vote is taken of every micro-batch; update ends a step.
 
     Votes are averaged over the step, so how a batch is cut into micro-batches matters a little.
 
     update(bias_E, share_E, mean vote_E) -> bias_E; a method with an update has a selection bias.
+    Where it fades, bias and loss are weighed by bias_strength and what it lacks to 1.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
     vote: Callable[[Tensor, Tensor, int], Tensor] | None = None
     update: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    fades: bool = False
 
 
 METHODS = {
     "loss": Method(loss=share_loss),
     "bias": Method(update=lambda bias_E, share_E, _: nudge(bias_E, share_E)),
     "quantile": Method(vote=even_bias, update=lambda bias_E, share_E, vote_E: vote_E),
+    "handover": Method(loss=share_loss, vote=even_bias,
+                       update=lambda bias_E, share_E, vote_E: vote_E, fades=True),
     "none": Method(),
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fira.model.balance import bias_strength
 from fira.model.router import Router
 
 
@@ -95,6 +96,12 @@ def sum_rows(rows_RD: Tensor, index_NK: Tensor, weights_NK: Tensor | None = None
 def routers(model: nn.Module) -> list[Router]:
     """The routers of a model, in layer order; none for a dense one."""
     return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def fade(model: nn.Module, fraction: float) -> None:
+    """Before `end_step`: how far the run is (0..1), for methods whose bias fades."""
+    for router in routers(model):
+        router.strength = bias_strength(fraction)
 
 
 def end_step(model: nn.Module) -> None:

@@ -48,7 +48,8 @@ class Router(nn.Module):
     al. 2022).
 
     `record` is shown the experts of every pass; `replay_NK`, when set, are the experts of a pass
-    that is being run again to recompute activations, and nothing is counted.
+    that is being run again to recompute activations, and nothing is counted. `strength` (0..1) is
+    what is left of a bias that fades.
     """
 
     load_share_E: Tensor
@@ -64,6 +65,7 @@ class Router(nn.Module):
         self.method = METHODS[balance]
         self.record: Callable[[Tensor], None] | None = None
         self.replay_NK: Tensor | None = None
+        self.strength = 1.0
         self.top_k = top_k
         self.balance_weight = balance_weight
         self.z_weight = z_weight
@@ -130,7 +132,8 @@ class Router(nn.Module):
         loss = self.z_weight * logsumexp_N.square().mean()
         if self.method.loss is None:
             return loss
-        return self.balance_weight * self.method.loss(probs_NE, self.load_share_E) + loss
+        weight = self.balance_weight * (1 - self.strength if self.method.fades else 1)
+        return weight * self.method.loss(probs_NE, self.load_share_E) + loss
 
     @torch.no_grad()
     def _count(self, logits_NE: Tensor, probs_NE: Tensor, logsumexp_N: Tensor,
@@ -151,6 +154,8 @@ class Router(nn.Module):
         if self.method.update is not None and self.selection_bias_E is not None:
             vote_E = self.vote_sum_E / self.votes.clamp(min=1)
             bias_E = self.method.update(self.selection_bias_E, share_E, vote_E)
+            if self.method.fades:
+                bias_E = self.strength * bias_E
             self.selection_bias_E.copy_(torch.where(total > 0, bias_E, self.selection_bias_E))
         self.clear_counts()
 

@@ -19,7 +19,7 @@ class Spec(Config):
     num_experts: int = Field(4, ge=1, description="experts per layer; 1 is a dense model")
     top_k: int = Field(1, ge=1, description="experts chosen per token")
     context: int = Field(3072, ge=1, description="longest sequence, in tokens")
-    balance: Literal["loss", "bias", "quantile", "none"] = Field(
+    balance: Literal["loss", "bias", "quantile", "handover", "none"] = Field(
         "loss", description="what keeps experts evenly loaded")
     balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
     z_weight: float = Field(0.001, ge=0, description="weight of the router z-loss")

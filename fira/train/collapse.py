@@ -24,5 +24,5 @@ def collapse(health: dict[str, Any], top_k: int) -> str | None:
     return (f"layers {', '.join(map(str, layers))} have an imbalance (cv) of up to "
             f"{max(health['cv'][layer] for layer in layers):.2f} of at most {worst:.2f} and up to "
             f"{max(health['dead'][layer] for layer in layers)} of {experts} experts without a "
-            "token; try a larger model.balance_weight, model.balance=quantile or a lower "
+            "token; try a larger model.balance_weight, model.balance=handover or a lower "
             "optim.router_lr")

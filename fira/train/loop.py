@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fira.checkpoint import Checkpoints
 from fira.config import Config
-from fira.model.moe import routers
+from fira.model.moe import fade, routers
 from fira.parallel.layout import Layout
 from fira.runlog import NoLog, ProgressLine, RunLog
 from fira.runtime import seed_step
@@ -169,6 +169,7 @@ class Loop:
         if mesh.size > 1:
             self.agreed_stop = int(number) or None
         self.fraction = fraction_done(self.config, self.state.step, seconds)
+        fade(self.model, self.fraction)
 
     def _checkpoint_due(self) -> bool:
         return self.state.step % self.config.save_every == 0 or self.fraction >= 1
@@ -183,10 +184,10 @@ class Loop:
         loss, count = self.forward_backward(self.forward, self._micro_batches(batch), self.loss_fn)
         norm, updated = finish_step(self.model, self.optimizer, loss, count, self.clip,
                                     self.norm_of)
-        health = self.layout.end_step()
         state.step += 1
         state.tokens += self.config.batch_tokens
         self._update_fraction()
+        health = self.layout.end_step()
         speed = self.config.batch_tokens / (time.perf_counter() - began)
         if not updated:
             state.skipped += 1

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from fira.convert.limits import check_target
 from fira.infer.load import load
-from fira.model.files import CONFIG, INDEX, WEIGHTS, load_pretrained
+from fira.model.files import CONFIG, INDEX, WEIGHTS, build, load_pretrained
+from fira.model.moe import routers
+from fira.model.spec import FIRA2Spec
 from tests.convert.conftest import HARD
 
 transformers = pytest.importorskip("transformers")
@@ -184,12 +185,14 @@ def test_what_fira2_cannot_hold_is_one_line_and_leaves_nothing(words, folder, re
 
 
 @pytest.mark.parametrize("target", ["hf", "gguf"])
-def test_a_bias_that_only_selects_has_no_place_elsewhere(target):
-    spec = SimpleNamespace(architecture="fira2", num_experts=4, top_k=2, balance="bias")
-    with pytest.raises(ValueError, match="bias that only selects"):
-        check_target(SimpleNamespace(spec=spec, quantization=None), target)
-    spec.balance = "loss"
-    check_target(SimpleNamespace(spec=spec, quantization=None), target)
+def test_a_bias_that_only_selects_has_no_place_elsewhere_until_it_has_faded(target):
+    model = build(FIRA2Spec(vocab_size=32, d_model=16, n_head=2, n_kv_head=1, head_dim=8,
+                            num_layers=2, d_ff=8, num_experts=4, top_k=2, context=12,
+                            balance="handover"), seed=1)
+    check_target(model, target)
+    routers(model)[-1].selection_bias_E[0] = 1e-3
+    with pytest.raises(ValueError, match="bias that only selects.*finished run"):
+        check_target(model, target)
 
 
 def test_a_fira_run_need_not_be_imported(run, refused, tmp_path):

@@ -6,7 +6,7 @@ from fira.model.balance import METHODS, even_bias
 from fira.model.experts import SwiGLUExperts
 from fira.model.files import build, load_pretrained, save_weights
 from fira.model.initialize import initialize
-from fira.model.moe import MoE, end_step, routers, routing_health
+from fira.model.moe import MoE, end_step, fade, routers, routing_health
 from fira.model.router import Router
 from fira.model.spec import FIRA2Spec
 
@@ -16,7 +16,7 @@ def skewed(balance, top_k=2, num_experts=8) -> MoE:
     router = Router(8, num_experts, top_k, bias=True, balance_weight=1.0, z_weight=0.0,
                     balance=balance)
     moe = MoE(router, SwiGLUExperts(num_experts, 8, 4))
-    initialize(torch.nn.ModuleDict({"moe": moe}), 1, 0.3, torch.Generator().manual_seed(1))
+    initialize(torch.nn.ModuleDict({"moe": moe}), 1, 0.3, seed=1)
     with torch.no_grad():
         router.bias.copy_(torch.linspace(1, -1, num_experts))
     return moe.train()
@@ -38,7 +38,8 @@ def imbalances(moe, steps, rows=512):
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-@pytest.mark.parametrize("balance, steps", [("loss", 100), ("bias", 300), ("quantile", 15)])
+@pytest.mark.parametrize("balance, steps", [("loss", 100), ("bias", 300), ("quantile", 15),
+                                             ("handover", 15)])
 def test_each_method_evens_a_skewed_router(balance, steps, top_k):
     found = imbalances(skewed(balance, top_k), steps)
     assert found[-1] < 0.3 * found[0]
@@ -47,6 +48,35 @@ def test_each_method_evens_a_skewed_router(balance, steps, top_k):
 def test_without_a_method_the_skew_stays():
     found = imbalances(skewed("none"), 50)
     assert found[-1] > 0.7 * found[0]
+
+
+def test_a_handover_ends_without_a_bias_and_with_the_loss_in_its_place():
+    found = {}
+    for balance, fraction in (("quantile", 1.0), ("handover", 0.5), ("handover", 0.9),
+                              ("handover", 1.0)):
+        moe = skewed(balance)
+        moe(torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(0)))
+        fade(moe, fraction)
+        end_step(moe)
+        moe.router.load_share_E.copy_(torch.linspace(0.2, 0.05, 8))
+        moe(torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
+        found[balance, fraction] = (moe.router.selection_bias_E.clone(), moe.router.bias.grad)
+    whole, gradient = found["quantile", 1.0]
+    assert torch.equal(found["handover", 0.5][0], whole)
+    torch.testing.assert_close(found["handover", 0.9][0], 0.5 * whole)
+    assert not found["handover", 1.0][0].any()
+    assert torch.equal(found["handover", 0.5][1], gradient)  # its loss weighs nothing yet
+
+
+def test_a_handover_pays_the_whole_loss_at_its_end():
+    gradients = {}
+    for balance in ("loss", "handover"):
+        moe = skewed(balance)
+        fade(moe, 1.0)
+        moe.router.load_share_E.copy_(torch.linspace(0.2, 0.05, 8))
+        moe(torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
+        gradients[balance] = moe.router.bias.grad
+    torch.testing.assert_close(gradients["handover"], gradients["loss"])
 
 
 @pytest.mark.parametrize("balance", ["bias", "quantile"])
@@ -104,4 +134,4 @@ def test_a_selection_bias_survives_files_and_others_have_none(balance, tmp_path)
     tokens = torch.arange(12)[None]
     assert torch.equal(again(tokens), model.eval()(tokens))
     found = [router.selection_bias_E is not None for router in routers(again)]
-    assert found == [balance in ("bias", "quantile")] * 2
+    assert found == [balance in ("bias", "quantile", "handover")] * 2
