@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FADE = 0.2  # of a run, at its end, in which `handover` hands over (docs/log.md)
+FADE = 0.4  # of a run, at its end, in which `handover` hands over (docs/log.md)
 RATE = 1e-3  # a step's nudge, in probability (2408.15664); lost in bf16, so the bias stays fp32
 
 

@@ -93,9 +93,10 @@ def pretrain(preset: str, settings: Iterable[str], run: Path, device_name: str, 
     With `source`, a run or step folder, the model and its first weights are taken from there.
     Every rank that a launcher started calls this; the first writes what there is to write.
     """
-    runtime.keep_large_blocks()
     resume = resume or runtime.launch().restarts > 0
     config, start = _configure_run(preset, settings, run, resume, source, screen)
+    if config.parallel.shard == 1:  # whole layers that come and go, kept, take twice the memory
+        runtime.keep_large_blocks()
     with joined(config.parallel, device_name) as mesh, contextlib.ExitStack() as held:
         if mesh.rank:
             screen = Console(quiet=True)

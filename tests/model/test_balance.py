@@ -52,7 +52,7 @@ def test_without_a_method_the_skew_stays():
 
 def test_a_handover_ends_without_a_bias_and_with_the_loss_in_its_place():
     found = {}
-    for balance, fraction in (("quantile", 1.0), ("handover", 0.5), ("handover", 0.9),
+    for balance, fraction in (("quantile", 1.0), ("handover", 0.5), ("handover", 0.8),
                               ("handover", 1.0)):
         moe = skewed(balance)
         moe(torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(0)))
@@ -63,7 +63,7 @@ def test_a_handover_ends_without_a_bias_and_with_the_loss_in_its_place():
         found[balance, fraction] = (moe.router.selection_bias_E.clone(), moe.router.bias.grad)
     whole, gradient = found["quantile", 1.0]
     assert torch.equal(found["handover", 0.5][0], whole)
-    torch.testing.assert_close(found["handover", 0.9][0], 0.5 * whole)
+    torch.testing.assert_close(found["handover", 0.8][0], 0.5 * whole)
     assert not found["handover", 1.0][0].any()
     assert torch.equal(found["handover", 0.5][1], gradient)  # its loss weighs nothing yet
 
