@@ -30,6 +30,7 @@ from fira.infer.request import End, Listener, Piece, QueueFull, SamplingParams
 from fira.infer.slots import Slots
 from fira.infer.step import DecodeStep, TorchStep
 from fira.model.generate import window_length
+from fira.runtime import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -198,8 +199,10 @@ class Engine:
         for one in answering:
             self.slots.cache.held[one.slot].append(one.ids[-1])
             one.read += 1
-        for row, one in enumerate(answering):
-            self._advance(one, logits_NV[row], None if experts_LNK is None else experts_LNK[:, row])
+        with one_thread():
+            for row, one in enumerate(answering):
+                self._advance(one, logits_NV[row],
+                              None if experts_LNK is None else experts_LNK[:, row])
 
     def _prefill(self, reading: list[Progress]) -> None:
         """Read up to `prefill_tokens` of the prompts, all their pieces in one flat batch."""

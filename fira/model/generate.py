@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fira.model.attention import KeyValueCache
+from fira.runtime import one_thread
 
 NUCLEUS = 256  # sorted to find top_p's tokens, 0.13 ms; all of 50,304, if these fall short, 3.8 ms
 Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -71,7 +72,8 @@ def _stream(model: Any, prompt_BT: Tensor, max_new_tokens: int, end_of_text: int
         unread_BT = window_BT
         for _ in range(max_new_tokens):
             if step is not None and unread_BT.shape[1] == 1:
-                token_B = choose(step(unread_BT[:, 0], cache))
+                with one_thread():
+                    token_B = choose(step(unread_BT[:, 0], cache))
             else:
                 token_B = choose(model.logits(model.features(unread_BT, cache)[:, -1]))
             if end_of_text is not None:
