@@ -2,7 +2,7 @@
 
     python benchmarks/moe_vs_dense.py tiny --data out/quickstart/data --minutes 5 --seeds 3
 
-Three arms, one after the other: the preset; its dense twin of equal active FLOPs (same class, one
+Three arms in turns: the preset; its dense twin of equal active FLOPs (same class, one
 expert as wide as the chosen ones together); a dense twin of equal total parameters. Each arm first
 finds its own learning rate among --factors of the preset's, in shorter runs. Every finished run
 is kept in --out and not run again, so the same command goes on where it stopped; --report only
@@ -43,13 +43,17 @@ def collect(arms: dict[str, Arm], out: Path) -> dict[str, list[Run]]:
 
 
 def train_arms(arms: dict[str, Arm], options: argparse.Namespace) -> None:
+    """Rates first, then seed by seed, so that a machine's good and bad hours fall on all arms."""
+    rates = {}
     for arm in arms.values():
-        rate = arm.config().optim.lr
+        rates[arm.key] = arm.config().optim.lr
         if options.factors:
-            rate = best_rate(arm, options.out, options.factors,
-                             f"train.minutes={options.rate_minutes}")
-        for seed in range(1, options.seeds + 1):
-            train_arm(arm.with_settings(f"optim.lr={rate}", f"train.minutes={options.minutes}"),
+            rates[arm.key] = best_rate(arm, options.out, options.factors,
+                                       f"train.minutes={options.rate_minutes}")
+    for seed in range(1, options.seeds + 1):
+        for arm in arms.values():
+            train_arm(arm.with_settings(f"optim.lr={rates[arm.key]}",
+                                        f"train.minutes={options.minutes}"),
                       options.out / f"{arm.key}-seed{seed}", seed)
 
 
