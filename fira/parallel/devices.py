@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fira import runtime
 from fira.config import ConfigError
 from fira.loss.next_token import next_token_loss
-from fira.model.moe import end_step, routers
+from fira.model.moe import end_step, fade, routers
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import ParallelConfig, enter, resolve_sizes
 from fira.parallel.pipeline import SCHEDULES, Stage, blocks_of
@@ -36,8 +36,9 @@ def create_pipeline_model(model: Any, num_stages: int = 2, devices: list[Any] | 
 
     `devices`: one per stage; CUDA devices if there are enough, else the CPU for all. A batch is cut
     into `chunks` micro-batches. The result has `train_batch(tokens_BT, targets_BT)` (loss, with
-    averaged gradients left behind), `clip_gradients(max_norm)`, `end_step()` after the optimizer's
-    step, `forward(tokens_BT)`, and the parameters under the model's own names. Raises ConfigError.
+    averaged gradients left behind), `clip_gradients(max_norm)`, `end_step(fraction)` after the
+    optimizer's step, `forward(tokens_BT)`, and the parameters under the model's own names.
+    `fraction` (0..1) of the run is done: of use to balance=handover. Raises ConfigError.
     """
     name = schedule.lower()
     if name not in SCHEDULES:
@@ -113,7 +114,8 @@ class DevicePipeline(nn.Module):
     def clip_gradients(self, max_norm: float) -> float:
         return float(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
 
-    def end_step(self) -> None:
+    def end_step(self, fraction: float = 0.0) -> None:
+        fade(self.model, fraction)
         end_step(self.model)
 
     def named_parameters(self, *args: Any, **options: Any) -> Any:
@@ -185,7 +187,8 @@ class RankPipeline(nn.Module):
                 parameter.grad *= min(1.0, max_norm / (norm + 1e-6))
         return norm
 
-    def end_step(self) -> None:
+    def end_step(self, fraction: float = 0.0) -> None:
+        fade(self.model, fraction)
         self.layout.end_step()
 
     named_parameters = DevicePipeline.named_parameters

@@ -82,3 +82,14 @@ def test_a_stage_on_each_rank(schedule, unsplit):
 def test_what_cannot_be_split_is_one_line(options, words):
     with pytest.raises(ConfigError, match=words):
         create_pipeline_model(build(SPECS["fira"], seed=0), **options)
+
+
+@pytest.mark.parametrize("fraction, left", [(0.5, True), (1.0, False)])
+def test_a_handover_fades_as_far_as_the_caller_says(fraction, left):
+    model = build(SPECS["fira2"].model_copy(update={"balance": "handover"}), seed=5)
+    pipe = create_pipeline_model(model, num_stages=2, chunks=2)
+    pipe.train()
+    pipe.train_batch(*batch(0))
+    pipe.end_step(fraction)
+    assert [bool(router.selection_bias_E.any()) for router in routers(pipe.model)] == (
+        [left] * len(routers(pipe.model)))
