@@ -51,8 +51,10 @@ def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, .
             **{f"{experts} of {width}, top-{k}": differing(spec, num_experts=experts, d_ff=width,
                                                           top_k=k)
                for experts, width, k in shapes}},
-        "balance": {name: differing(spec, balance=name)
-                    for name in ("loss", "bias", "quantile", "none")},
+        "balance": {f"{name}, {weight:g}" if name in ("loss", "handover") else name:
+                    differing(spec, balance=name, balance_weight=weight)
+                    for name, weight in (("handover", 0.1), ("loss", 0.1), ("loss", 0.01),
+                                         ("bias", 0.1), ("quantile", 0.1), ("none", 0.1))},
         "optimizer": {"Muon": (), "AdamW, lr 3e-3": ("optim.rule=adamw", "optim.lr=3e-3"),
                       "AdamW, lr 6e-3": ("optim.rule=adamw", "optim.lr=6e-3")},
         "router's learning rate": {f"{rate:g}": () if rate == 5e-3 else (f"optim.router_lr={rate}",)
