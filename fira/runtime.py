@@ -44,6 +44,14 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where this device multiplies it faster than float32, else float32."""
+    import torch
+
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Seed dropout for one step from its number alone: a resumed run needs no saved state."""
     import torch

@@ -32,21 +32,17 @@ def nudge(bias_E: Tensor, share_E: Tensor) -> Tensor:
     return _centered(bias_E + RATE * torch.sign(share_E.mean() - share_E))
 
 
-def even_bias(probs_NE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
+def even_bias(probs_NE: Tensor, threshold_N: Tensor, top_k: int) -> Tensor:
     """The bias that gives every expert N*K/E of these tokens, were their thresholds to stay.
 
-    A token's threshold lies between its K-th and next biased score; an expert's bias between its
-    margins over those thresholds of rank N*K/E and the next. Alternating the two descends on the
-    dual of the balanced assignment problem.
+    A token's threshold lies between its K-th and next biased score; an expert's bias lets in the
+    N*K/E tokens over whose thresholds it is furthest. Alternating the two descends on the dual of
+    the balanced assignment problem.
     """
     N, E = probs_NE.shape
-    if top_k == E or N == 1:
-        return bias_E
-    threshold_N1 = (probs_NE + bias_E).topk(top_k + 1)[0][:, -2:].mean(dim=1, keepdim=True)
-    margins_EN = (probs_NE - threshold_N1).t().contiguous()
-    even = max(1, N * top_k // E)
-    last_E, next_E = (margins_EN.kthvalue(N - rank)[0] for rank in (even - 1, even))
-    return _centered(-(last_E + next_E) / 2)
+    margins_EN = (probs_NE - threshold_N.unsqueeze(1)).t().contiguous()
+    first_out_E = margins_EN.kthvalue(max(1, N - max(1, N * top_k // E)))[0]
+    return _centered(-first_out_E)
 
 
 def _centered(bias_E: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Router(nn.Module):
             bias = None if self.bias is None else self.bias.float()
             logits_NE = F.linear(x_ND.float(), self.weight.float(), bias)
             probs_NE = logits_NE.softmax(dim=-1)
-            experts_NK = self._choose(probs_NE.detach())
+            experts_NK, threshold_N = self._choose(probs_NE.detach())
             weights_NK = probs_NE.gather(-1, experts_NK)
             if self.top_k > 1:
                 weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
@@ -115,18 +115,22 @@ class Router(nn.Module):
                 weights_NK = AddLoss.apply(weights_NK, self._loss(probs_NE, logsumexp_N))
                 if self.replay_NK is None:
                     self._count(logits_NE, probs_NE, logsumexp_N, experts_NK)
+                    self._vote(probs_NE, threshold_N)
         return weights_NK, experts_NK
 
-    def _choose(self, probs_NE: Tensor) -> Tensor:
-        """The experts of the K largest probabilities, each plus its expert's bias."""
+    def _choose(self, probs_NE: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The experts of the K largest probabilities, each plus its expert's bias, and the score
+        between those of the last in and the first out (None where nothing is out)."""
         if self.replay_NK is not None:
-            return self.replay_NK
+            return self.replay_NK, None
         if self.selection_bias_E is not None:
             probs_NE = probs_NE + self.selection_bias_E.float()
-        experts_NK = probs_NE.topk(self.top_k, dim=-1).indices
+        best = probs_NE.topk(min(self.top_k + 1, probs_NE.shape[1]), dim=-1)
+        experts_NK = best.indices[:, :self.top_k]
         if self.record is not None:
             self.record(experts_NK)
-        return experts_NK
+        all_in = self.top_k == probs_NE.shape[1]
+        return experts_NK, None if all_in else best.values[:, -2:].mean(dim=1)
 
     def _loss(self, probs_NE: Tensor, logsumexp_N: Tensor) -> Tensor:
         loss = self.z_weight * logsumexp_N.square().mean()
@@ -141,8 +145,11 @@ class Router(nn.Module):
         """Routing health, counted in place so that the buffers stay the same tensors."""
         self.load_count_E += torch.bincount(experts_NK.flatten(), minlength=len(self.load_count_E))
         self.entropy_sum += logsumexp_N.sum() - torch.dot(probs_NE.flatten(), logits_NE.flatten())
-        if self.method.vote is not None and self.selection_bias_E is not None:
-            self.vote_sum_E += self.method.vote(probs_NE, self.selection_bias_E, self.top_k)
+
+    @torch.no_grad()
+    def _vote(self, probs_NE: Tensor, threshold_N: Tensor | None) -> None:
+        if self.method.vote is not None and threshold_N is not None:
+            self.vote_sum_E += self.method.vote(probs_NE, threshold_N, self.top_k)
             self.votes += 1
 
     @torch.no_grad()

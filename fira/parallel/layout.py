@@ -57,8 +57,9 @@ class Layout:
         ranks = np.arange(self.mesh.size).reshape(self.mesh.shape)
         pipeline, data, expert, shards = self.mesh.shape
         dense = ranks.reshape(pipeline, data * expert, shards)
-        return [make_device_mesh(self.mesh.device, dense),
-                make_device_mesh(self.mesh.device, ranks.transpose(0, 2, 1, 3))]
+        return [make_device_mesh(self.mesh.device, dense, self.mesh.timeout),
+                make_device_mesh(self.mesh.device, ranks.transpose(0, 2, 1, 3),
+                                 self.mesh.timeout)]
 
     def _gradient_sum(self) -> GradientSum | None:
         if self.mesh.sizes["shard"] > 1:

@@ -34,12 +34,17 @@ class ParallelConfig(Config):
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place: sizes and coordinates along AXES; `groups` by the axes they span."""
+    """This rank's place: sizes and coordinates along AXES; `groups` by the axes they span.
+
+    `timeout` is how long a rank that is silent is waited for. A process group has a limit of its
+    own, half an hour unless told otherwise, so every group is made with it.
+    """
 
     sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 1))
     rank: int = 0
     device: torch.device = torch.device("cpu")
     groups: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    timeout: datetime.timedelta = datetime.timedelta(seconds=1800)
 
     @property
     def size(self) -> int:
@@ -97,7 +102,8 @@ LOST = ("onnection closed", "onnection reset", "Timed out", "timed out", "imeout
 GROUPS = (("pipeline",), ("expert",), ("data",), ("data", "expert"), ("data", "expert", "shard"))
 
 
-def make_mesh(sizes: dict[str, int], rank: int, device: torch.device) -> Mesh:
+def make_mesh(sizes: dict[str, int], rank: int, device: torch.device,
+              timeout: datetime.timedelta = Mesh.timeout) -> Mesh:
     """The grid of `sizes` with its process groups; every rank must call it."""
     ranks = np.arange(prod(sizes.values())).reshape([sizes[axis] for axis in AXES])
     groups: dict[tuple[str, ...], Any] = {}
@@ -105,19 +111,19 @@ def make_mesh(sizes: dict[str, int], rank: int, device: torch.device) -> Mesh:
         last = [AXES.index(axis) for axis in axes]
         rest = [number for number in range(len(AXES)) if number not in last]
         lists = ranks.transpose(*rest, *last).reshape(-1, prod(sizes[axis] for axis in axes))
-        groups[axes] = _new_group(lists.tolist(), rank)
+        groups[axes] = _new_group(lists.tolist(), rank, timeout)
     if sizes["pipeline"] > 1:
         ends = ranks[[0, -1]].reshape(2, -1).T
-        groups["ends",] = _new_group(ends.tolist(), rank)
-    return Mesh(sizes, rank, device, groups)
+        groups["ends",] = _new_group(ends.tolist(), rank, timeout)
+    return Mesh(sizes, rank, device, groups, timeout)
 
 
-def _new_group(lists: list[list[int]], rank: int) -> Any:
+def _new_group(lists: list[list[int]], rank: int, timeout: datetime.timedelta) -> Any:
     """Make a group of every list; returns the one of `rank` (None where it is in none)."""
     mine = None
     for members in lists:
         if len(members) > 1:
-            group = dist.new_group(members)
+            group = dist.new_group(members, timeout=timeout)
             mine = group if rank in members else mine
     return mine
 
@@ -173,12 +179,12 @@ def enter(config: ParallelConfig, sizes: dict[str, int], device: torch.device) -
                              "one rank a device, or use --device cpu")
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
+    limit = datetime.timedelta(seconds=config.timeout)
     if not dist.is_initialized():
-        limit = datetime.timedelta(seconds=config.timeout)
         store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world, timeout=limit))
         # torchrun keeps its store over restarts: the addresses of the dead must not be read again
         store = dist.PrefixStore(f"restart-{launch.restarts}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 store=store, rank=launch.rank, world_size=launch.world,
                                 timeout=limit)
-    return make_mesh(sizes, launch.rank, device)
+    return make_mesh(sizes, launch.rank, device, limit)

@@ -21,7 +21,8 @@ class Saver:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.group = dist.new_group(backend="gloo") if mesh.size > 1 else None
+        alone = mesh.size == 1
+        self.group = None if alone else dist.new_group(backend="gloo", timeout=mesh.timeout)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 

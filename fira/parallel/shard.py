@@ -4,11 +4,13 @@ ZeRO stage 3 (Rajbhandari et al. 2020), by torch's `fully_shard`. Gradients arri
 """
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -74,8 +76,11 @@ def own_rows(matrices: Tensor, like: Tensor) -> Tensor:
     return matrices[start:start + len(local(like))]
 
 
-def make_device_mesh(device: torch.device, ranks: Any) -> DeviceMesh:
+def make_device_mesh(device: torch.device, ranks: Any, timeout: timedelta) -> DeviceMesh:
     """A (replicas, shards) mesh from the array of all ranks, whose last two axes these are."""
     names = tuple(f"axis{number}" for number in range(ranks.ndim - 2)) + ("replica", "shard")
     mesh = DeviceMesh(device.type, torch.from_numpy(ranks.copy()), mesh_dim_names=names)
-    return mesh["replica", "shard"]
+    mesh = mesh["replica", "shard"]
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)  # DeviceMesh makes them with torch's own limit
+    return mesh

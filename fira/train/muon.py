@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fira.parallel.shard import local, own_rows, whole_matrices
+from fira.runtime import product_dtype
 
 # Odd polynomials a x + b x^3 + c x^5 whose composition takes singular values in 0.005..1 to
 # 0.5..1.5: each is the minimax quintic for the range the one before it leaves (Polar Express,
@@ -22,15 +23,19 @@ RMS = 0.2  # of an update's entries, as AdamW's typical one (Liu et al. 2025, 25
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Singular values of each matrix [..., rows, columns] moved near 1, by Newton-Schulz."""
+    """Singular values of each matrix [..., rows, columns] moved near 1, by Newton-Schulz.
+
+    Products are bfloat16 where the device has them: where near 1 a value lands matters little.
+    """
     stack = matrices.reshape(-1, *matrices.shape[-2:])
     tall = stack.shape[-2] > stack.shape[-1]
     x = stack.mT if tall else stack
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    x = x.to(product_dtype(x.device))
     for a, b, c in QUINTICS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).reshape(matrices.shape)
+    return (x.mT if tall else x).reshape(matrices.shape).to(matrices.dtype)
 
 
 class MuonAdamW(torch.optim.Optimizer):

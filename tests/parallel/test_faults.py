@@ -20,7 +20,7 @@ from fira.train.loop import Loop
 from tests.parallel.ranks import free_port, on_ranks
 from tests.parallel.test_parity import SPECS, Batch, batch
 
-SETTINGS = ["train.micro_batch=2", "train.steps=30", "train.save_every=3", "train.keep=3",
+SETTINGS = ["train.micro_batch=2", "train.steps=150", "train.save_every=6", "train.keep=3",
             "parallel.timeout=30"]
 
 
@@ -96,21 +96,23 @@ def test_two_hosts_meet_at_an_address(rendezvous, preset, data_folder, tmp_path)
     assert len(losses(run)) == 4
 
 
-def test_a_silent_rank_is_waited_for_no_longer_than_the_timeout(preset, data_folder, tmp_path):
-    """Rank 1 is stopped, not killed: its connections stay open."""
+@pytest.mark.parametrize("moment", ["step-*", ".step-*"], ids=["training", "saving"])
+def test_a_silent_rank_is_waited_for_no_longer_than_the_timeout(moment, preset, data_folder,
+                                                                tmp_path):
+    """Rank 1 is stopped, not killed: its connections stay open. Every group has the timeout."""
     run, port, ranks = tmp_path / "run", free_port(), []
     for rank in range(2):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         ranks.append(subprocess.Popen(
             [sys.executable, "-m", "fira", "train", str(preset), f"data.folder={data_folder}",
-             "train.micro_batch=2", "train.steps=5000", "train.save_every=3",
+             "train.micro_batch=2", "train.steps=5000", "train.save_every=1",
              "parallel.timeout=12", "--run", str(run), "--device", "cpu"],
             env=os.environ | place, stderr=subprocess.PIPE, text=True))
     try:
-        while not list(run.glob("step-*")):
+        while not list(run.glob(moment)):
             assert ranks[0].poll() is None, ranks[0].stderr.read()
-            time.sleep(0.01)
+            time.sleep(0.001)
         ranks[1].send_signal(signal.SIGSTOP)
         _, words = ranks[0].communicate(timeout=90)
     finally:

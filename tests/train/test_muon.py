@@ -9,7 +9,8 @@ from fira.train.optim import OptimConfig, make_optimizer
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (3, 16, 24)])
-def test_orthogonalized_singular_values_are_near_one_and_directions_stay(shape):
+def test_orthogonalized_singular_values_are_near_one_and_directions_stay(shape, monkeypatch):
+    monkeypatch.setattr("fira.train.muon.product_dtype", lambda device: torch.float32)
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     result = orthogonalize(matrix)
@@ -18,6 +19,16 @@ def test_orthogonalized_singular_values_are_near_one_and_directions_stay(shape):
     norm = torch.linalg.matrix_norm(matrix).unsqueeze(-1)
     assert 0.49 < float(values[s > 0.006 * norm].min()) and float(values.max()) < 1.51
     torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-3, rtol=0)
+
+
+def test_bfloat16_products_orthogonalize_nearly_as_well(monkeypatch):
+    matrices = torch.randn(8, 64, 128, generator=torch.Generator().manual_seed(0))
+    exact, rounded = [], []
+    for dtype, results in ((torch.float32, exact), (torch.bfloat16, rounded)):
+        monkeypatch.setattr("fira.train.muon.product_dtype", lambda device, dtype=dtype: dtype)
+        results.append(orthogonalize(matrices))
+    assert rounded[0].dtype == torch.float32
+    assert 0 < float((rounded[0] - exact[0]).norm() / exact[0].norm()) < 0.02
 
 
 def test_a_stack_of_experts_is_updated_as_single_matrices():
