@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fira.model.experts import (
+    BatchedLinear,
     GELUExperts,
     SortedLinear,
     SwiGLUExperts,
@@ -12,9 +13,24 @@ from fira.model.experts import (
     expert_linear_grouped,
     expert_linear_plain,
 )
+from fira.model.products import can_batch
 
 LOADS = [[3, 1, 4, 2], [0, 10, 0, 0], [5, 0, 0, 5], [0, 0, 1, 0]]
-FAST = {"sorted": SortedLinear.apply, "grouped": expert_linear_grouped, "chosen": expert_linear}
+
+
+def batched(rows, counts, weight, bias):
+    """Without MKL's batch there is nothing to test; with it, it must be what is chosen."""
+    if not can_batch():
+        pytest.skip("this torch has no cblas_sgemm_batch")
+    if bias is not None:
+        pytest.skip("experts with biases are never batched")
+    out = BatchedLinear.apply(rows, counts, weight)
+    assert type(expert_linear(rows, counts, weight, bias).grad_fn) is type(out.grad_fn)
+    return out
+
+
+FAST = {"sorted": SortedLinear.apply, "batched": batched,
+        "grouped": expert_linear_grouped, "chosen": expert_linear}
 
 
 def problem(load: list[int], bias: bool, dtype=torch.float32) -> list[torch.Tensor | None]:
