@@ -1,9 +1,9 @@
 """Experts: small feed-forward networks whose linears have one more axis.
 
 `expert_linear(rows, counts, weight, bias)` is the seam: rows come sorted by expert, `counts_E` says
-how many each expert owns. Four implementations agree in values and gradients: row by row (the plain
-twin), one matrix product per expert, all small ones of them in one call (CPU with MKL), and one
-grouped product (GPU).
+how many each expert owns. Three implementations agree in values and gradients: row by row (the
+plain twin), one matrix product per expert (CPU) and one grouped product (GPU). Many small SwiGLU
+experts on a CPU have a form of their own, with all experts' products in one call.
 """
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fira.model.products import can_batch, multiply_all, row_blocks, stacked
+from fira.model.products import Product, can_batch, multiply_all, row_blocks, stacked
 
 SMALL = 2**26  # multiplications of one expert's product, below which all cores on it are too many
 
@@ -53,6 +54,9 @@ class SwiGLUExperts(nn.Module):
         self.down = ExpertLinear(num_experts, d_ff, d_model, bias=False)
 
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        weights = self.gate.weight, self.up.weight, self.down.weight
+        if _should_batch(rows_RD, self.gate.weight):
+            return BatchedSwiGLU.apply(rows_RD, counts_E, *weights)
         hidden_RF = F.silu(self.gate(rows_RD, counts_E)) * self.up(rows_RD, counts_E)
         return self.down(hidden_RF, counts_E)
 
@@ -67,17 +71,15 @@ def expert_linear(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
         bias = None if bias is None else bias.to(dtype)
     if rows_Ri.is_cuda and _can_group(rows_Ri, weight):
         return expert_linear_grouped(rows_Ri, counts_E, weight, bias)
-    if _should_batch(rows_Ri, weight, bias):
-        return BatchedLinear.apply(rows_Ri, counts_E, weight)
     return SortedLinear.apply(rows_Ri, counts_E, weight, bias)
 
 
-def _should_batch(rows_Ri: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _should_batch(rows_Ri: Tensor, weight: Tensor) -> bool:
     """Whether each expert's product is too small to be divided between the cores."""
     experts, width_out, width_in = weight.shape
-    return (bias is None and experts > 1 and type(rows_Ri) is Tensor
-            and rows_Ri.device.type == "cpu"
+    return (experts > 1 and type(rows_Ri) is Tensor and rows_Ri.device.type == "cpu"
             and rows_Ri.dtype == weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
             and len(rows_Ri) * width_in * width_out < SMALL * experts and can_batch())
 
 
@@ -149,36 +151,49 @@ class SortedLinear(torch.autograd.Function):
         return grad_rows, None, grad_weight, grad_bias
 
 
-class BatchedLinear(torch.autograd.Function):
-    """The same products, all experts' in one call. float32 on a CPU, without biases."""
+class BatchedSwiGLU(torch.autograd.Function):
+    """SwiGLU experts whose products of one kind are one call. float32 on a CPU."""
 
     @staticmethod
-    def forward(ctx: Any, rows_Ri: Tensor, counts_E: Tensor, weight: Tensor) -> Tensor:
-        rows_Ri, weight = rows_Ri.contiguous(), weight.contiguous()
+    def forward(ctx: Any, rows_RD: Tensor, counts_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
+                down_EDF: Tensor) -> Tensor:
         counts = counts_E.numpy().astype(np.int32)
-        experts = counts.nonzero()[0]
-        ctx.blocks = (counts.cumsum() - counts)[experts].astype(np.int64), counts[experts]
-        ctx.experts = experts
-        ctx.save_for_backward(rows_Ri, weight)
-        out_Ro = rows_Ri.new_empty(len(rows_Ri), weight.shape[1])
-        multiply_all(row_blocks(rows_Ri, *ctx.blocks), stacked(weight, experts).t,
-                     row_blocks(out_Ro, *ctx.blocks))
-        return out_Ro
+        ctx.experts = counts.nonzero()[0]
+        ctx.blocks = (counts.cumsum(dtype=np.int64) - counts)[ctx.experts], counts[ctx.experts]
+        gates_RF, ups_RF = rows_RD.new_empty(2, len(rows_RD), gate_EFD.shape[1])
+        rows, gates, ups = (row_blocks(x, *ctx.blocks) for x in (rows_RD, gates_RF, ups_RF))
+        gate, up, down = (stacked(x, ctx.experts) for x in (gate_EFD, up_EFD, down_EDF))
+        multiply_all(Product(rows, gate.t, gates), Product(rows, up.t, ups))
+        hidden_RF = F.silu(gates_RF).mul_(ups_RF)
+        out_RD = torch.empty_like(rows_RD)
+        multiply_all(Product(row_blocks(hidden_RF, *ctx.blocks), down.t,
+                             row_blocks(out_RD, *ctx.blocks)))
+        ctx.save_for_backward(rows_RD, gate_EFD, up_EFD, down_EDF, gates_RF, ups_RF)
+        return out_RD
 
     @staticmethod
-    def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor | None, ...]:
-        rows_Ri, weight = ctx.saved_tensors
-        grad_Ro, grad_rows, grad_weight = grad_Ro.contiguous(), None, None
-        grads = row_blocks(grad_Ro, *ctx.blocks)
-        if ctx.needs_input_grad[0]:
-            grad_rows = torch.empty_like(rows_Ri)
-            multiply_all(grads, stacked(weight, ctx.experts), row_blocks(grad_rows, *ctx.blocks))
-        if ctx.needs_input_grad[2]:
-            idle = len(ctx.experts) < len(weight)
-            grad_weight = torch.zeros_like(weight) if idle else torch.empty_like(weight)
-            multiply_all(grads.t, row_blocks(rows_Ri, *ctx.blocks),
-                         stacked(grad_weight, ctx.experts))
-        return grad_rows, None, grad_weight
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RD, gate_EFD, up_EFD, down_EDF, gates_RF, ups_RF = ctx.saved_tensors
+        gate, up, down = (stacked(x, ctx.experts) for x in (gate_EFD, up_EFD, down_EDF))
+        new = torch.empty_like if len(ctx.experts) == len(gate_EFD) else torch.zeros_like
+        grad_gate_EFD, grad_up_EFD, grad_down_EDF = (new(x) for x in (gate_EFD, up_EFD, down_EDF))
+        silu_RF = F.silu(gates_RF)
+        hidden_RF, grad_hidden_RF = silu_RF * ups_RF, torch.empty_like(silu_RF)
+        grad_RD = grad_RD.contiguous()
+        grads, rows, hidden, grad_hidden = (
+            row_blocks(x, *ctx.blocks) for x in (grad_RD, rows_RD, hidden_RF, grad_hidden_RF))
+        multiply_all(Product(grads, down, grad_hidden),
+                     Product(grads.t, hidden, stacked(grad_down_EDF, ctx.experts)))
+        grad_gates_RF = torch.ops.aten.silu_backward(grad_hidden_RF * ups_RF, gates_RF)
+        grad_ups_RF = silu_RF.mul_(grad_hidden_RF)
+        grad_rows_RD = torch.empty_like(rows_RD)
+        grad_rows = row_blocks(grad_rows_RD, *ctx.blocks)
+        for grad_RF, weight, grad_weight, add in ((grad_gates_RF, gate, grad_gate_EFD, False),
+                                                  (grad_ups_RF, up, grad_up_EFD, True)):
+            part, matrices = row_blocks(grad_RF, *ctx.blocks), stacked(grad_weight, ctx.experts)
+            multiply_all(Product(part, weight, grad_rows, add), Product(part.t, rows, matrices))
+        return grad_rows_RD, None, grad_gate_EFD, grad_up_EFD, grad_down_EDF
 
 
 def _segments(counts_E: Tensor) -> list[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ products of its own, where a product at a time makes the cores share each (docs/
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,17 +67,37 @@ def can_batch() -> bool:
     return _sgemm_batch() is not None
 
 
-def multiply_all(left: Matrices, right: Matrices, out: Matrices) -> None:
-    """out[g] = left[g] @ right[g] for every g, on torch's threads. Callers keep the tensors."""
-    groups = len(out.addresses)
+class Product(NamedTuple):
+    """out[g] = left[g] @ right[g] for every g, added to what is there if `add`."""
 
-    def each(value: Any, dtype: type = np.int32) -> Any:
-        return np.ascontiguousarray(np.broadcast_to(value, groups), dtype=dtype).ctypes
+    left: Matrices
+    right: Matrices
+    out: Matrices
+    add: bool = False
 
-    ones, zeros = each(1, np.float32), each(0, np.float32)
-    kind = [each(TRANSPOSED if side.transposed else AS_IT_IS) for side in (left, right)]
-    sizes = [each(size) for size in (*out.shape, left.shape[1])]
-    places = [(each(side.addresses, np.int64), each(side.columns)) for side in (left, right, out)]
-    arrays = [*kind, *sizes, ones, *places[0], *places[1], zeros, *places[2]]
+
+def multiply_all(*products: Product) -> None:
+    """Every product, of equally many matrices, in no certain order, on torch's threads.
+
+    Those of one g stand together, so that what they share is in cache. Callers keep the tensors.
+    """
+    groups = len(products[0].out.addresses)
+
+    def each(values: Iterable[Any], dtype: type = np.int32) -> Any:
+        table: NDArray[Any] = np.empty((groups, len(products)), dtype=dtype)
+        for column, value in enumerate(values):
+            table[:, column] = value
+        return table.ctypes
+
+    lefts, rights, outs, adds = zip(*products, strict=True)
+    kinds = [each(TRANSPOSED if one.transposed else AS_IT_IS for one in side)
+             for side in (lefts, rights)]
+    sizes = [each(one.shape[0] for one in outs), each(one.shape[1] for one in outs),
+             each(one.shape[1] for one in lefts)]
+    left, right, out = ((each((one.addresses for one in side), np.int64),
+                         each(one.columns for one in side)) for side in (lefts, rights, outs))
+    scales = each([1] * len(products), np.float32), each(adds, np.float32)
+    arrays = [*kinds, *sizes, scales[0], *left, *right, scales[1], *out]
     _sgemm_batch()(ROW_MAJOR, *(array.data_as(ctypes.c_void_p) for array in arrays),
-                   ctypes.c_int(groups), each(1).data_as(ctypes.c_void_p))
+                   ctypes.c_int(groups * len(products)),
+                   each([1] * len(products)).data_as(ctypes.c_void_p))

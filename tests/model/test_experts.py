@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fira.model.experts import (
-    BatchedLinear,
     GELUExperts,
     SortedLinear,
     SwiGLUExperts,
@@ -17,20 +16,7 @@ from fira.model.products import can_batch
 
 LOADS = [[3, 1, 4, 2], [0, 10, 0, 0], [5, 0, 0, 5], [0, 0, 1, 0]]
 
-
-def batched(rows, counts, weight, bias):
-    """Without MKL's batch there is nothing to test; with it, it must be what is chosen."""
-    if not can_batch():
-        pytest.skip("this torch has no cblas_sgemm_batch")
-    if bias is not None:
-        pytest.skip("experts with biases are never batched")
-    out = BatchedLinear.apply(rows, counts, weight)
-    assert type(expert_linear(rows, counts, weight, bias).grad_fn) is type(out.grad_fn)
-    return out
-
-
-FAST = {"sorted": SortedLinear.apply, "batched": batched,
-        "grouped": expert_linear_grouped, "chosen": expert_linear}
+FAST = {"sorted": SortedLinear.apply, "grouped": expert_linear_grouped, "chosen": expert_linear}
 
 
 def problem(load: list[int], bias: bool, dtype=torch.float32) -> list[torch.Tensor | None]:
@@ -53,6 +39,27 @@ def test_fast_paths_equal_row_by_row_in_values_and_gradients(path, bias, load):
     for ours, theirs in zip(torch.autograd.grad(fast, wanted, upstream),
                             torch.autograd.grad(slow, wanted, upstream), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(not can_batch(), reason="this torch has no cblas_sgemm_batch")
+@pytest.mark.parametrize("load", LOADS)
+def test_batched_experts_equal_row_by_row_in_values_and_gradients(load, monkeypatch):
+    rows, counts, *_ = problem(load, bias=False)
+    experts = SwiGLUExperts(4, 8, 16)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    wanted = [rows, *experts.parameters()]
+    results = []
+    for batch in (True, False):
+        monkeypatch.setattr("fira.model.experts.can_batch", lambda batch=batch: batch)
+        if not batch:
+            monkeypatch.setattr("fira.model.experts.expert_linear", expert_linear_plain)
+        out = experts(rows, counts)
+        assert ("BatchedSwiGLU" in type(out.grad_fn).__name__) == batch
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        results.append([out, *torch.autograd.grad(out, wanted, upstream)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [False, True])
