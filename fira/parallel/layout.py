@@ -24,6 +24,7 @@ from fira.parallel.mesh import AXES, Mesh
 from fira.parallel.pipeline import SCHEDULES, Pipeline, keep_stages, stages_of
 from fira.parallel.replicate import GradientSum
 from fira.parallel.shard import first_row, local, make_device_mesh, set_sync, shard
+from fira.parallel.team import Team
 
 
 class Layout:
@@ -50,6 +51,7 @@ class Layout:
                          if mesh.sizes["pipeline"] > 1 else None)
         self.gradients = self._gradient_sum() if mesh.batch_ranks > 1 else None
         self.layers = self._all_routers()
+        self.teams: dict[tuple[str, ...], Team] = {}
 
     def _device_meshes(self) -> list[Any]:
         """(replicas, shards) for the dense weights, whose replicas include the expert axis, and
@@ -137,6 +139,28 @@ class Layout:
                     for (name, _), norm in zip(grads, norms, strict=True))
         assert isinstance(total, Tensor)
         return math.sqrt(self.sum(total.cpu().reshape(1)).item())
+
+    def each(self, function: Callable[[Tensor], Tensor], stacks: list[Tensor],
+             owners: list[Tensor]) -> list[Tensor]:
+        """function(stack) of every stack, which belong to the parameters `owners`: ranks that hold
+        the same divide them."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        parts: dict[tuple[str, ...], list[int]] = {}
+        for number, owner in enumerate(owners):
+            parts.setdefault(self._replica_axes(names[owner]), []).append(number)
+        results = list(stacks)
+        for axes, numbers in parts.items():
+            mine = [stacks[n].reshape(-1, *stacks[n].shape[-2:]) for n in numbers]
+            if self.mesh.size == 1 or self.mesh.sizes["shard"] > 1 or not self.mesh.group(*axes):
+                found = [function(stack) for stack in mine]
+            else:
+                if axes not in self.teams:
+                    self.teams[axes] = Team(self.mesh.group(*axes), [stack.shape for stack in mine],
+                                            self.mesh.device)
+                found = self.teams[axes].each(function, mine)
+            for number, result in zip(numbers, found, strict=True):
+                results[number] = result.view_as(stacks[number])
+        return results
 
     def _copies(self, name: str) -> int:
         """How many ranks hold the same rows of a tensor."""

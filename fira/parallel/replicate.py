@@ -12,29 +12,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fira.parallel.memory import SharedRows
+
 BUCKET = 4 << 20  # elements: large enough for full bandwidth, small enough to overlap
 
 
 class Bucket:
-    """Gradients that are summed together over `group`."""
+    """Gradients that are summed together over `group`, in shared memory where there is one."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
         self.parameters: list[nn.Parameter] = []
         self.elements = self.missing = 0
+        self.memory: SharedRows | None = None
         self.flat: Tensor | None = None
         self.work: Any = None
 
+    def map(self) -> None:
+        """Look for memory to share; all ranks must call it."""
+        memory = SharedRows(self.group, self.elements, self.parameters[0].device)
+        self.memory = memory if memory.is_mapped else None
+
     def start(self) -> None:
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        self.flat = torch.cat([grad.flatten() for grad in grads])
+        row = None if self.memory is None else self.memory.own
+        self.flat = torch.cat([grad.flatten() for grad in grads], out=row)
         for parameter in self.parameters:
             parameter.grad = None  # until the sum is there: gradients are not held twice
-        self.work = dist.all_reduce(self.flat, group=self.group, async_op=True)
+        if self.memory is None:
+            self.work = dist.all_reduce(self.flat, group=self.group, async_op=True)
 
     def finish(self) -> None:
+        if self.memory is not None:
+            self.flat = self.memory.gather().sum(dim=0)
+        else:
+            self.work.wait()
         assert self.flat is not None
-        self.work.wait()
         for parameter, part in zip(self.parameters,
                                    self.flat.split([p.numel() for p in self.parameters]),
                                    strict=True):
@@ -60,6 +73,8 @@ class GradientSum:
             bucket.elements += parameter.numel()
             self.owner[parameter] = bucket
             parameter.register_post_accumulate_grad_hook(self._arrived)
+        for bucket in self.buckets:
+            bucket.map()
 
     def arm(self) -> None:
         """The next backward pass is the last of this step: send gradients as they arrive."""

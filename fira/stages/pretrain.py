@@ -122,7 +122,7 @@ def _train(preset: str, config: PretrainConfig, start: Start | None, run: Path, 
     model.end_of_text = tokenizer.end_of_text
     model.trained_length = (longest_read(origin, config.train.sequence_length) if start and origin
                             else config.train.sequence_length)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim, layout.each)
     state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
     if start and not newest:
         read_weights(start.folder, layout)

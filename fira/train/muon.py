@@ -3,9 +3,11 @@
 One optimizer holds both rules: groups with rule "muon" are orthogonalized, the others get AdamW.
 A stack of expert weights [E, out, in] is E matrices, orthogonalized in one batched product. Of
 sharded weights the local rows are updated; a matrix is gathered whole to be orthogonalized.
+Replicas divide the matrices between them.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,36 +40,51 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).reshape(matrices.shape).to(matrices.dtype)
 
 
+Each = Callable[[Callable[[Tensor], Tensor], list[Tensor], list[Tensor]], list[Tensor]]
+
+
+def each_alone(function: Callable[[Tensor], Tensor], stacks: list[Tensor],
+               owners: list[Tensor]) -> list[Tensor]:
+    """function(stack) of every stack. A layout may divide the stacks by the parameters they are of.
+    """
+    return [function(stack) for stack in stacks]
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Groups carry `rule`, `lr`, `weight_decay` and `betas`; Muon's momentum is the first beta."""
 
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float],
+                 each: Each = each_alone) -> None:
         super().__init__(groups, {"betas": betas})
+        self.each = each
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if group["rule"] == "muon":
-                for parameter in parameters:
-                    assert parameter.grad is not None
-                    self._muon(parameter, local(parameter.grad), group)
+            if parameters and group["rule"] == "muon":
+                self._muon(parameters, group)
             elif parameters:
                 self._adamw(parameters, group)
 
-    def _muon(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        momentum = group["betas"][0]
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        stacks = [whole_matrices(self._ahead(p, group["betas"][0]), p) for p in parameters]
+        updates = self.each(orthogonalize, stacks, parameters)
+        for parameter, update in zip(parameters, updates, strict=True):
+            scale = RMS * max(parameter.shape[-2:]) ** 0.5
+            rows = local(parameter)
+            rows.mul_(1 - group["lr"] * group["weight_decay"])
+            rows.add_(own_rows(update, parameter), alpha=-group["lr"] * scale)
+
+    def _ahead(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov's look ahead of the momentum, which takes the gradient up."""
+        assert parameter.grad is not None
+        state, gradient = self.state[parameter], local(parameter.grad)
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
         state["momentum"].lerp_(gradient, 1 - momentum)
-        ahead = gradient.lerp(state["momentum"], momentum)  # Nesterov's look ahead
-        update = own_rows(orthogonalize(whole_matrices(ahead, parameter)), parameter)
-        scale = RMS * max(parameter.shape[-2:]) ** 0.5
-        rows = local(parameter)
-        rows.mul_(1 - group["lr"] * group["weight_decay"])
-        rows.add_(update, alpha=-group["lr"] * scale)
+        return gradient.lerp(state["momentum"], momentum)
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fira.config import Config
 from fira.parallel.shard import local
-from fira.train.muon import MuonAdamW
+from fira.train.muon import Each, MuonAdamW, each_alone
 
 BETAS = 0.9, 0.95  # decay of the averages of gradients and of their squares, as GPT-3's
 
@@ -45,11 +45,15 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
     return "embedding" if "embedding" in name or name.startswith("head") else "matrix"
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW, fused where there is such a kernel (on CPU 3-8 times the foreach form), or Muon."""
+def make_optimizer(model: nn.Module, config: OptimConfig,
+                   each: Each = each_alone) -> torch.optim.Optimizer:
+    """AdamW, fused where there is such a kernel (on CPU 3-8 times the foreach form), or Muon.
+
+    `each` applies a function to every stack of matrices, as a layout divides them.
+    """
     groups = parameter_groups(model, config)
     if config.rule == "muon" or any(local(p) is not p for p in model.parameters()):
-        return MuonAdamW(groups, BETAS)
+        return MuonAdamW(groups, BETAS, each)
     device = next(model.parameters()).device.type
     return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=device in ("cpu", "cuda"))
 
