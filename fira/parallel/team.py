@@ -27,14 +27,14 @@ class Team:
     def __init__(self, group: Any, shapes: list[torch.Size], device: torch.device) -> None:
         self.rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         self.shares: list[Share] = []
-        used, turn = [0] * ranks, 0
+        used = [0] * ranks
         for number, (matrices, *sides) in enumerate(shapes):
-            for index in range(min(ranks, matrices)):  # a short stack is the work of the next ranks
-                parts, rank = min(ranks, matrices), (turn + index) % ranks
+            parts = min(ranks, matrices)
+            for index in range(parts):
                 start, stop = matrices * index // parts, matrices * (index + 1) // parts
+                rank = used.index(min(used))  # the one with the least to do
                 self.shares.append(Share(number, start, stop, rank, used[rank]))
                 used[rank] += (stop - start) * sides[0] * sides[1]
-            turn += matrices
         self.memory = SharedRows(group, max(used), device)
 
     def each(self, function: Callable[[Tensor], Tensor], stacks: list[Tensor]) -> list[Tensor]:
