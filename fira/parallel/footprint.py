@@ -114,6 +114,7 @@ def activations_per_token(spec: Any) -> int:
     Of width D: residual and norms around attention and experts; queries, keys and values as the
     projection made them, normalized, rotated; the attention's output; routed rows before and after
     the experts; what the activation function's gradient needs; the router's logits and choices.
+    Small experts on a CPU keep 2 * K * F fewer (experts.BatchedSwiGLU).
     """
     D, K, F, E = spec.d_model, spec.top_k, spec.d_ff, spec.num_experts
     routed = 2 * K * D + (2 * E + 8 * K if E > 1 else -K * D)
@@ -214,6 +215,9 @@ def sent_by(work: Work, sizes: dict[str, int], schedule: str, rank: int) -> dict
     sent = {"gradients": FLOAT * (ring(data * expert) * held.here(expert=False)
                                   + ring(data) * held.here(expert=True)),
             "sums": COUNT * ring(ranks) * (routing + 2)}  # loss, gradient norm
+    if work.rule == "muon" and shard == 1:  # each rank's share of the orthogonalized matrices
+        sent["matrices"] = FLOAT / 2 * (ring(data * expert) * held.here(expert=False, matrix=True)
+                                        + ring(data) * held.here(expert=True, matrix=True))
     if shard > 1:  # per micro-batch, gathered forward and backward, gradients scattered
         sent["shards"] = FLOAT * (shard - 1) * micros * 3 * held.here()
     if expert > 1:  # there and back, forward and backward; counts once

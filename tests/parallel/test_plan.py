@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +31,14 @@ SPECS = [FIRASpec(**WIDE), FIRASpec(**WIDE, dropout=0.0),
                                                                n_kv_head=5, head_dim=24)]
 IDS = torch.randint(0, 1000, (16, 33), generator=torch.Generator().manual_seed(0))
 TOKENS, TARGETS = IDS[:, :-1].contiguous(), IDS[:, 1:].contiguous()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_on_many_machines():
+    """A plan is for any machines: sums through sockets, experts that any device can have."""
+    with (mock.patch("fira.parallel.memory.FOLDER", Path("/nowhere")),
+          mock.patch("fira.model.experts.can_batch", lambda: False)):
+        yield
 
 
 def kept_bytes(model, tokens, targets):
@@ -76,8 +85,8 @@ def measured(rank, spec, rule, layouts):
         sizes, schedule = resolved(sizes)
         mesh = make_mesh(sizes, rank, torch.device("cpu"))
         layout = Layout(mesh, spec, seed=0, schedule=schedule)
-        model, optimizer = layout.model.train(), make_optimizer(layout.model,
-                                                                OptimConfig(rule=rule))
+        model = layout.model.train()
+        optimizer = make_optimizer(model, OptimConfig(rule=rule), layout.each)
         rows = layout.rows(16)
         cut = [Batch(TOKENS[i:i + 2], TARGETS[i:i + 2]) for i in range(rows.start, rows.stop, 2)]
         for _ in range(2):  # a pipeline's first step also makes its connections
@@ -114,7 +123,8 @@ def test_memory_and_bytes_sent_are_as_planned(world, rule):
             if kept:  # of the logits the head's gradient
                 planned = parts["activations"] + 4 * spec.vocab_size * spec.d_model
                 assert kept == pytest.approx(planned, rel=0.03)
-            assert sent == pytest.approx(sum(sent_by(work, sizes, schedule, place).values())), sizes
+            planned = sum(sent_by(work, sizes, schedule, place).values())
+            assert sent == pytest.approx(planned, rel=0.02 if rule == "muon" else 1e-6), sizes
 
 
 @pytest.mark.parametrize("words", [("one process", "shard 2"), ("one process", "--recompute")])
