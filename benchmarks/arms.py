@@ -39,10 +39,12 @@ class Arm:
         return count_parameters(config.model, config.train.sequence_length).flops_per_token
 
 
-def train_arm(arm: Arm, folder: Path, seed: int, threads: int | None = None) -> Run:
+def train_arm(arm: Arm, folder: Path, seed: int, threads: int | None = None,
+              ranks: int = 1) -> Run:
     """The run of `arm` with `seed` in `folder`: read if finished, else trained or continued.
 
-    With `threads` the run has so many, and what it prints goes into a file beside the folder.
+    With `threads` the run has so many, and what it prints goes into a file beside the folder. Of
+    several `ranks` each has one thread and rows of its own of every batch.
     Raises ValueError if the finished run had other settings, and CalledProcessError if one fails.
     """
     command = [arm.preset, *arm.settings, f"train.seed={seed}"]
@@ -52,7 +54,9 @@ def train_arm(arm: Arm, folder: Path, seed: int, threads: int | None = None) -> 
             raise ValueError(f"{folder} was run with {before}, not {command}; "
                              "choose another --out, or remove that folder")
         return read_run(folder)
-    call = [sys.executable, "-m", "fira", "train", *command, "--run", str(folder), "--resume"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    call = [sys.executable, *launcher, "-m", "fira", "train", *command, "--run-folder", str(folder),
+            "--resume"]
     if threads is None:
         subprocess.run(call, check=True)
     else:
@@ -63,7 +67,8 @@ def train_arm(arm: Arm, folder: Path, seed: int, threads: int | None = None) -> 
     return read_run(folder)
 
 
-def best_rate(arm: Arm, folder: Path, factors: Iterable[float], horizon: str) -> float:
+def best_rate(arm: Arm, folder: Path, factors: Iterable[float], horizon: str,
+              ranks: int = 1) -> float:
     """The learning rate, of `factors` times the arm's own, with the lowest final bits per byte.
 
     Each is tried once, with seed 0, over a whole shorter run `horizon` (such as train.minutes=2).
@@ -72,7 +77,7 @@ def best_rate(arm: Arm, folder: Path, factors: Iterable[float], horizon: str) ->
     scores = {}
     for factor in factors:
         run = train_arm(arm.with_settings(f"optim.lr={base * factor}", horizon),
-                        folder / f"rate-{arm.key}-{factor:g}", seed=0)
+                        folder / f"rate-{arm.key}-{factor:g}", seed=0, ranks=ranks)
         scores[base * factor] = final(run)
     rate = min(scores, key=lambda rate: scores[rate])
     if len(scores) > 2 and rate in (min(scores), max(scores)):

@@ -49,12 +49,12 @@ def train_arms(arms: dict[str, Arm], options: argparse.Namespace) -> None:
         rates[arm.key] = arm.config().optim.lr
         if options.factors:
             rates[arm.key] = best_rate(arm, options.out, options.factors,
-                                       f"train.minutes={options.rate_minutes}")
+                                       f"train.minutes={options.rate_minutes}", options.ranks)
     for seed in range(1, options.seeds + 1):
         for arm in arms.values():
             train_arm(arm.with_settings(f"optim.lr={rates[arm.key]}",
                                         f"train.minutes={options.minutes}"),
-                      options.out / f"{arm.key}-seed{seed}", seed)
+                      options.out / f"{arm.key}-seed{seed}", seed, ranks=options.ranks)
 
 
 def main() -> None:
@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder that `fira data` wrote")
     parser.add_argument("--minutes", type=float, default=5.0, help="of every run")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=1, help="processes that each arm is trained "
+                        "by, one thread each [default: one process with torch's threads]")
     parser.add_argument("--factors", type=float, nargs="*", default=[0.5, 1.0, 2.0],
                         help="learning rates to try, over the preset's; none: the preset's")
     parser.add_argument("--rate-minutes", type=float, help="of a run that tries a rate "

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from fira.model.balance import METHODS
 
+VOTERS = 2048  # tokens of a micro-batch that vote on the bias; more cost time and even no better
+
 
 class AddLoss(torch.autograd.Function):
     """Returns `x` unchanged and adds the scalar `loss` to whatever x is later differentiated for.
@@ -149,7 +151,8 @@ class Router(nn.Module):
     @torch.no_grad()
     def _vote(self, probs_NE: Tensor, threshold_N: Tensor | None) -> None:
         if self.method.vote is not None and threshold_N is not None:
-            self.vote_sum_E += self.method.vote(probs_NE, threshold_N, self.top_k)
+            every = max(1, len(threshold_N) // VOTERS)
+            self.vote_sum_E += self.method.vote(probs_NE[::every], threshold_N[::every], self.top_k)
             self.votes += 1
 
     @torch.no_grad()
