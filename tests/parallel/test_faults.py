@@ -1,4 +1,5 @@
 """A rank dies: the others stop with one line, torchrun starts again, the run is the undisturbed."""
+import datetime
 import os
 import random
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -13,6 +15,8 @@ from safetensors.torch import load_file
 
 from fira.checkpoint import Checkpoints
 from fira.parallel.mesh import AXES, Mesh, make_mesh
+from fira.parallel.saver import Saver
+from fira.parallel.shard import make_device_mesh
 from fira.runlog import read_rows
 from fira.runtime import launch
 from fira.stages.pretrain import pretrain
@@ -122,6 +126,21 @@ def test_a_silent_rank_is_waited_for_no_longer_than_the_timeout(moment, preset, 
     line = words.splitlines()[-1]
     assert "rank 0: another rank is gone, or was silent for 12 s" in line and "--resume" in line
     assert "Traceback" not in words
+
+
+def limits(rank):
+    """Seconds that each kind of group waits for a silent rank."""
+    groups, limit = [], datetime.timedelta(seconds=7)
+    for axis in ("data", "expert", "pipeline", "shard"):
+        mesh = make_mesh(dict.fromkeys(AXES, 1) | {axis: 2}, rank, torch.device("cpu"), limit)
+        groups += [*filter(None, mesh.groups.values()), Saver(mesh).group]
+    groups += make_device_mesh(mesh.device, np.arange(2).reshape(1, 1, 2), limit).get_all_groups()
+    return [group._get_backend(torch.device("cpu")).options._timeout.seconds for group in groups]
+
+
+def test_every_group_has_the_timeout():
+    for found in on_ranks(2, limits):
+        assert len(found) > 8 and set(found) == {7}
 
 
 EVEN_CUTS = "model.balance=loss"  # a quantile's votes depend on how a batch is cut
