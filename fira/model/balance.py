@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fira.model.choose import rank_smallest
+
 FADE = 0.4  # of a run, at its end, in which `handover` hands over (docs/log.md)
 RATE = 1e-3  # a step's nudge, in probability (2408.15664); lost in bf16, so the bias stays fp32
 
@@ -41,8 +43,7 @@ def even_bias(probs_NE: Tensor, threshold_N: Tensor, top_k: int) -> Tensor:
     """
     N, E = probs_NE.shape
     margins_EN = (probs_NE - threshold_N.unsqueeze(1)).t().contiguous()
-    first_out_E = margins_EN.kthvalue(max(1, N - max(1, N * top_k // E)))[0]
-    return _centered(-first_out_E)
+    return _centered(-rank_smallest(margins_EN, max(1, N - max(1, N * top_k // E))))
 
 
 def _centered(bias_E: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fira.model.balance import METHODS
+from fira.model.choose import choose
 
 VOTERS = 2048  # tokens of a micro-batch that vote on the bias; more cost time and even no better
 
@@ -121,18 +122,15 @@ class Router(nn.Module):
         return weights_NK, experts_NK
 
     def _choose(self, probs_NE: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The experts of the K largest probabilities, each plus its expert's bias, and the score
-        between those of the last in and the first out (None where nothing is out)."""
+        """Experts by probability plus bias, and each token's threshold to the others."""
         if self.replay_NK is not None:
             return self.replay_NK, None
         if self.selection_bias_E is not None:
             probs_NE = probs_NE + self.selection_bias_E.float()
-        best = probs_NE.topk(min(self.top_k + 1, probs_NE.shape[1]), dim=-1)
-        experts_NK = best.indices[:, :self.top_k]
+        experts_NK, threshold_N = choose(probs_NE, self.top_k)
         if self.record is not None:
             self.record(experts_NK)
-        all_in = self.top_k == probs_NE.shape[1]
-        return experts_NK, None if all_in else best.values[:, -2:].mean(dim=1)
+        return experts_NK, threshold_N
 
     def _loss(self, probs_NE: Tensor, logsumexp_N: Tensor) -> Tensor:
         loss = self.z_weight * logsumexp_N.square().mean()
