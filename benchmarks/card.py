@@ -15,7 +15,8 @@ from fira.infer.load import load
 from fira.report.read import Run, Validation
 
 MOE, DENSE, LARGE = "MoE", "dense, equal active", "dense, equal total"
-COLORS = {MOE: "#d9541e", DENSE: "#3b6fb6", LARGE: "#7a8791"}
+SOONER = "MoE, less time"
+COLORS = {MOE: "#d9541e", DENSE: "#3b6fb6", LARGE: "#7a8791", SOONER: "#e9a27f"}
 AXES: dict[str, Callable[[Validation, int], float]] = {
     "tokens": lambda row, flops: row.tokens,
     "training FLOPs": lambda row, flops: row.tokens * flops,

@@ -6,8 +6,10 @@ Three arms in turns: the preset; its dense twin of equal active FLOPs (same clas
 expert as wide as the chosen ones together); a dense twin of equal total parameters. Each arm first
 finds its own learning rate among --factors of the preset's, in shorter runs. Every finished run
 is kept in --out and not run again, so the same command goes on where it stopped; --report only
-draws what is there. With --nanogpt and --nanochat their own recipes join on the same text, with
---peer-seeds each; of several --nanochat-settings the best of shorter runs is taken, for example
+draws what is there. --sooner 1.5 also trains the MoE for 1/1.5 of the minutes with a schedule of
+its own: does it end where the dense twin ends after all of them? With --nanogpt and --nanochat
+their own recipes join on the same text, with --peer-seeds each; of several --nanochat-settings the
+best of shorter runs is taken, for example
 
     --nanochat PATH --nanochat-settings depth=6 --nanochat-settings \\
         depth=4,device-batch-size=4,total-batch-size=2048
@@ -18,7 +20,7 @@ import argparse
 from pathlib import Path
 
 from arms import DONE, Arm, best_rate, train_arm
-from card import DENSE, LARGE, MOE, report
+from card import DENSE, LARGE, MOE, SOONER, report
 from rivals import Text, finished, run_nanochat, run_nanogpt, score_runs
 
 from fira.config import load_preset
@@ -33,7 +35,8 @@ def make_arms(preset: str, settings: list[str]) -> dict[str, Arm]:
             DENSE: Arm("dense-active", preset,
                        (*settings, *one, f"model.d_ff={spec.top_k * spec.d_ff}")),
             LARGE: Arm("dense-total", preset,
-                       (*settings, *one, f"model.d_ff={spec.num_experts * spec.d_ff}"))}
+                       (*settings, *one, f"model.d_ff={spec.num_experts * spec.d_ff}")),
+            SOONER: Arm("moe-sooner", preset, tuple(settings))}
 
 
 def collect(arms: dict[str, Arm], out: Path) -> dict[str, list[Run]]:
@@ -45,16 +48,20 @@ def collect(arms: dict[str, Arm], out: Path) -> dict[str, list[Run]]:
 def train_arms(arms: dict[str, Arm], options: argparse.Namespace) -> None:
     """Rates first, then seed by seed, so that a machine's good and bad hours fall on all arms."""
     rates = {}
-    for arm in arms.values():
-        rates[arm.key] = arm.config().optim.lr
-        if options.factors:
-            rates[arm.key] = best_rate(arm, options.out, options.factors,
-                                       f"train.minutes={options.rate_minutes}", options.ranks)
+    for name, arm in arms.items():
+        rates[name] = arm.config().optim.lr
+        if options.factors and name != SOONER:
+            rates[name] = best_rate(arm, options.out, options.factors,
+                                    f"train.minutes={options.rate_minutes}", options.ranks)
+    rates[SOONER], minutes = rates[MOE], dict.fromkeys(arms, options.minutes)
+    if options.sooner:
+        minutes[SOONER] /= options.sooner
     for seed in range(1, options.seeds + 1):
-        for arm in arms.values():
-            train_arm(arm.with_settings(f"optim.lr={rates[arm.key]}",
-                                        f"train.minutes={options.minutes}"),
-                      options.out / f"{arm.key}-seed{seed}", seed, ranks=options.ranks)
+        for name, arm in arms.items():
+            if name != SOONER or options.sooner:
+                train_arm(arm.with_settings(f"optim.lr={rates[name]}",
+                                            f"train.minutes={minutes[name]:g}"),
+                          options.out / f"{arm.key}-seed{seed}", seed, ranks=options.ranks)
 
 
 def main() -> None:
@@ -64,6 +71,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder that `fira data` wrote")
     parser.add_argument("--minutes", type=float, default=5.0, help="of every run")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sooner", type=float, metavar="FACTOR",
+                        help="also train the MoE for 1/FACTOR of --minutes")
     parser.add_argument("--ranks", type=int, default=1, help="processes that each arm is trained "
                         "by, one thread each [default: one process with torch's threads]")
     parser.add_argument("--factors", type=float, nargs="*", default=[0.5, 1.0, 2.0],

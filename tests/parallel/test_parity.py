@@ -1,6 +1,5 @@
 """Every layout trains as one process does: losses, gradient norms, routing, final weights."""
 from typing import NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -99,13 +98,6 @@ def jobs_of(world):
 
 
 JOBS = {2: jobs_of(2), 4: jobs_of(4)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    """In bfloat16 Muon's products round the last digits that layouts differ in to large ones."""
-    with mock.patch("fira.train.muon.product_dtype", lambda device: torch.float32):
-        yield
 
 
 @pytest.fixture(scope="module")
