@@ -20,6 +20,7 @@ from record import append, peak_memory, reset_peak
 
 from fira.loss.next_token import next_token_loss
 from fira.model.spec import FIRA2Spec
+from fira.parallel import memory
 from fira.parallel.footprint import Work, memory_of
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
@@ -78,7 +79,11 @@ def train(mesh: Mesh, work: Work, schedule: str, steps: int) -> dict[str, int]:
 
 def measure(rank: int, work: Work, sizes: dict[str, int], schedule: str,
             mapped: bool) -> dict[str, int]:
-    """Bytes by part, as the process's growth; a very small model goes before, for what stays."""
+    """Bytes by part, as the process's growth; a very small model goes before, for what stays.
+
+    Ranks use sockets, as between machines: shared memory would count as each one's own.
+    """
+    memory.FOLDER = Path("/nowhere")
     if mapped:
         map_every_tensor()
     mesh = make_mesh(sizes, rank, CPU) if prod(sizes.values()) > 1 else Mesh()
