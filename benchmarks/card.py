@@ -159,7 +159,7 @@ def draw(arms: dict[str, Arm], runs: dict[str, list[Run]], goal: float, path: Pa
                            linewidth=1.4, label=name if number == 0 else None)
         panel.axhline(goal, color="#999999", linewidth=0.8, linestyle=":")
         panel.set_xlabel(label)
-        panel.set_ylim(top=goal * 1.6)
+        panel.set_ylim(top=goal * 1.35)
         panel.grid(alpha=0.2)
     panels[0].set_ylabel("bits per byte, held out")
     panels[0].legend(frameon=False)
