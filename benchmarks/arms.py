@@ -48,10 +48,11 @@ def train_arm(arm: Arm, folder: Path, seed: int, threads: int | None = None,
     Raises ValueError if the finished run had other settings, and CalledProcessError if one fails.
     """
     command = [arm.preset, *arm.settings, f"train.seed={seed}"]
+    asked = [*command, f"ranks={ranks}"] if ranks > 1 else command
     done = folder / DONE
     if done.is_file():
-        if (before := json.loads(done.read_text(encoding="utf-8"))) != command:
-            raise ValueError(f"{folder} was run with {before}, not {command}; "
+        if (before := json.loads(done.read_text(encoding="utf-8"))) != asked:
+            raise ValueError(f"{folder} was run with {before}, not {asked}; "
                              "choose another --out, or remove that folder")
         return read_run(folder)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
@@ -63,7 +64,7 @@ def train_arm(arm: Arm, folder: Path, seed: int, threads: int | None = None,
         with open(f"{folder}.log", "a", encoding="utf-8") as log:
             subprocess.run(call, check=True, stdout=log, stderr=log,
                            env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-    done.write_text(json.dumps(command) + "\n", encoding="utf-8")
+    done.write_text(json.dumps(asked) + "\n", encoding="utf-8")
     return read_run(folder)
 
 
