@@ -54,9 +54,10 @@ class SwiGLUExperts(nn.Module):
         self.down = ExpertLinear(num_experts, d_ff, d_model, bias=False)
 
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-        weights = self.gate.weight, self.up.weight, self.down.weight
-        if _should_batch(rows_RD, self.gate.weight):
-            return BatchedSwiGLU.apply(rows_RD, counts_E, *weights)
+        parts = self.gate, self.up, self.down
+        if (all(type(part) is ExpertLinear for part in parts)  # a quantized one writes out no stack
+                and _should_batch(rows_RD, self.gate.weight)):
+            return BatchedSwiGLU.apply(rows_RD, counts_E, *(part.weight for part in parts))
         hidden_RF = F.silu(self.gate(rows_RD, counts_E)) * self.up(rows_RD, counts_E)
         return self.down(hidden_RF, counts_E)
 

@@ -5,10 +5,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from fira.convert.quantize import (
     GROUP,
     Quantized,
+    QuantizedExpertLinear,
     dequantize,
     quantize,
     quantize_int4,
@@ -16,6 +18,7 @@ from fira.convert.quantize import (
     stored,
 )
 from fira.infer.load import load
+from fira.model.experts import SwiGLUExperts
 
 
 def test_int8_is_within_half_a_step_of_a_row():
@@ -93,6 +96,21 @@ def test_a_quantized_run_is_small_and_every_verb_reads_it(kind, share, cost, run
     assert f"{before:.5f} before, {after:.5f} in {kind}" in " ".join(answer.err.split())
     assert fira("generate", tmp_path / "small", "The", "--max-new-tokens", 4).code == 0
     assert "active" in fira("show", tmp_path / "small").out
+
+
+@torch.no_grad()
+def test_only_experts_with_rows_are_written_out(monkeypatch):
+    experts = nn.Module()
+    experts.moe = SwiGLUExperts(4, 32, 32)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    for name in ("gate", "up", "down"):
+        setattr(experts.moe, name, QuantizedExpertLinear(getattr(experts.moe, name), "int8"))
+    seen = []
+    monkeypatch.setattr("fira.convert.quantize.dequantize",
+                        lambda numbers, scale: seen.append(numbers) or dequantize(numbers, scale))
+    experts.moe(torch.randn(3, 32), torch.tensor([0, 3, 0, 0]))
+    assert [numbers.dim() for numbers in seen] == [2, 2, 2]
 
 
 def test_quantized_weights_go_nowhere_else(run, fira, refused, tmp_path):

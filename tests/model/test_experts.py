@@ -62,6 +62,17 @@ def test_batched_experts_equal_row_by_row_in_values_and_gradients(load, monkeypa
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not can_batch(), reason="this torch has no cblas_sgemm_batch")
+def test_batched_experts_without_a_row_get_zero_gradients():
+    experts = SwiGLUExperts(4, 8, 16)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    out = experts(torch.empty(0, 8, requires_grad=True), torch.zeros(4, dtype=torch.long))
+    out.sum().backward()
+    assert out.shape == (0, 8)
+    assert all(parameter.grad.eq(0).all() for parameter in experts.parameters())
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_sorted_gradient_is_exact(bias):
     rows, counts, weight, biases = problem([2, 0, 3, 1], bias, torch.float64)
