@@ -48,7 +48,8 @@ def product_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where this device multiplies it faster than float32, else float32."""
     import torch
 
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    native = (device.type == "cuda"
+              or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if native else torch.float32
 
 

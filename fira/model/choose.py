@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MANY = 16  # experts from which partitioning wins, of MANY * 16 tokens and more
+MANY_EXPERTS, MANY_TOKENS = 16, 256  # from which on partitioning wins
 
 
 def choose(scores_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
@@ -20,7 +20,7 @@ def choose(scores_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
     N, E = scores_NE.shape
     if top_k == E:
         return torch.arange(E, device=scores_NE.device).expand(N, E), None
-    if scores_NE.device.type == "cpu" and E >= MANY and N >= 16 * MANY:
+    if scores_NE.device.type == "cpu" and E >= MANY_EXPERTS and N >= MANY_TOKENS:
         order = np.argpartition(scores_NE.numpy(), E - top_k - 1, axis=1)[:, E - top_k - 1:]
         best_NL = torch.from_numpy(order)
         next_N1, experts_NK = best_NL.split([1, top_k], dim=1)

@@ -1,6 +1,6 @@
 """A row for each rank of a group, that all of them read: memory they share on one machine.
 
-Through a socket, gloo takes about ten times as long (docs/log.md).
+Sockets, which gloo uses, copy every byte several times (docs/log.md has figures).
 """
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _make(file: Path, size: int) -> bool:
             os.posix_fallocate(handle.fileno(), 0, size)
         except OSError as error:
             file.unlink()
-            warnings.warn(f"{size / 2**20:.0f} MiB in {FOLDER} for sums of gradients: {error}; "
+            warnings.warn(f"{size / 2**20:.0f} MiB in {FOLDER} for what ranks exchange: {error}; "
                           "ranks of this machine use sockets, which is slower", stacklevel=1)
             return False
     return True

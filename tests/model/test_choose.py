@@ -17,7 +17,7 @@ def test_the_chosen_are_those_of_topk_and_the_threshold_divides_them(tokens, exp
         assert threshold is None
         return
     assert ((scores > threshold.unsqueeze(1)).sum(dim=1) == top_k).all()
-    monkeypatch.setattr(module, "MANY", 1000)
+    monkeypatch.setattr(module, "MANY_TOKENS", 1000)
     assert torch.equal(choose(scores, top_k)[1], threshold)
 
 
