@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from arms import Arm, final, spread, train_arm
+from arms import Arm, final, routing, spread, train_arm
 from record import machine
 from step_cost import step_seconds
 
@@ -136,14 +135,6 @@ def start_runs(rows: Iterable[Row], pool: ThreadPoolExecutor,
     return runs
 
 
-def imbalance(run: Run) -> list[float]:
-    """Mean CV of the experts' loads over each twentieth of the run after its first tenth."""
-    values = [step.imbalance for step in run.steps if step.imbalance is not None]
-    part = max(1, len(values) // 20)
-    return [statistics.mean(values[first:first + part])
-            for first in range(2 * part, len(values), part)]
-
-
 def heading(options: argparse.Namespace) -> list[str]:
     return ["# Ablations", "", f"`{options.preset}` unless a row says otherwise, "
             f"{Path(options.data).name}, {options.seeds} seeds, {options.threads} thread a run, on "
@@ -156,12 +147,9 @@ def heading(options: argparse.Namespace) -> list[str]:
 
 
 def table_row(row: Row, tokens: list[Run], clock: list[Run]) -> str:
-    runs = {run.path: run for run in tokens + clock}.values()
-    uneven = [value for run in runs for value in imbalance(run)]
-    dead = max(step.dead for run in runs for step in run.steps[len(run.steps) // 10:])
-    routing = f"{statistics.mean(uneven):.2f}, {max(uneven):.2f} | {dead}" if uneven else " | "
+    runs = list({run.path: run for run in tokens + clock}.values())
     cells = [spread([final(run) for run in side]) for side in (tokens, clock)]
-    return f"| {row.name} | {row.cost:.2f} | {' | '.join(cells)} | {routing} |"
+    return f"| {row.name} | {row.cost:.2f} | {' | '.join(cells)} | {routing(runs)} |"
 
 
 def main() -> None:

@@ -96,3 +96,20 @@ def spread(values: list[float]) -> str:
     """mean ± standard deviation over seeds."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+
+
+def imbalance(run: Run) -> list[float]:
+    """Mean CV of the experts' loads over each twentieth of the run after its first tenth."""
+    values = [step.imbalance for step in run.steps if step.imbalance is not None]
+    part = max(1, len(values) // 20)
+    return [statistics.mean(values[first:first + part])
+            for first in range(2 * part, len(values), part)]
+
+
+def routing(runs: list[Run]) -> str:
+    """Two cells after the first tenth: imbalance, mean and worst twentieth of a run; most dead."""
+    uneven = [value for run in runs for value in imbalance(run)]
+    if not uneven:
+        return " | "
+    dead = max(step.dead for run in runs for step in run.steps[len(run.steps) // 10:])
+    return f"{statistics.mean(uneven):.2f}, {max(uneven):.2f} | {dead}"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from arms import Arm, final, spread
+from arms import Arm, final, routing, spread
 from record import append, machine
 
 from fira.infer.load import load
@@ -65,10 +65,12 @@ def report(arms: dict[str, Arm], runs: dict[str, list[Run]], out: Path,
     goal = statistics.mean(final(run) for run in runs[DENSE])
     lines = [f"# {out.name}: mixture of experts against dense", "", f"{machine()}. Bits per byte "
              f"on held-out text, mean ± deviation over seeds. *To reach*: where the validation "
-             f"curve falls to {goal:.4f}, the end of the dense twin, median over seeds.", "",
+             f"curve falls to {goal:.4f}, the end of the dense twin, median over seeds. "
+             "Imbalance: CV of the experts' loads after the first tenth, mean and worst twentieth "
+             "of a run; dead: experts without a row in some step after it.", "",
              "| | seeds | parameters, active / total | rate | bits per byte | tokens | seconds "
-             "to reach | tokens to reach | training FLOPs to reach | decode tokens/s |",
-             "|---" * 10 + "|"]
+             "to reach | tokens to reach | training FLOPs to reach | decode tokens/s | imbalance "
+             "| dead |", "|---" * 12 + "|"]
     lines += [table_row(name, found, arms[name].flops_per_token, goal)
               for name, found in runs.items() if found]
     ratios = {}
@@ -95,7 +97,7 @@ def table_row(name: str, found: list[Run], flops: int, goal: float) -> str:
     return (f"| {name} | {len(found)} | {counts['active'] / 1e6:.1f}M / "
             f"{counts['total'] / 1e6:.1f}M | {found[0].settings['optim.lr']:g} | "
             f"{spread([final(run) for run in found])} | {last.tokens / 1e6:.2f}M | "
-            f"{' | '.join(cells)} | {decode_speed(found[0].path):.0f} |")
+            f"{' | '.join(cells)} | {decode_speed(found[0].path):.0f} | {routing(found)} |")
 
 
 def rival_table(rivals: dict[str, list[dict[str, Any]]], moes: list[Run],
