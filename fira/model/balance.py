@@ -24,9 +24,9 @@ FADE = 0.4  # of a run, at its end, in which `handover` hands over (docs/log.md)
 RATE = 1e-3  # a step's nudge, in probability (2408.15664); lost in bf16, so the bias stays fp32
 
 
-def share_loss(probs_NE: Tensor, share_E: Tensor) -> Tensor:
-    """E * sum_e share_e * mean probability_e: 1 when even (Switch, equation 4)."""
-    return len(share_E) * torch.dot(probs_NE.mean(dim=0), share_E)
+def share_price(share_E: Tensor) -> Tensor:
+    """Of E * sum_e share_e * mean probability_e, which is 1 when even (Switch, equation 4)."""
+    return len(share_E) * share_E
 
 
 def nudge(bias_E: Tensor, share_E: Tensor) -> Tensor:
@@ -56,7 +56,8 @@ def bias_strength(fraction: float) -> float:
 
 
 class Method(NamedTuple):
-    """loss enters the training loss; vote is taken of every micro-batch; update ends a step.
+    """price(share_E) is what each expert's mean probability costs in the training loss; vote is
+    taken of every micro-batch; update ends a step.
 
     Votes are averaged over the step, so how a batch is cut into micro-batches matters a little.
 
@@ -64,17 +65,17 @@ class Method(NamedTuple):
     Where it fades, bias and loss are weighed by bias_strength and what it lacks to 1.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    price: Callable[[Tensor], Tensor] | None = None
     vote: Callable[[Tensor, Tensor, int], Tensor] | None = None
     update: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     fades: bool = False
 
 
 METHODS = {
-    "loss": Method(loss=share_loss),
+    "loss": Method(price=share_price),
     "bias": Method(update=lambda bias_E, share_E, _: nudge(bias_E, share_E)),
     "quantile": Method(vote=even_bias, update=lambda bias_E, share_E, vote_E: vote_E),
-    "handover": Method(loss=share_loss, vote=even_bias,
+    "handover": Method(price=share_price, vote=even_bias,
                        update=lambda bias_E, share_E, vote_E: vote_E, fades=True),
     "none": Method(),
 }

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fira.model.eager import on_cpu
+
 MANY_EXPERTS, MANY_TOKENS = 16, 256  # from which on partitioning wins
 
 
@@ -20,7 +22,7 @@ def choose(scores_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
     N, E = scores_NE.shape
     if top_k == E:
         return torch.arange(E, device=scores_NE.device).expand(N, E), None
-    if scores_NE.device.type == "cpu" and E >= MANY_EXPERTS and N >= MANY_TOKENS:
+    if on_cpu(scores_NE) and E >= MANY_EXPERTS and N >= MANY_TOKENS:
         order = np.argpartition(scores_NE.numpy(), E - top_k - 1, axis=1)[:, E - top_k - 1:]
         best_NL = torch.from_numpy(order)
         next_N1, experts_NK = best_NL.split([1, top_k], dim=1)
@@ -32,7 +34,7 @@ def choose(scores_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
 
 def rank_smallest(values_EN: Tensor, rank: int) -> Tensor:
     """The `rank`-th smallest value of every row, counted from 1 (`torch.kthvalue`)."""
-    if values_EN.device.type == "cpu":
+    if on_cpu(values_EN):
         parted = np.partition(values_EN.numpy(), rank - 1, axis=1)
         return torch.from_numpy(parted[:, rank - 1].copy())
     return values_EN.kthvalue(rank, dim=1).values

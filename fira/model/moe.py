@@ -1,7 +1,7 @@
 """The Mixture-of-Experts layer: route, scatter rows to experts, apply them, gather back.
 
-Dropless: every token reaches all K experts it chose. Rows are sorted by expert with a stable sort,
-so the result does not depend on scheduling and training repeats to the bit.
+Dropless: every token reaches all K experts it chose. Nothing here depends on scheduling, so that
+training repeats to the bit.
 """
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fira.model.balance import bias_strength
 from fira.model.router import Router
+from fira.model.rows import Gather, Scatter, sort_by_expert
 
 
 def apply_here(experts: nn.Module, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
@@ -33,10 +33,7 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         weights_NK, experts_NK = self.router(x_ND)
-        order_R = experts_NK.flatten().argsort(stable=True)
-        inverse_R = torch.empty_like(order_R)
-        inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-        counts_E = torch.bincount(experts_NK.flatten(), minlength=len(self.router.weight))
+        order_R, inverse_R, counts_E = sort_by_expert(experts_NK, len(self.router.weight))
         rows_RD = Scatter.apply(x_ND, order_R, inverse_R)
         rows_RD = self.dispatch(self.experts, rows_RD, counts_E)
         return Gather.apply(rows_RD, weights_NK, order_R, inverse_R).view(x_BTD.shape)
@@ -53,44 +50,6 @@ class Dense(nn.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         counts_E = torch.full((1,), len(x_ND), device=x_ND.device)
         return self.experts(x_ND, counts_E).view(x_BTD.shape)
-
-
-class Scatter(torch.autograd.Function):
-    """x_ND -> rows_RD sorted by expert; row r is a copy of token order[r] // K."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.top_k = len(order_R) // len(x_ND)
-        ctx.save_for_backward(inverse_R)
-        return x_ND.index_select(0, order_R // ctx.top_k)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        return sum_rows(grad_RD, inverse_R.view(-1, ctx.top_k)), None, None
-
-
-class Gather(torch.autograd.Function):
-    """rows_RD sorted by expert, weights_NK -> x_ND, each token the weighted sum of its rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, weights_NK: Tensor, order_R: Tensor,
-                inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_RD, weights_NK, order_R, inverse_R)
-        return sum_rows(rows_RD, inverse_R.view_as(weights_NK), weights_NK.to(rows_RD.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows_RD, weights_NK, order_R, inverse_R = ctx.saved_tensors
-        grad_RD = grad_ND.index_select(0, order_R // weights_NK.shape[1])
-        dots_R = torch.linalg.vecdot(grad_RD.to(weights_NK.dtype), rows_RD.to(weights_NK.dtype))
-        weights_R1 = weights_NK.flatten()[order_R].unsqueeze(1).to(grad_RD.dtype)
-        return grad_RD * weights_R1, dots_R[inverse_R].view_as(weights_NK), None, None
-
-
-def sum_rows(rows_RD: Tensor, index_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
-    """Each token the (weighted) sum of its K rows, gathered and added in one pass."""
-    return F.embedding_bag(index_NK, rows_RD, mode="sum", per_sample_weights=weights_NK)
 
 
 def routers(model: nn.Module) -> list[Router]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,8 +50,7 @@ def stacked(weight_Eoi: Tensor, experts: NDArray[np.int64]) -> Matrices:
                       height)
 
 
-@cache
-def _sgemm_batch() -> Any:
+def _find_batch() -> Any:
     """MKL's function, or None where torch was built without it or keeps it to itself."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if not torch.backends.mkl.is_available() or not library.exists():
@@ -63,8 +61,8 @@ def _sgemm_batch() -> Any:
     return function
 
 
-def can_batch() -> bool:
-    return _sgemm_batch() is not None
+_sgemm_batch = _find_batch()
+HAS_BATCH = _sgemm_batch is not None
 
 
 class Product(NamedTuple):
@@ -98,6 +96,6 @@ def multiply_all(*products: Product) -> None:
                          each(one.columns for one in side)) for side in (lefts, rights, outs))
     scales = each([1] * len(products), np.float32), each(adds, np.float32)
     arrays = [*kinds, *sizes, scales[0], *left, *right, scales[1], *out]
-    _sgemm_batch()(ROW_MAJOR, *(array.data_as(ctypes.c_void_p) for array in arrays),
+    _sgemm_batch(ROW_MAJOR, *(array.data_as(ctypes.c_void_p) for array in arrays),
                    ctypes.c_int(groups * len(products)),
                    each([1] * len(products)).data_as(ctypes.c_void_p))

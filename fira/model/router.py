@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fira.model.balance import METHODS
@@ -23,21 +24,38 @@ from fira.model.choose import choose
 VOTERS = 2048  # tokens of a micro-batch that vote on the bias; more cost time and even no better
 
 
-class AddLoss(torch.autograd.Function):
-    """Returns `x` unchanged and adds the scalar `loss` to whatever x is later differentiated for.
+class Weigh(torch.autograd.Function):
+    """Weights of the chosen experts, from their logits; in backward the router's own losses join.
 
-    The model keeps one output, so plain, compiled and pipelined models share one signature.
+    The losses are dot(mean of probs_NE, price_E) and z_weight * mean(logsumexp_N^2). Joined here,
+    they leave plain, compiled and pipelined models one signature.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(loss)
-        return x.view_as(x)
+    def forward(ctx: Any, logits_NE: Tensor, probs_NE: Tensor, experts_NK: Tensor,
+                price_E: Tensor | None, logsumexp_N: Tensor, z_weight: float) -> Tensor:
+        weights_NK = probs_NE.gather(1, experts_NK)
+        if weights_NK.shape[1] > 1:
+            weights_NK = weights_NK / weights_NK.sum(dim=1, keepdim=True)
+        ctx.z_weight = z_weight
+        ctx.save_for_backward(probs_NE, experts_NK, weights_NK, price_E, logsumexp_N)
+        return weights_NK
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        (loss,) = ctx.saved_tensors
-        return grad, torch.ones_like(loss)
+    @once_differentiable
+    def backward(ctx: Any, grad_NK: Tensor) -> tuple[Tensor | None, ...]:
+        probs_NE, experts_NK, weights_NK, price_E, logsumexp_N = ctx.saved_tensors
+        pulls_NK = grad_NK * weights_NK
+        total_N1 = pulls_NK.sum(dim=1, keepdim=True)
+        shared_N1 = (2 * ctx.z_weight / len(probs_NE)) * logsumexp_N.unsqueeze(1)
+        if weights_NK.shape[1] > 1:  # the weights are a softmax of the chosen logits alone
+            pulls_NK = pulls_NK - weights_NK * total_N1
+        else:
+            shared_N1 = shared_N1 - total_N1
+        if price_E is not None:
+            price_E = price_E / len(probs_NE)
+            shared_N1 = price_E + (shared_N1 - torch.mv(probs_NE, price_E).unsqueeze(1))
+        return (probs_NE * shared_N1).scatter_add_(1, experts_NK, pulls_NK), *[None] * 5
 
 
 class Router(nn.Module):
@@ -108,17 +126,15 @@ class Router(nn.Module):
         with torch.autocast(x_ND.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             logits_NE = F.linear(x_ND.float(), self.weight.float(), bias)
-            probs_NE = logits_NE.softmax(dim=-1)
-            experts_NK, threshold_N = self._choose(probs_NE.detach())
-            weights_NK = probs_NE.gather(-1, experts_NK)
-            if self.top_k > 1:
-                weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
-            if self.training:
-                logsumexp_N = logits_NE.logsumexp(dim=-1)
-                weights_NK = AddLoss.apply(weights_NK, self._loss(probs_NE, logsumexp_N))
-                if self.replay_NK is None:
-                    self._count(logits_NE, probs_NE, logsumexp_N, experts_NK)
-                    self._vote(probs_NE, threshold_N)
+            with torch.no_grad():
+                probs_NE = logits_NE.softmax(dim=-1)
+                logsumexp_N = logits_NE.amax(dim=1) - probs_NE.amax(dim=1).log()
+                experts_NK, threshold_N = self._choose(probs_NE)
+            weights_NK = Weigh.apply(logits_NE, probs_NE, experts_NK, self._price(), logsumexp_N,
+                                     self.z_weight if self.training else 0.0)
+            if self.training and self.replay_NK is None:
+                self._count(logits_NE, probs_NE, logsumexp_N, experts_NK)
+                self._vote(probs_NE, threshold_N)
         return weights_NK, experts_NK
 
     def _choose(self, probs_NE: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -132,18 +148,18 @@ class Router(nn.Module):
             self.record(experts_NK)
         return experts_NK, threshold_N
 
-    def _loss(self, probs_NE: Tensor, logsumexp_N: Tensor) -> Tensor:
-        loss = self.z_weight * logsumexp_N.square().mean()
-        if self.method.loss is None:
-            return loss
+    def _price(self) -> Tensor | None:
+        if not self.training or self.method.price is None:
+            return None
         weight = self.balance_weight * (1 - self.strength if self.method.fades else 1)
-        return weight * self.method.loss(probs_NE, self.load_share_E) + loss
+        return weight * self.method.price(self.load_share_E)
 
     @torch.no_grad()
     def _count(self, logits_NE: Tensor, probs_NE: Tensor, logsumexp_N: Tensor,
                experts_NK: Tensor) -> None:
         """Routing health, counted in place so that the buffers stay the same tensors."""
-        self.load_count_E += torch.bincount(experts_NK.flatten(), minlength=len(self.load_count_E))
+        experts_R = experts_NK.flatten()
+        self.load_count_E.index_add_(0, experts_R, torch.ones_like(experts_R))
         self.entropy_sum += logsumexp_N.sum() - torch.dot(probs_NE.flatten(), logits_NE.flatten())
 
     @torch.no_grad()

@@ -114,7 +114,7 @@ def activations_per_token(spec: Any) -> int:
     Of width D: residual and norms around attention and experts; queries, keys and values as the
     projection made them, normalized, rotated; the attention's output; routed rows before and after
     the experts; what the activation function's gradient needs; the router's logits and choices.
-    Small experts on a CPU keep 2 * K * F fewer (experts.BatchedSwiGLU).
+    Small experts on a CPU keep 2 * K * F fewer (batched.BatchedSwiGLU).
     """
     D, K, F, E = spec.d_model, spec.top_k, spec.d_ff, spec.num_experts
     routed = 2 * K * D + (2 * E + 8 * K if E > 1 else -K * D)

@@ -12,7 +12,7 @@ from fira.model.experts import (
     expert_linear_grouped,
     expert_linear_plain,
 )
-from fira.model.products import can_batch
+from fira.model.products import HAS_BATCH
 
 LOADS = [[3, 1, 4, 2], [0, 10, 0, 0], [5, 0, 0, 5], [0, 0, 1, 0]]
 
@@ -41,7 +41,7 @@ def test_fast_paths_equal_row_by_row_in_values_and_gradients(path, bias, load):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.skipif(not can_batch(), reason="this torch has no cblas_sgemm_batch")
+@pytest.mark.skipif(not HAS_BATCH, reason="this torch has no cblas_sgemm_batch")
 @pytest.mark.parametrize("load", LOADS)
 def test_batched_experts_equal_row_by_row_in_values_and_gradients(load, monkeypatch):
     rows, counts, *_ = problem(load, bias=False)
@@ -51,7 +51,7 @@ def test_batched_experts_equal_row_by_row_in_values_and_gradients(load, monkeypa
     wanted = [rows, *experts.parameters()]
     results = []
     for batch in (True, False):
-        monkeypatch.setattr("fira.model.experts.can_batch", lambda batch=batch: batch)
+        monkeypatch.setattr("fira.model.experts.HAS_BATCH", batch)
         if not batch:
             monkeypatch.setattr("fira.model.experts.expert_linear", expert_linear_plain)
         out = experts(rows, counts)
@@ -62,7 +62,7 @@ def test_batched_experts_equal_row_by_row_in_values_and_gradients(load, monkeypa
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not can_batch(), reason="this torch has no cblas_sgemm_batch")
+@pytest.mark.skipif(not HAS_BATCH, reason="this torch has no cblas_sgemm_batch")
 def test_batched_experts_without_a_row_get_zero_gradients():
     experts = SwiGLUExperts(4, 8, 16)
     for parameter in experts.parameters():
