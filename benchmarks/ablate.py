@@ -8,7 +8,7 @@ base's time buys at the row's own cost of a step, all costs being measured in tu
 (step_cost.py): seconds of different runs do not compare on a shared machine. Each run has
 --threads threads, --jobs run at once. A finished run is kept in --out and not run again, so the
 same command goes on where it stopped; the table is written anew after each row.
-There is no row for a shared expert: it would leave Qwen3-MoE's mathematics, which FIRA2 keeps.
+The row with a shared expert is of shared_expert.py: FIRA2 itself keeps Qwen3-MoE's mathematics.
 """
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from fira.config import load_preset
 from fira.report.read import Run
 from fira.stages.pretrain import configure
 
+SHARED = "shared_expert="  # its width: of the arm, not of the preset
 SAME_COST = 0.03  # a step within this of the base's: one run serves both comparisons
 
 
@@ -50,6 +51,8 @@ def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, .
             **{f"{experts} of {width}, top-{k}": differing(spec, num_experts=experts, d_ff=width,
                                                           top_k=k)
                for experts, width, k in shapes}},
+        "shared expert": {"none": (), f"one of {spec.d_ff}, top-{spec.top_k - 1}": (
+            f"model.top_k={spec.top_k - 1}", f"{SHARED}{spec.d_ff}")},
         "balance": {f"{name}, {weight:g}" if name in ("loss", "handover") else name:
                     differing(spec, balance=name, balance_weight=weight)
                     for name, weight in (("handover", 0.1), ("loss", 0.1), ("loss", 0.01),
@@ -96,12 +99,12 @@ def make_rows(options: argparse.Namespace) -> dict[str, list[Row]]:
     if unknown := set(options.group or ()) - table.keys():
         raise SystemExit(f"--group {unknown.pop()!r} is not one of {', '.join(table)}")
     chosen = {group: table[group] for group in options.group or table}
-    arms = {settings: Arm(key(settings), options.preset, (*settings, *options.settings))
+    arms = {settings: make_arm(settings, options)
             for rows in ({"": {"": ()}} | chosen).values() for settings in rows.values()}
     kept = options.out / "costs.json"
     costs = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     if not {arm.key for arm in arms.values()} <= costs.keys():
-        costs = step_seconds({arm.key: arm.config() for arm in arms.values()}, options.threads)
+        costs = step_seconds(list(arms.values()), options.threads)
         kept.write_text(json.dumps(costs) + "\n", encoding="utf-8")
     rows: dict[str, list[Row]] = {}
     for group, members in chosen.items():
@@ -111,6 +114,12 @@ def make_rows(options: argparse.Namespace) -> dict[str, list[Row]]:
             rows.setdefault(group, []).append(
                 Row(name, arms[settings], cost, options.steps, clock))
     return rows
+
+
+def make_arm(settings: tuple[str, ...], options: argparse.Namespace) -> Arm:
+    shared = sum(int(one.removeprefix(SHARED)) for one in settings if one.startswith(SHARED))
+    own = (one for one in settings if not one.startswith(SHARED))
+    return Arm(key(settings), options.preset, (*own, *options.settings), shared)
 
 
 def key(settings: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,24 @@ from fira.report.read import Run, read_run
 from fira.stages.pretrain import configure
 
 DONE = "done.json"
+SHARED = Path(__file__).resolve().with_name("shared_expert.py")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One side: a preset with settings. `key` names its folders."""
+    """One side: a preset with settings. `key` names its folders; `shared` is the width of an expert
+    that every token goes to (shared_expert.py)."""
 
     key: str
     preset: str
     settings: tuple[str, ...]
+    shared: int = 0
 
     def config(self) -> Any:
         return configure(load_preset(self.preset), self.settings)
 
     def with_settings(self, *settings: str) -> Arm:
-        return Arm(self.key, self.preset, (*self.settings, *settings))
+        return replace(self, settings=(*self.settings, *settings))
 
     @property
     def flops_per_token(self) -> int:
@@ -48,7 +51,8 @@ def train_arm(arm: Arm, folder: Path, seed: int, threads: int | None = None,
     Raises ValueError if the finished run had other settings, and CalledProcessError if one fails.
     """
     command = [arm.preset, *arm.settings, f"train.seed={seed}"]
-    asked = [*command, f"ranks={ranks}"] if ranks > 1 else command
+    asked = [*command, *([f"ranks={ranks}"] if ranks > 1 else []),
+             *([f"shared={arm.shared}"] if arm.shared else [])]
     done = folder / DONE
     if done.is_file():
         if (before := json.loads(done.read_text(encoding="utf-8"))) != asked:
@@ -56,7 +60,8 @@ def train_arm(arm: Arm, folder: Path, seed: int, threads: int | None = None,
                              "choose another --out, or remove that folder")
         return read_run(folder)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    call = [sys.executable, *launcher, "-m", "fira", "train", *command, "--run-folder", str(folder),
+    program = [str(SHARED), str(arm.shared)] if arm.shared else ["-m", "fira"]
+    call = [sys.executable, *launcher, *program, "train", *command, "--run-folder", str(folder),
             "--resume"]
     if threads is None:
         subprocess.run(call, check=True)

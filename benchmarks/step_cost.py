@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Any
 
 import torch
+from arms import Arm
+from shared_expert import shared_expert
 
 from fira.data.batches import Batch
 from fira.loss.next_token import next_token_loss
@@ -23,9 +24,10 @@ from fira.train.step import accumulate, finish_step
 class Trainee:
     """One arm's model and optimizer, stepped on random tokens."""
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.model = build(config.model, seed=1)
+    def __init__(self, arm: Arm) -> None:
+        self.config = config = arm.config()
+        with shared_expert(arm.shared):
+            self.model = build(config.model, seed=1)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.model.train()
 
@@ -43,13 +45,13 @@ class Trainee:
         return time.perf_counter() - began
 
 
-def step_seconds(configs: dict[str, Any], threads: int, repeats: int = 7) -> dict[str, float]:
-    """Median seconds of a step of each configuration, after two steps to warm up."""
+def step_seconds(arms: list[Arm], threads: int, repeats: int = 7) -> dict[str, float]:
+    """Median seconds of a step of each arm by its key, after two steps to warm up."""
     keep_large_blocks()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    trainees = {name: Trainee(config) for name, config in configs.items()}
+    trainees = {arm.key: Trainee(arm) for arm in arms}
     rounds = [{name: trainee.step() for name, trainee in trainees.items()}
               for _ in range(repeats + 2)][2:]
     torch.set_num_threads(before)
-    return {name: statistics.median(one[name] for one in rounds) for name in configs}
+    return {name: statistics.median(one[name] for one in rounds) for name in trainees}
