@@ -37,9 +37,12 @@ class Arm:
         return replace(self, settings=(*self.settings, *settings))
 
     @property
-    def flops_per_token(self) -> int:
+    def flops_per_token(self) -> float:
+        """On average over a run whose sequences may grow."""
         config = self.config()
-        return count_parameters(config.model, config.train.sequence_length).flops_per_token
+        return statistics.mean(
+            count_parameters(config.model, config.train.length_at(tenth / 10)).flops_per_token
+            for tenth in range(10))
 
 
 def train_arm(arm: Arm, folder: Path, seed: int, threads: int | None = None,

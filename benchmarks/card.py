@@ -17,14 +17,14 @@ from fira.report.read import Run, Validation
 MOE, DENSE, LARGE = "MoE", "dense, equal active", "dense, equal total"
 SOONER = "MoE, less time"
 COLORS = {MOE: "#d9541e", DENSE: "#3b6fb6", LARGE: "#7a8791", SOONER: "#e9a27f"}
-AXES: dict[str, Callable[[Validation, int], float]] = {
+AXES: dict[str, Callable[[Validation, float], float]] = {
     "tokens": lambda row, flops: row.tokens,
     "training FLOPs": lambda row, flops: row.tokens * flops,
     "seconds": lambda row, flops: row.seconds,
 }
 
 
-def reach(run: Run, goal: float, flops: int) -> dict[str, float | None]:
+def reach(run: Run, goal: float, flops: float) -> dict[str, float | None]:
     """Where the run's validation first falls to `goal`, by each axis; None if it never does."""
     rows = run.validations
     for before, after in zip([None, *rows], rows, strict=False):
@@ -86,7 +86,7 @@ def report(arms: dict[str, Arm], runs: dict[str, list[Run]], out: Path,
         "rivals": rivals, "moe_by_their_rule": scores, "moe_seconds_to_rivals": ratios})
 
 
-def table_row(name: str, found: list[Run], flops: int, goal: float) -> str:
+def table_row(name: str, found: list[Run], flops: float, goal: float) -> str:
     reached = [reach(run, goal, flops) for run in found]
     cells = []
     for axis in ("seconds", "tokens", "training FLOPs"):

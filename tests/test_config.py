@@ -30,6 +30,7 @@ def test_an_override_changes_only_its_key():
     ("train.steps=0", ["train.steps=0", "greater than or equal to 1"]),
     ("train.steps", ["section.key=value"]),
     ("train.batch_tokens=1000", ["batch_tokens=1000", "try train.batch_tokens=2048"]),
+    ("train.first_length=48", ["first_length=48", "by doubling", "try train.first_length=64"]),
     ("model.context=8", ["train.sequence_length", "model.context=8"]),
 ])
 def test_a_mistake_is_one_line_with_value_rule_and_remedy(setting, words):
@@ -64,3 +65,12 @@ def test_override_leaves_its_input_alone():
     data = {"a": {"b": 1}}
     assert override(data, ["a.b=2"]) == {"a": {"b": 2}}
     assert data == {"a": {"b": 1}}
+
+
+def test_sequences_double_in_equal_parts_of_the_end_of_a_run():
+    train = configure(load_preset("tiny"), ["train.first_length=16"]).train
+    assert train.sequence_length == 128 and train.lengths == [16, 32, 64, 128]
+    fractions = (0, 0.59, 0.61, 0.72, 0.74, 0.86, 0.87, 1)
+    assert [train.length_at(one) for one in fractions] == [16, 16, 32, 32, 64, 64, 128, 128]
+    assert [train.rows_of(one) * one for one in train.lengths] == [16 * 128] * 4
+    assert configure(load_preset("tiny"), []).train.length_at(0.5) == 128

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -27,7 +27,8 @@ from fira.parallel.layout import Layout, check_fit
 from fira.parallel.mesh import Mesh, ParallelConfig, joined
 from fira.runlog import NoLog, RunLog, tracker
 from fira.stages.start import Start, begun_from, longest_read, open_start
-from fira.train.loop import Loop, LoopState, TrainConfig, fraction_done
+from fira.train.horizon import TrainConfig, fraction_done
+from fira.train.loop import Loop, LoopState
 from fira.train.optim import OptimConfig, make_optimizer
 from fira.train.recompute import recompute_blocks
 from fira.train.schedule import ScheduleConfig, factor
@@ -120,8 +121,9 @@ def _train(preset: str, config: PretrainConfig, start: Start | None, run: Path, 
     layout = Layout(mesh, config.model, config.train.seed, config.parallel.schedule)
     model = layout.model
     model.end_of_text = tokenizer.end_of_text
-    model.trained_length = (longest_read(origin, config.train.sequence_length) if start and origin
-                            else config.train.sequence_length)
+    first_length = config.train.lengths[0]
+    model.trained_length = (longest_read(origin, first_length) if start and origin
+                            else first_length)
     optimizer = make_optimizer(model, config.optim, layout.each)
     state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
     if start and not newest:
@@ -135,15 +137,13 @@ def _train(preset: str, config: PretrainConfig, start: Start | None, run: Path, 
     token_bytes_V = torch.zeros(config.model.vocab_size, dtype=torch.long)
     lengths = torch.tensor([len(text) for text in tokenizer.token_bytes()])
     token_bytes_V[:len(lengths)] = lengths
-    batches = Batches(train_tokens, config.train.sequence_length, config.train.batch_size,
-                      config.train.seed)
     loop = Loop(
         layout=layout, forward=_forward(model, config.train, mesh),
         optimizer=optimizer, clip=config.optim.clip, config=config.train, schedule=config.schedule,
-        batches=OwnRows(batches, layout.rows(config.train.batch_size)), loss_fn=next_token_loss,
-        probe=lambda: validate(
-            layout, sequential(validation_tokens, config.train.sequence_length,
-                               config.train.micro_batch), token_bytes_V),
+        batches=OwnRows(train_tokens, config.train, layout), loss_fn=next_token_loss,
+        probe=lambda length: validate(
+            layout, sequential(validation_tokens, length, config.train.rows_of(length)),
+            token_bytes_V),
         log=log, checkpoints=checkpoints, screen=screen, state=state)
     try:
         return loop.run()
@@ -151,14 +151,18 @@ def _train(preset: str, config: PretrainConfig, start: Start | None, run: Path, 
         log.close()
 
 
-class OwnRows(NamedTuple):
-    """This rank's rows of every batch."""
+class OwnRows:
+    """This rank's rows of every batch. Raises ValueError if the tokens are too few for one."""
 
-    batches: Batches
-    rows: slice
+    def __init__(self, tokens: Any, config: TrainConfig, layout: Layout) -> None:
+        self.of_length = {}
+        for length in config.lengths:
+            size = config.batch_tokens // length
+            self.of_length[length] = Batches(tokens, length, size, config.seed), layout.rows(size)
 
-    def batch(self, index: int) -> Batch:
-        return self.batches.batch(index, self.rows)
+    def batch(self, index: int, length: int) -> Batch:
+        batches, rows = self.of_length[length]
+        return batches.batch(index, rows)
 
 
 def _forward(model: Any, config: TrainConfig, mesh: Mesh) -> Any:

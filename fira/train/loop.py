@@ -12,56 +12,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from pydantic import Field, model_validator
 from rich.console import Console
 
 from fira.checkpoint import Checkpoints
-from fira.config import Config
 from fira.model.moe import fade, routers
 from fira.parallel.layout import Layout
 from fira.runlog import NoLog, ProgressLine, RunLog
 from fira.runtime import seed_step
 from fira.train.collapse import PATIENCE, collapse
+from fira.train.horizon import TrainConfig, fraction_done
 from fira.train.optim import set_rate
 from fira.train.schedule import ScheduleConfig, factor
 from fira.train.step import LossFn, accumulate, finish_step, gradient_norm
 
 MAX_SKIPS = 5  # non-finite steps in a row before a run gives up
-
-
-class TrainConfig(Config):
-    sequence_length: int = Field(512, ge=1, description="tokens per sequence")
-    batch_tokens: int = Field(8192, ge=1, description="tokens per optimizer step")
-    micro_batch: int = Field(4, ge=1, description="sequences per forward and backward pass")
-    recompute: bool = Field(
-        False, description="save memory: keep each block's input only, run it again in backward")
-    steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps")
-    minutes: float | None = Field(None, gt=0, description="length of the run on the clock")
-    save_every: int = Field(500, ge=1, description="steps between checkpoints, each evaluated")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
-    validation_tokens: int = Field(65536, ge=1, description="held-out tokens per evaluation")
-    seed: int = Field(1, ge=0, description="of initialization, data order and dropout")
-    track: Literal["none", "tensorboard", "wandb"] = Field("none", description="extra tracker")
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainConfig:
-        if self.steps is None and self.minutes is None:
-            raise ValueError("train.steps and train.minutes are both unset; "
-                             "give one, for example train.steps=500")
-        rows = self.micro_batch * self.sequence_length
-        if self.batch_tokens % rows:
-            raise ValueError(f"train.batch_tokens={self.batch_tokens} must divide by micro_batch * "
-                             f"sequence_length = {rows}; try "
-                             f"train.batch_tokens={max(1, round(self.batch_tokens / rows)) * rows}")
-        return self
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences per optimizer step."""
-        return self.batch_tokens // self.sequence_length
 
 
 @dataclass
@@ -79,8 +46,9 @@ class LoopState:
 
 
 class BatchSource(Protocol):
-    def batch(self, index: int) -> Any:
-        """The batch of optimizer step `index`, counted from 0: a NamedTuple of tensors."""
+    def batch(self, index: int, length: int) -> Any:
+        """The batch of optimizer step `index`, counted from 0: a NamedTuple of tensors [B, length]
+        of as many tokens whatever the length."""
 
 
 class Stopped(Exception):
@@ -91,18 +59,12 @@ class Stopped(Exception):
         self.number = number
 
 
-def fraction_done(config: TrainConfig, step: int, seconds: float) -> float:
-    """How much of the run is behind us, 0..1: by steps, by the clock, or whichever is further."""
-    by_steps = step / config.steps if config.steps else 0.0
-    by_clock = seconds / (60 * config.minutes) if config.minutes else 0.0
-    return max(by_steps, by_clock)
-
-
 @dataclass
 class Loop:
     """One run: a stage fills in the parts, `run` does the rest.
 
-    `probe` scores the model on held-out text and returns a validation row (with bits_per_byte);
+    `probe` scores the model on held-out text, read in sequences of the length it is given, and
+    returns a validation row (with bits_per_byte);
     `forward` is the model as it is called, for instance compiled. On many ranks each of them runs
     this loop on its own rows of every batch; `layout` knows what they do together.
     """
@@ -115,7 +77,7 @@ class Loop:
     schedule: ScheduleConfig
     batches: BatchSource  # with the rows of this rank
     loss_fn: LossFn
-    probe: Callable[[], dict[str, float]]
+    probe: Callable[[int], dict[str, float]]
     log: RunLog | NoLog
     checkpoints: Checkpoints
     screen: Console
@@ -124,6 +86,7 @@ class Loop:
     started: float = 0.0
     agreed_stop: int | None = None
     fraction: float = 0.0
+    length: int = 0  # tokens per sequence of the newest step
     score: float | None = None  # newest validation bits per byte
 
     def __post_init__(self) -> None:
@@ -140,6 +103,7 @@ class Loop:
         """
         self.started = time.perf_counter() - self.state.seconds
         self._update_fraction()
+        self.length = self.config.length_at(self.fraction)
         if self.state.step and self._checkpoint_due():
             self._evaluate()  # the evaluation that followed this checkpoint may have been lost
         with self._signals(), ProgressLine("train", self.screen) as line:
@@ -180,7 +144,8 @@ class Loop:
         set_rate(self.optimizer, rate)
         seed_step(self.config.seed, state.step, self.layout.mesh.rank)
         self.model.train()
-        batch = self.batches.batch(state.step)
+        self._lengthen()
+        batch = self.batches.batch(state.step, self.length)
         loss, count = self.forward_backward(self.forward, self._micro_batches(batch), self.loss_fn)
         norm, updated = finish_step(self.model, self.optimizer, loss, count, self.clip,
                                     self.norm_of)
@@ -196,17 +161,24 @@ class Loop:
             self._watch_routing(health)
         self._limit_skips(updated, loss, norm)
 
+    def _lengthen(self) -> None:
+        """The model knows the longest sequence it was trained on; None is its whole context."""
+        self.length = self.config.length_at(self.fraction)
+        if self.model.trained_length is not None:
+            self.model.trained_length = max(self.model.trained_length, self.length)
+
     def _micro_batches(self, batch: Any) -> Iterator[Any]:
         """Cut this rank's batch; a signal ends it between two cuts, leaving the last whole step.
 
         Many ranks stop together, before a step.
         """
         device = self.layout.mesh.device
-        for first in range(0, len(batch[0]), self.config.micro_batch):
+        count = self.config.rows_of(self.length)
+        for first in range(0, len(batch[0]), count):
             number = self.stop_signal if self.layout.mesh.size == 1 else self.agreed_stop
             if number is not None:
                 raise Stopped(number)
-            rows = slice(first, first + self.config.micro_batch)
+            rows = slice(first, first + count)
             yield type(batch)(*(part[rows].to(device, non_blocking=True) for part in batch))
 
     def _record(self, line: ProgressLine, loss: float, norm: float, rate: float, speed: float,
@@ -263,7 +235,7 @@ class Loop:
 
     def _evaluate(self) -> None:
         """Score the model, remember the best, let older checkpoints go."""
-        state, result = self.state, self.probe()
+        state, result = self.state, self.probe(self.length)
         self.log.write("validation", state.step, tokens=state.tokens,
                        seconds=round(self._seconds(), 3), **result)
         self.score = result["bits_per_byte"]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from fira import runtime
 from fira.checkpoint import Checkpoints, find_damage
+from fira.model.files import load_pretrained
 from fira.runlog import read_rows
 from fira.stages.pretrain import pretrain
 from fira.train.loop import Loop
@@ -162,6 +163,28 @@ def test_resuming_a_stopped_run_repeats_the_undisturbed_one(preset, data_folder,
         run_micro(preset, data_folder, tmp_path / "run")
     run_micro(preset, data_folder, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_sequences_grow_also_in_a_run_that_is_resumed(preset, data_folder, tmp_path, monkeypatch):
+    lengths, step = {}, Loop._step
+
+    def look(loop, line):
+        run, number = loop.log.folder, loop.state.step
+        if run.name == "stopped" and number == 17 and not (run / "step-000017").exists():
+            loop.stop_signal = signal.SIGTERM
+        step(loop, line)
+        lengths[run.name, number] = loop.length
+
+    monkeypatch.setattr(Loop, "_step", look)
+    run_micro(preset, data_folder, tmp_path / "calm", "train.first_length=8")
+    with pytest.raises(Exception, match="SIGTERM"):
+        run_micro(preset, data_folder, tmp_path / "stopped", "train.first_length=8")
+    run_micro(preset, data_folder, tmp_path / "stopped", resume=True)
+    for name in ("calm", "stopped"):
+        assert [lengths[name, i] for i in range(20)] == [8] * 12 + [16] * 4 + [32] * 4
+    for folder, length in (("calm/step-000015", 16), ("stopped/step-000017", 32), ("stopped", 32)):
+        assert load_pretrained(tmp_path / folder).trained_length == length
+    assert_same_run(tmp_path / "stopped", tmp_path / "calm")
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
