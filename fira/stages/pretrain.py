@@ -122,8 +122,7 @@ def _train(preset: str, config: PretrainConfig, start: Start | None, run: Path, 
     model = layout.model
     model.end_of_text = tokenizer.end_of_text
     first_length = config.train.lengths[0]
-    model.trained_length = (longest_read(origin, first_length) if start and origin
-                            else first_length)
+    model.trained_length = longest_read(origin, first_length) if origin else first_length
     optimizer = make_optimizer(model, config.optim, layout.each)
     state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
     if start and not newest:

@@ -103,7 +103,8 @@ class Loop:
         """
         self.started = time.perf_counter() - self.state.seconds
         self._update_fraction()
-        self.length = self.config.length_at(self.fraction)
+        self.length = min(self.config.length_at(self.fraction),  # or what the last step read
+                          self.model.trained_length or self.config.sequence_length)
         if self.state.step and self._checkpoint_due():
             self._evaluate()  # the evaluation that followed this checkpoint may have been lost
         with self._signals(), ProgressLine("train", self.screen) as line:

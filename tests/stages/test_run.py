@@ -187,6 +187,24 @@ def test_sequences_grow_also_in_a_run_that_is_resumed(preset, data_folder, tmp_p
     assert_same_run(tmp_path / "stopped", tmp_path / "calm")
 
 
+def test_an_evaluation_lost_as_sequences_grow_is_made_up_as_it_would_have_been(
+        preset, data_folder, tmp_path, monkeypatch):
+    settings, evaluate = ("train.first_length=8", "train.save_every=4"), Loop._evaluate
+
+    def lose_the_third(loop):
+        if loop.state.step == 12:
+            raise RuntimeError("killed")
+        evaluate(loop)
+
+    run_micro(preset, data_folder, tmp_path / "calm", *settings)
+    monkeypatch.setattr(Loop, "_evaluate", lose_the_third)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_micro(preset, data_folder, tmp_path / "run", *settings)
+    monkeypatch.setattr(Loop, "_evaluate", evaluate)
+    run_micro(preset, data_folder, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "calm")
+
+
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
         preset, data_folder, undisturbed, tmp_path, capsys):
     run = tmp_path / "run"
