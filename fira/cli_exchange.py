@@ -99,7 +99,7 @@ def import_() -> None:
 def import_hf(folder: Path, run: Path) -> None:
     """Write the Hugging Face model in FOLDER as RUN.
 
-    Qwen3 and Qwen3-MoE checkpoints with tied embeddings, on this machine; nothing is downloaded.
+    Qwen3 and Qwen3-MoE checkpoints on this machine; nothing is downloaded.
 
     \b
     Example: fira import hf out/hf out/again

@@ -1,9 +1,9 @@
 """FIRA2 as one GGUF file, which llama.cpp, Ollama and LM Studio run.
 
 The tensors are Qwen3's under llama.cpp's names; queries and keys need no permutation. Norms and
-routers stay float32. In a quantized file the embedding, which is the head too, gets a finer type,
-and in the _m mixes so do the values and the `down` matrices of the first and last eighth of the
-layers and of every third between, as llama.cpp's own mixes have it.
+routers stay float32. In a quantized file the embedding and the head get a finer type, and in the
+_m mixes so do the values and the `down` matrices of the first and last eighth of the layers and of
+every third between, as llama.cpp's own mixes have it.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _Type = GGMLQuantizationType
 
 
 class Mix(NamedTuple):
-    """The types of matrices: most of them, the embedding, and those that suffer most."""
+    """The types of matrices: most of them, embedding and head, and those that suffer most."""
 
     matrix: _Type
     embedding: _Type
@@ -104,6 +104,8 @@ def tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     spec, state = model.spec, model.state_dict()
     yield "token_embd.weight", state["token_embedding.weight"]
     yield "output_norm.weight", state["norm.weight"]
+    if not spec.tied:
+        yield "output.weight", state["head.weight"]
     for layer in range(spec.num_layers):
         ours, theirs = f"blocks.{layer}.", f"blk.{layer}."
         for old, new in NAMES.items():
@@ -123,7 +125,7 @@ def tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 def _type_of(name: str, mix: Mix, num_layers: int) -> _Type:
     if any(word in name for word in PRECISE):
         return _Type.F32
-    if name.startswith("token_embd"):
+    if name in ("token_embd.weight", "output.weight"):
         return mix.embedding
     layer, eighth = int(name.split(".")[1]), num_layers // 8
     outer = layer < eighth or layer >= num_layers - eighth or (layer - eighth) % 3 == 2

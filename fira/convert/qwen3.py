@@ -45,7 +45,7 @@ def describe(spec: FIRA2Spec, dtype: torch.dtype) -> dict[str, Any]:
         "num_attention_heads": spec.n_head, "num_key_value_heads": spec.n_kv_head,
         "head_dim": spec.head_dim, "hidden_act": "silu", "max_position_embeddings": spec.context,
         "initializer_range": spec.init_std, "rms_norm_eps": RMSNorm.eps, "use_cache": True,
-        "tie_word_embeddings": True, "attention_bias": False, "attention_dropout": 0.0,
+        "tie_word_embeddings": spec.tied, "attention_bias": False, "attention_dropout": 0.0,
         "use_sliding_window": False, "sliding_window": None, "rope_theta": spec.rope_theta,
         "rope_parameters": {"rope_theta": spec.rope_theta, "rope_type": "default"},
         "dtype": name, "torch_dtype": name}
@@ -59,11 +59,11 @@ def describe(spec: FIRA2Spec, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its name in transformers; the head is a copy of the embedding."""
+    """Every tensor under its name in transformers; a tied head is a copy of the embedding."""
     spec, state = model.spec, model.state_dict()
     yield EMBEDDING, state["token_embedding.weight"]
     yield NORM, state["norm.weight"]
-    yield HEAD, state["token_embedding.weight"].clone()
+    yield HEAD, state["token_embedding.weight"].clone() if spec.tied else state["head.weight"]
     for layer in range(spec.num_layers):
         ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
         for old, new in BLOCK.items():
@@ -121,6 +121,7 @@ def spec_of(config: dict[str, Any]) -> FIRA2Spec:
         "context": _need(config, "max_position_embeddings"), "top_k": top_k,
         "d_ff": _need(config, "moe_intermediate_size" if moe else "intermediate_size"),
         "num_experts": _need(config, "num_experts", "num_local_experts") if moe else 1,
+        "tied": config.get("tie_word_embeddings", False),
         "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
         **{key: ours[key] for key in TRAINING if key in ours}}
     try:
@@ -151,8 +152,8 @@ def _need(config: dict[str, Any], *keys: str) -> int:
 def build_from(config: dict[str, Any], names: set[str], read: Read, notes: dict[str, Any]) -> Any:
     """The FIRA2 of a config.json and the tensors `names`, which `read` fetches one at a time.
 
-    Raises ValueError for a tensor that is missing, misshapen or unknown to FIRA2, and for a head of
-    its own.
+    Raises ValueError for a tensor that is missing, misshapen or unknown to FIRA2, and for a tied
+    head that is not the embedding.
     """
     spec, unread = spec_of(config), set(names)
     model = build_meta(spec)
@@ -165,9 +166,11 @@ def build_from(config: dict[str, Any], names: set[str], read: Read, notes: dict[
         return read(name)
 
     found = {"token_embedding.weight": take(EMBEDDING), "norm.weight": take(NORM)}
-    if HEAD in names and not torch.equal(take(HEAD), found["token_embedding.weight"]):
-        raise ValueError(f"{HEAD} differs from {EMBEDDING}, but FIRA2 has one matrix for both; "
-                         "give a checkpoint with tied embeddings")
+    if not spec.tied:
+        found["head.weight"] = take(HEAD)
+    elif HEAD in names and not torch.equal(take(HEAD), found["token_embedding.weight"]):
+        raise ValueError(f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings=true; "
+                         "use the config.json that came with the weights")
     for layer in range(spec.num_layers):
         ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
         for new, old in BLOCK.items():

@@ -1,7 +1,8 @@
 """FIRA2, the second generation: exactly Qwen3-MoE's mathematics (Qwen3 report, 2505.09388).
 
 RMSNorm, rotary positions, grouped-query attention with per-head QK-norm, SwiGLU experts, no biases,
-tied embeddings, every layer MoE. With one expert it is the dense Qwen3.
+a head tied to the token embedding or of its own, every layer MoE. With one expert it is the dense
+Qwen3.
 """
 from __future__ import annotations
 
@@ -34,7 +35,6 @@ class FIRA2(nn.Module):
     """tokens_BT -> logits_BTV. Takes the fields of `FIRA2Spec`; raises ConfigError on bad ones."""
 
     before = ("token_embedding",)  # parts that come before the blocks
-    after = ("norm", "token_embedding")  # and after them
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()
@@ -46,7 +46,14 @@ class FIRA2(nn.Module):
         self.rotary = Rotary(spec.context, spec.head_dim, spec.rope_theta)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
         self.norm = RMSNorm(spec.d_model)
+        if not spec.tied:
+            self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
         initialize(self, spec.num_layers, spec.init_std)
+
+    @property
+    def after(self) -> tuple[str, str]:
+        """Parts that come after the blocks, the head last."""
+        return ("norm", "token_embedding" if self.spec.tied else "head")
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None,
                 targets_BT: Tensor | None = None,
@@ -78,11 +85,14 @@ class FIRA2(nn.Module):
         """Logits, or with `loss` what it makes of features, head and targets."""
         if loss is None:
             return self.logits(x_BTD)
-        return loss(x_BTD, self.token_embedding.weight, None, targets_BT)
+        return loss(x_BTD, self._head(), None, targets_BT)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """The head, tied to the token embedding."""
-        return F.linear(x_BTD, self.token_embedding.weight)
+        """What the head says of every position."""
+        return F.linear(x_BTD, self._head())
+
+    def _head(self) -> Tensor:
+        return (self.token_embedding if self.spec.tied else self.head).weight
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KeyValueCache:
         """An empty key-value cache for `capacity` positions (the whole context)."""

@@ -64,6 +64,7 @@ class FIRA2Spec(Spec):
     n_kv_head: int = Field(4, ge=1, description="key-value heads shared by the query heads")
     head_dim: int = Field(64, ge=2, multiple_of=2, description="width of one head")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    tied: bool = Field(True, description="head and token embedding are one matrix")
 
     @model_validator(mode="after")
     def _check_heads(self) -> FIRA2Spec:

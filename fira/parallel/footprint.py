@@ -227,7 +227,7 @@ def sent_by(work: Work, sizes: dict[str, int], schedule: str, rank: int) -> dict
     if pipeline > 1:
         crossings = 2 * SCHEDULES[schedule][1] - held.first - held.last
         sent["pipeline"] = FLOAT * crossings * micros * work.tokens * spec.d_model
-        if (held.first or held.last) and spec.architecture == "fira2":  # both have its embedding
+        if (held.first or held.last) and getattr(spec, "tied", False):  # both have the embedding
             sent["gradients"] += FLOAT * ring(2) * spec.vocab_size * spec.d_model
     return sent
 

@@ -18,15 +18,19 @@ class OptimConfig(Config):
     rule: Literal["adamw", "muon"] = Field("adamw", description="for matrices; the rest is AdamW")
     lr: float = Field(6e-4, gt=0, description="peak learning rate")
     router_lr: float | None = Field(None, gt=0, description="peak rate of routers; null follows lr")
+    embedding_lr: float | None = Field(
+        None, gt=0, description="peak rate of embeddings; null follows lr")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Matrices and embeddings decay, norms, biases and routers do not; routers have their rate."""
+    """Matrices decay, embeddings and head too; norms, biases and routers do not."""
     rules: dict[str, dict] = {
         "matrix": {"rule": config.rule, "lr": config.lr, "weight_decay": config.weight_decay},
-        "embedding": {"rule": "adamw", "lr": config.lr, "weight_decay": config.weight_decay},
+        "embedding": {"rule": "adamw", "lr": config.embedding_lr or config.lr,
+                      "weight_decay": config.weight_decay},
+        "head": {"rule": "adamw", "lr": config.lr, "weight_decay": config.weight_decay},
         "vector": {"rule": "adamw", "lr": config.lr, "weight_decay": 0.0},
         "router": {"rule": "adamw", "lr": config.router_lr or config.lr, "weight_decay": 0.0},
     }
@@ -42,7 +46,9 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
         return "router"
     if parameter.dim() < (3 if ".experts." in name else 2):  # expert biases are [E, out]
         return "vector"
-    return "embedding" if "embedding" in name or name.startswith("head") else "matrix"
+    if name.startswith("head"):
+        return "head"
+    return "embedding" if "embedding" in name else "matrix"
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig,

@@ -34,6 +34,12 @@ def dense_run(preset, data_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def untied_run(preset, data_folder, tmp_path_factory):
+    return train(preset, data_folder, tmp_path_factory.mktemp("untied") / "run", "model.tied=false",
+                 "train.steps=10")
+
+
+@pytest.fixture(scope="session")
 def top1_run(preset, data_folder, tmp_path_factory):
     return train(preset, data_folder, tmp_path_factory.mktemp("top1") / "run", "model.top_k=1",
                  "train.steps=10")

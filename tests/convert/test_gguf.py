@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def files(run, dense_run, tmp_path_factory):
+def files(run, dense_run, untied_run, tmp_path_factory):
     """A file of each type."""
     from rich.console import Console
 
@@ -41,6 +41,7 @@ def files(run, dense_run, tmp_path_factory):
     for name in MIXES:
         export_gguf(run, folder / f"{name}.gguf", name, Console(quiet=True))
     export_gguf(dense_run, folder / "dense.gguf", "f32", Console(quiet=True))
+    export_gguf(untied_run, folder / "untied.gguf", "f32", Console(quiet=True))
     return folder
 
 
@@ -114,9 +115,11 @@ def test_a_bf16_file_is_close(files, loaded):
     assert same and difference < 2e-2
 
 
-def test_a_dense_model_equals_its_file_too(files, dense_run):
-    dense = load(dense_run, "cpu")
-    same, difference = worst(dense.model, prompt(dense), Edge(files / "dense.gguf", exact=True))
+@pytest.mark.parametrize("which", ["dense", "untied"])
+def test_another_model_equals_its_file_too(files, which, request):
+    other = load(request.getfixturevalue(f"{which}_run"), "cpu")
+    edge = Edge(files / f"{which}.gguf", exact=True)
+    same, difference = worst(other.model, prompt(other), edge)
     assert same and difference < 1e-4
 
 

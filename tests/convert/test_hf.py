@@ -33,7 +33,7 @@ def prompt(loaded):
     return torch.tensor([[loaded.tokenizer.end_of_text, *loaded.tokenizer.encode(text)][:48]])
 
 
-@pytest.mark.parametrize("which", ["run", "dense_run", "top1_run", "founding_run"])
+@pytest.mark.parametrize("which", ["run", "dense_run", "untied_run", "top1_run", "founding_run"])
 def test_log_probabilities_and_greedy_text_equal_those_of_transformers(which, request, fira,
                                                                        tmp_path):
     source = request.getfixturevalue(which)
@@ -60,7 +60,7 @@ def test_hard_texts_have_the_same_ids(folder, loaded):
     assert text == "<|im_start|>user\nGröße?<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("which", ["run", "dense_run", "top1_run"])
+@pytest.mark.parametrize("which", ["run", "dense_run", "untied_run", "top1_run"])
 def test_export_and_import_give_the_same_bits(which, request, fira, tmp_path):
     source = request.getfixturevalue(which)
     assert fira("export", "hf", source, tmp_path / "hf").code == 0
@@ -81,9 +81,13 @@ def test_an_imported_run_is_read_by_the_other_verbs(folder, fira, text_file, tmp
     assert "active" in fira("show", run).out
 
 
-def test_what_transformers_saves_comes_in_also_in_several_files(folder, loaded, fira, tmp_path):
-    theirs = peer(folder)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="2MB")
+@pytest.mark.parametrize("which, size", [("run", "2MB"), ("untied_run", "100KB")])
+def test_what_transformers_saves_comes_in_also_in_several_files(which, size, request, fira,
+                                                                tmp_path):
+    folder, source = tmp_path / "hf", request.getfixturevalue(which)
+    assert fira("export", "hf", source, folder).code == 0
+    loaded = load(source, "cpu")
+    peer(folder).save_pretrained(tmp_path / "theirs", max_shard_size=size)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, tmp_path / "theirs")
     assert (tmp_path / "theirs" / INDEX).is_file()
@@ -151,6 +155,9 @@ MISTAKES = {
         folder, lambda tensors: tensors.pop("model.norm.weight")),
     "tensor extra.weight is unknown": lambda folder: edit_weights(
         folder, lambda tensors: tensors.update({"extra.weight": torch.ones(1)})),
+    "tensor lm_head.weight is missing": lambda folder: (
+        edit_config(folder, tie_word_embeddings=False),
+        edit_weights(folder, lambda tensors: tensors.pop("lm_head.weight"))),
     "lm_head.weight differs": lambda folder: edit_weights(
         folder, lambda tensors: tensors["lm_head.weight"].add_(1)),
     "is torch.int8": lambda folder: edit_weights(

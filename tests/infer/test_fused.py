@@ -36,6 +36,7 @@ SPECS = {
     "fira2, biased choice": FIRA2Spec(**SMALL, **GROUPED, num_experts=8, top_k=3, balance="bias"),
     "fira2, top-1, every head its own keys": FIRA2Spec(**SMALL, n_kv_head=4, head_dim=8, top_k=1),
     "fira2, dense": FIRA2Spec(**SMALL, **GROUPED, num_experts=1),
+    "fira2, untied": FIRA2Spec(**SMALL, **GROUPED, num_experts=4, top_k=2, tied=False),
     "fira": FIRASpec(**SMALL, num_experts=4, top_k=1),
     "fira, top-2": FIRASpec(**SMALL, num_experts=4, top_k=2),
     "fira, dense": FIRASpec(**SMALL, num_experts=1),
@@ -143,7 +144,7 @@ def test_weights_changed_in_place_are_the_ones_that_are_read():
     assert (after - before).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["fira2", "fira, top-2"])
+@pytest.mark.parametrize("name", ["fira2", "fira2, untied", "fira, top-2"])
 @pytest.mark.parametrize("precision, rounded",
                          [("int8", quantize_int8), ("int4", quantize_int4)])
 def test_quantized_step_equals_the_model_with_its_rounded_weights(name, precision, rounded):

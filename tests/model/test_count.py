@@ -23,7 +23,9 @@ def test_the_founding_model_counts_part_by_part():
     FIRASpec(vocab_size=64, d_model=32, n_head=2, num_layers=2, d_ff=48, num_experts=1, context=16,
              dropout=0.0),
     FIRA2Spec(vocab_size=64, d_model=32, n_head=4, n_kv_head=2, head_dim=8, num_layers=2, d_ff=48,
-              num_experts=1, context=16)])
+              num_experts=1, context=16),
+    FIRA2Spec(vocab_size=64, d_model=32, n_head=4, n_kv_head=2, head_dim=8, num_layers=2, d_ff=48,
+              num_experts=1, context=16, tied=False)])
 def test_flops_equal_those_of_the_operations(spec):
     model = build(spec, seed=0)
     tokens_BT = torch.zeros(2, 16, dtype=torch.long)

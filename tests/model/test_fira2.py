@@ -15,7 +15,7 @@ def qwen3_names(model: FIRA2) -> dict[str, torch.Tensor]:
     """FIRA2's weights under the names of transformers' Qwen3 classes."""
     state = model.state_dict()
     out = {"model.embed_tokens.weight": state["token_embedding.weight"],
-           "lm_head.weight": state["token_embedding.weight"],
+           "lm_head.weight": state["token_embedding.weight" if model.spec.tied else "head.weight"],
            "model.norm.weight": state["norm.weight"]}
     spec = model.spec
     sizes = [spec.n_head * spec.head_dim, spec.n_kv_head * spec.head_dim] * 2
@@ -45,7 +45,7 @@ def qwen3(model: FIRA2) -> torch.nn.Module:
     common = dict(vocab_size=spec.vocab_size, hidden_size=spec.d_model,
                   num_hidden_layers=spec.num_layers, num_attention_heads=spec.n_head,
                   num_key_value_heads=spec.n_kv_head, head_dim=spec.head_dim,
-                  max_position_embeddings=spec.context, tie_word_embeddings=True,
+                  max_position_embeddings=spec.context, tie_word_embeddings=spec.tied,
                   rms_norm_eps=1e-6,
                   rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta})
     if spec.num_experts == 1:
@@ -63,7 +63,7 @@ def qwen3(model: FIRA2) -> torch.nn.Module:
 
 @pytest.mark.parametrize("changes", [
     {}, {"top_k": 1}, {"top_k": 3}, {"top_k": 4}, {"n_kv_head": 1}, {"n_kv_head": 4},
-    {"num_experts": 1, "top_k": 1}, {"rope_theta": 1e6, "head_dim": 8}])
+    {"num_experts": 1, "top_k": 1}, {"rope_theta": 1e6, "head_dim": 8}, {"tied": False}])
 def test_logits_equal_qwen3(changes):
     torch.manual_seed(0)
     model = FIRA2(**SMALL | changes, init_std=0.2).eval()

@@ -16,7 +16,8 @@ SHAPE = {"vocab_size": 60, "d_model": 16, "n_head": 2, "num_layers": 4, "d_ff": 
          "num_experts": 4, "top_k": 2, "context": 8, "balance_weight": 0.02, "z_weight": 0.002}
 SPECS = {"fira": FIRASpec(**SHAPE, dropout=0.0),
          "fira2": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)}
-VOTING = {"quantile": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, balance="quantile")}
+OTHERS = {"quantile": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, balance="quantile"),
+          "untied": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, tied=False)}
 BATCH, STEPS = 8, 20
 LAYOUTS = {
     "data2": {"data": 2}, "shard2": {"shard": 2}, "expert2": {"expert": 2},
@@ -74,7 +75,7 @@ def make_layout(rank, spec, sizes):
 
 
 def train_all(rank, jobs):
-    specs = SPECS | VOTING
+    specs = SPECS | OTHERS
     return {name: train(make_layout(rank, specs[arch], LAYOUTS[layout]), rule, steps, starve)
             for name, (arch, layout, rule, steps, starve) in jobs.items()}
 
@@ -89,7 +90,8 @@ def jobs_of(world):
             for arch in SPECS:
                 steps = STEPS if layout in LONG else 5
                 jobs[f"{arch} {layout}"] = (arch, layout, "adamw", steps, False)
-            jobs[f"quantile {layout}"] = ("quantile", layout, "adamw", 5, False)
+            for other in OTHERS:
+                jobs[f"{other} {layout}"] = (other, layout, "adamw", 5, False)
             if "pipeline" not in sizes:
                 jobs[f"muon {layout}"] = ("fira2", layout, "muon", 5, False)
             if "expert" in sizes:
@@ -108,7 +110,7 @@ def alone():
     def run(arch, rule, steps, starve):
         key = arch, rule, steps, starve
         if key not in made:
-            made[key] = train(make_layout(0, (SPECS | VOTING)[arch], {}), rule, steps, starve)
+            made[key] = train(make_layout(0, (SPECS | OTHERS)[arch], {}), rule, steps, starve)
         return made[key]
     return run
 

@@ -28,7 +28,8 @@ WIDE = {"vocab_size": 1000, "d_model": 130, "n_head": 5, "num_layers": 3, "d_ff"
         "num_experts": 6, "top_k": 6, "context": 32}  # all experts: loads are balanced exactly
 SPECS = [FIRASpec(**WIDE), FIRASpec(**WIDE, dropout=0.0),
          FIRA2Spec(**WIDE, n_kv_head=1, head_dim=24), FIRA2Spec(**(WIDE | {"top_k": 2}),
-                                                               n_kv_head=5, head_dim=24)]
+                                                               n_kv_head=5, head_dim=24),
+         FIRA2Spec(**WIDE, n_kv_head=1, head_dim=24, tied=False)]
 IDS = torch.randint(0, 1000, (16, 33), generator=torch.Generator().manual_seed(0))
 TOKENS, TARGETS = IDS[:, :-1].contiguous(), IDS[:, 1:].contiguous()
 

@@ -82,6 +82,18 @@ def test_every_parameter_has_one_group_and_only_matrices_decay(spec):
     assert any("experts" in name for name in decayed)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
+def test_embeddings_may_have_a_rate_of_their_own_and_the_head_keeps_the_common_one(spec):
+    model = build(spec, seed=0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: group["peak_lr"]
+             for group in parameter_groups(model, OptimConfig(lr=0.1, embedding_lr=0.3))
+             for p in group["params"]}
+    assert {name for name, rate in rates.items() if rate == 0.3} == {
+        name for name in rates if name.endswith("embedding.weight")}
+    assert set(rates.values()) == {0.1, 0.3}
+
+
 def test_cosine_warms_up_peaks_and_ends_at_its_floor():
     config = ScheduleConfig(kind="cosine", warmup=0.1, floor=0.2)
     values = [factor(config, i / 1000) for i in range(1001)]
