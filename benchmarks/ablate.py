@@ -34,8 +34,10 @@ SAME_COST = 0.03  # a step within this of the base's: one run serves both compar
 
 def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, ...]]]:
     """Rows of settings, by group; the row without settings is the preset."""
-    spec = configure(load_preset(preset), settings).model
+    config = configure(load_preset(preset), settings)
+    spec, rate = config.model, config.optim.lr
     active = spec.top_k * spec.d_ff
+    long = ("train.sequence_length=512", "train.micro_batch=4")
     fira = "model=" + json.dumps({
         "architecture": "fira", "vocab_size": spec.vocab_size, "d_model": spec.d_model,
         "n_head": spec.n_head, "num_layers": spec.num_layers, "d_ff": 4 * spec.d_model,
@@ -61,6 +63,11 @@ def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, .
                       "AdamW, lr 6e-3": ("optim.rule=adamw", "optim.lr=6e-3")},
         "router's learning rate": {f"{rate:g}": () if rate == 5e-3 else (f"optim.router_lr={rate}",)
                                    for rate in (5e-4, 1e-3, 5e-3, 2e-2)},
+        "head": {"the embedding's": (), "its own": ("model.tied=false",),
+                 "its own, embedding's rate times 4": ("model.tied=false",
+                                                       f"optim.embedding_lr={4 * rate:g}")},
+        "sequences": {"128": (), "128, 32 at first": ("train.first_length=32",),
+                      "512": long, "512, 64 at first": (*long, "train.first_length=64")},
     }
 
 
@@ -145,7 +152,8 @@ def start_runs(rows: Iterable[Row], pool: ThreadPoolExecutor,
 
 
 def heading(options: argparse.Namespace) -> list[str]:
-    return ["# Ablations", "", f"`{options.preset}` unless a row says otherwise, "
+    name = " ".join([options.preset, *options.settings])
+    return ["# Ablations", "", f"`{name}` unless a row says otherwise, "
             f"{Path(options.data).name}, {options.seeds} seeds, {options.threads} thread a run, on "
             f"{machine()}. Bits per byte on held-out text, mean ± deviation over seeds. Equal "
             f"tokens: {options.steps} steps. Equal wall clock: as many steps as the base's time "

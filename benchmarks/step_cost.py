@@ -31,13 +31,13 @@ class Trainee:
         self.optimizer = make_optimizer(self.model, config.optim)
         self.model.train()
 
-    def step(self) -> float:
-        """Seconds of one optimizer step, its batch already made."""
+    def step(self, length: int) -> float:
+        """Seconds of one optimizer step on sequences of `length`, its batch already made."""
         train = self.config.train
         ids = torch.randint(0, self.config.model.vocab_size,
-                            (train.batch_size, train.sequence_length + 1))
+                            (train.batch_tokens // length, length + 1))
         cuts = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-                for rows in ids.split(train.micro_batch)]
+                for rows in ids.split(train.rows_of(length))]
         began = time.perf_counter()
         loss, count = accumulate(self.model, cuts, next_token_loss)
         finish_step(self.model, self.optimizer, loss, count, self.config.optim.clip)
@@ -46,12 +46,16 @@ class Trainee:
 
 
 def step_seconds(arms: list[Arm], threads: int, repeats: int = 7) -> dict[str, float]:
-    """Median seconds of a step of each arm by its key, after two steps to warm up."""
+    """Seconds of a step of each arm by its key: the median after two steps to warm up, and the mean
+    over the lengths that a run's sequences have."""
     keep_large_blocks()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     trainees = {arm.key: Trainee(arm) for arm in arms}
-    rounds = [{name: trainee.step() for name, trainee in trainees.items()}
-              for _ in range(repeats + 2)][2:]
+    rounds = [{name: {length: trainee.step(length) for length in trainee.config.train.lengths}
+               for name, trainee in trainees.items()} for _ in range(repeats + 2)][2:]
     torch.set_num_threads(before)
-    return {name: statistics.median(one[name] for one in rounds) for name in trainees}
+    return {name: statistics.mean(
+                statistics.median(one[name][trainee.config.train.length_at(tenth / 10)]
+                                  for one in rounds) for tenth in range(10))
+            for name, trainee in trainees.items()}
