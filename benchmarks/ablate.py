@@ -29,7 +29,7 @@ from fira.report.read import Run
 from fira.stages.pretrain import configure
 
 SHARED = "shared_expert="  # its width: of the arm, not of the preset
-SAME_COST = 0.03  # a step within this of the base's: one run serves both comparisons
+SAME_COST = 0.05  # a step within this of the base's: one run serves both comparisons
 
 
 def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, ...]]]:

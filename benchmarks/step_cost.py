@@ -45,17 +45,21 @@ class Trainee:
         return time.perf_counter() - began
 
 
-def step_seconds(arms: list[Arm], threads: int, repeats: int = 7) -> dict[str, float]:
+def step_seconds(arms: list[Arm], threads: int, repeats: int = 11) -> dict[str, float]:
     """Seconds of a step of each arm by its key: the median after two steps to warm up, and the mean
-    over the lengths that a run's sequences have."""
+    over the lengths that a run's sequences have. Every round begins with another arm."""
     keep_large_blocks()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     trainees = {arm.key: Trainee(arm) for arm in arms}
-    rounds = [{name: {length: trainee.step(length) for length in trainee.config.train.lengths}
-               for name, trainee in trainees.items()} for _ in range(repeats + 2)][2:]
+    seconds: dict[str, dict[int, list[float]]] = {
+        arm.key: {length: [] for length in arm.config().train.lengths} for arm in arms}
+    for number in range(repeats + 2):
+        first = number % len(arms)
+        for arm in arms[first:] + arms[:first]:
+            for length, found in seconds[arm.key].items():
+                found.append(trainees[arm.key].step(length))
     torch.set_num_threads(before)
     return {name: statistics.mean(
-                statistics.median(one[name][trainee.config.train.length_at(tenth / 10)]
-                                  for one in rounds) for tenth in range(10))
-            for name, trainee in trainees.items()}
+                statistics.median(seconds[name][trainee.config.train.length_at(tenth / 10)][2:])
+                for tenth in range(10)) for name, trainee in trainees.items()}
