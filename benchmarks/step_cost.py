@@ -46,8 +46,9 @@ class Trainee:
 
 
 def step_seconds(arms: list[Arm], threads: int, repeats: int = 11) -> dict[str, float]:
-    """Seconds of a step of each arm by its key: the median after two steps to warm up, and the mean
-    over the lengths that a run's sequences have. Every round begins with another arm."""
+    """Seconds of a step of each arm by its key: the least after two steps to warm up, which other
+    users of the machine disturb least, and the mean over the lengths that a run's sequences have.
+    Every round begins with another arm."""
     keep_large_blocks()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -61,5 +62,5 @@ def step_seconds(arms: list[Arm], threads: int, repeats: int = 11) -> dict[str, 
                 found.append(trainees[arm.key].step(length))
     torch.set_num_threads(before)
     return {name: statistics.mean(
-                statistics.median(seconds[name][trainee.config.train.length_at(tenth / 10)][2:])
+                min(seconds[name][trainee.config.train.length_at(tenth / 10)][2:])
                 for tenth in range(10)) for name, trainee in trainees.items()}
