@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from arms import Arm, final, routing, spread
 from record import append, machine
 
@@ -43,6 +44,26 @@ def reach(run: Run, goal: float, flops: float) -> dict[str, float | None]:
     return dict.fromkeys(AXES)
 
 
+def behind(moes: list[Run], denses: list[Run]) -> tuple[float, float | None]:
+    """How far the MoE is ever behind, in bits per byte at equal seconds, and until which second.
+
+    The worst of the seeds, from the first tenth of its run (or the first validation) on; None if it
+    is never behind. Pairs the runs in their order; between two validations a curve is straight.
+    """
+    worst, last = -math.inf, None
+    for moe, dense in zip(moes, denses, strict=False):
+        curves = [([row.seconds for row in run.validations],
+                   [row.bits_per_byte for row in run.validations]) for run in (moe, dense)]
+        end = min(seconds[-1] for seconds, _ in curves)
+        start = max(moe.validations[-1].seconds / 10, *(seconds[0] for seconds, _ in curves))
+        for second in np.linspace(start, end, 200):
+            mixture, twin = (float(np.interp(second, *curve)) for curve in curves)
+            worst = max(worst, mixture - twin)
+            if mixture > twin:
+                last = max(last or 0.0, float(second))
+    return worst, last
+
+
 def decode_speed(folder: Path, tokens: int = 128) -> float:
     """Greedy tokens/s of one sequence, the best of three."""
     model, tokenizer, _ = load(folder, "cpu")
@@ -73,6 +94,11 @@ def report(arms: dict[str, Arm], runs: dict[str, list[Run]], out: Path,
              "| dead |", "|---" * 12 + "|"]
     lines += [table_row(name, found, arms[name].flops_per_token, goal)
               for name, found in runs.items() if found]
+    lag, last = behind(runs[MOE], runs[DENSE])
+    lines += ["", "At equal seconds, from the first tenth of a run or its first validation on, "
+              "the MoE is "
+              + (f"behind its dense twin by at most {lag:.4f} bits per byte, until second "
+                 f"{last:.0f}." if last else "never behind its dense twin.")]
     ratios = {}
     if rivals:
         found, ratios = rival_table(rivals, runs[MOE], scores)
@@ -83,6 +109,10 @@ def report(arms: dict[str, Arm], runs: dict[str, list[Run]], out: Path,
     append(out / "card.jsonl", {
         "goal": goal,
         "final": {name: [final(run) for run in found] for name, found in runs.items()},
+        "curves": {name: [[[row.tokens, round(row.seconds, 1), round(row.bits_per_byte, 4)]
+                           for row in run.validations] for run in found]
+                   for name, found in runs.items()},
+        "behind": lag, "behind_until": last,
         "rivals": rivals, "moe_by_their_rule": scores, "moe_seconds_to_rivals": ratios})
 
 

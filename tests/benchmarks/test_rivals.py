@@ -99,3 +99,12 @@ def test_a_run_that_never_gets_there_counts_as_endless():
     slow, fast = curve(3.0, 2.5), curve(2.0, 1.0)
     assert card.seconds_to([slow, fast, fast], 1.5, [0.0] * 3) == pytest.approx(15.0)
     assert card.seconds_to([slow, slow, fast], 1.5, [0.0] * 3) is None
+
+
+def test_how_long_a_mixture_is_behind_its_twin():
+    dense = curve(3.0, 2.0, 1.5)
+    lag, last = card.behind([curve(3.4, 2.0, 1.3)], [dense])
+    assert lag == pytest.approx(0.4) and last == pytest.approx(20.0, abs=0.2)
+    lag, last = card.behind([curve(2.9, 1.8, 1.3)], [dense])
+    assert lag == pytest.approx(-0.1) and last is None
+    assert card.behind([curve(2.9, 1.8, 1.3), curve(3.4, 2.0, 1.3)], [dense, dense])[0] > 0.3
