@@ -7,7 +7,8 @@ Real router, random data, SwiGLU experts on every side; transformers' Qwen3-MoE 
 its experts implementations stands beside ours. The sides take turns; a row is the median of its
 turns and of its ratios to the dense layer of that turn. Memory is the peak over what the layer and
 its input hold, of one pass in a process of its own. `decode` is one token without gradients,
-against the products of K experts that are simply there. On CUDA everything is bf16 by autocast.
+against the products of K experts that are simply there. On CUDA everything is bf16 by autocast;
+both layers stand there compiled too, and ours with Triton's kernels.
 """
 from __future__ import annotations
 
@@ -28,8 +29,11 @@ from fira.model.experts import SwiGLUExperts
 from fira.model.initialize import initialize
 from fira.model.moe import Dense, MoE
 from fira.model.router import Router
+from fira.model.triton_swiglu import use_kernels
 from fira.runtime import autocast, keep_large_blocks, pick_device
 
+OURS = {"cpu": ("dense", "fira"),
+        "cuda": ("dense", "dense compiled", "fira", "fira compiled", "fira triton")}
 PEERS = ("eager", "grouped_mm", "batched_mm")
 
 
@@ -52,17 +56,20 @@ SHAPES = {
 
 
 def layer(side: str, shape: Shape, device: torch.device) -> nn.Module:
-    """`dense`, `fira`, or `transformers NAME`."""
-    if side.startswith("transformers"):
-        return peer(side.split()[1], shape).to(device)
-    if side == "dense":
+    """`transformers NAME`, or `dense` or `fira`, which may be followed by how it computes."""
+    name, _, manner = side.partition(" ")
+    if name == "transformers":
+        return peer(manner, shape).to(device)
+    if name == "dense":
         module: nn.Module = Dense(SwiGLUExperts(1, shape.width, shape.top_k * shape.hidden))
     else:
         module = MoE(Router(shape.width, shape.experts, shape.top_k, bias=False,
                             balance_weight=0.01, z_weight=0.001),
                      SwiGLUExperts(shape.experts, shape.width, shape.hidden))
     initialize(nn.ModuleDict({"moe": module}), 12, 0.02, torch.Generator().manual_seed(0))
-    return module.to(device)
+    for reason in use_kernels(module, "triton" if manner == "triton" else "torch", device):
+        raise SystemExit(f"{side}: {reason}")
+    return torch.compile(module.to(device)) if manner == "compiled" else module.to(device)
 
 
 def peer(implementation: str, shape: Shape) -> nn.Module:
@@ -183,8 +190,9 @@ def main() -> None:
         if options.shape and not any(word in name for word in options.shape):
             continue
         print(f"\n{name}: {shape}\n{'':26}{'ms':>10}{'ratio':>8}{'peak MB':>10}")
-        sides = ["dense", "fira", *(f"transformers {kind}" for kind in options.peers
-                                    if kind != "batched_mm" or shape.tokens == 1)]
+        ours = OURS[device.type if shape.tokens > 1 else "cpu"]
+        sides = [*ours, *(f"transformers {kind}" for kind in options.peers
+                          if kind != "batched_mm" or shape.tokens == 1)]
         rows = compare(shape, sides, device, options.turns)
         for side, row in rows.items():
             if not options.no_memory and shape.tokens > 1:

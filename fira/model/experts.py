@@ -7,6 +7,8 @@ experts on a CPU have a form of their own, with all experts' products in one cal
 """
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -83,10 +85,16 @@ def _should_batch(rows_Ri: Tensor, weight: Tensor) -> bool:
 
 
 def _can_group(rows_Ri: Tensor, weight: Tensor) -> bool:
-    """grouped_mm takes bf16 on Ampere and newer, with row strides of whole 16 bytes."""
     return (rows_Ri.dtype == torch.bfloat16
-            and torch.cuda.get_device_capability(rows_Ri.device) >= (8, 0)
-            and all(width % 8 == 0 for width in weight.shape[1:]))
+            and not grouping_obstacle(weight.shape[1:], rows_Ri.device))
+
+
+def grouping_obstacle(widths: Iterable[int], device: torch.device) -> str | None:
+    """Why grouped_mm cannot take experts of these widths in bfloat16; None if it can."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "grouped_mm needs compute capability 8.0 or newer"
+    uneven = [width for width in widths if width % 8]  # row strides of whole 16 bytes
+    return f"grouped_mm needs widths that divide by 8, not {uneven[0]}" if uneven else None
 
 
 def expert_linear_plain(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,

@@ -23,6 +23,7 @@ from fira.data.tokenizer import Tokenizer
 from fira.loss.next_token import next_token_loss
 from fira.model.count import count_parameters
 from fira.model.spec import ModelSpec
+from fira.model.triton_swiglu import use_kernels
 from fira.parallel.layout import Layout, check_fit
 from fira.parallel.mesh import Mesh, ParallelConfig, joined
 from fira.runlog import NoLog, RunLog, tracker
@@ -137,7 +138,7 @@ def _train(preset: str, config: PretrainConfig, start: Start | None, run: Path, 
     lengths = torch.tensor([len(text) for text in tokenizer.token_bytes()])
     token_bytes_V[:len(lengths)] = lengths
     loop = Loop(
-        layout=layout, forward=_forward(model, config.train, mesh),
+        layout=layout, forward=_forward(model, config.train, mesh, screen),
         optimizer=optimizer, clip=config.optim.clip, config=config.train, schedule=config.schedule,
         batches=OwnRows(train_tokens, config.train, layout), loss_fn=next_token_loss,
         probe=lambda length: validate(
@@ -164,8 +165,10 @@ class OwnRows:
         return batches.batch(index, rows)
 
 
-def _forward(model: Any, config: TrainConfig, mesh: Mesh) -> Any:
+def _forward(model: Any, config: TrainConfig, mesh: Mesh, screen: Console) -> Any:
     """The model as training calls it. Compiled code would not keep what recomputing saves."""
+    for reason in use_kernels(model, config.kernels, mesh.device):
+        screen.print(reason, soft_wrap=True)
     if config.recompute:
         recompute_blocks(model)
         return model

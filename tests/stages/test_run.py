@@ -1,4 +1,5 @@
 """A run is never lost: kills, signals, damage and full disks, each against an undisturbed run."""
+import io
 import os
 import random
 import resource
@@ -64,6 +65,15 @@ def test_training_learns_and_leaves_its_files(undisturbed):
     assert names == {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
                      "optimizer.safetensors", "state.json", "manifest.json"}
     assert find_damage(last_step(undisturbed)) is None
+
+
+def test_kernels_that_cannot_be_used_are_said_and_change_nothing(preset, data_folder, undisturbed,
+                                                                 tmp_path):
+    screen = Console(file=io.StringIO(), width=80)
+    run_micro(preset, data_folder, tmp_path / "run", "train.kernels=triton", screen=screen)
+    said = "experts by torch: Triton's kernels need a CUDA device, not cpu"
+    assert screen.file.getvalue().count(said) == 1
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
 def test_only_the_newest_and_the_best_steps_are_kept(undisturbed):
