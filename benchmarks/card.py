@@ -16,13 +16,18 @@ from fira.infer.load import load
 from fira.report.read import Run, Validation
 
 MOE, DENSE, LARGE = "MoE", "dense, equal active", "dense, equal total"
-SOONER = "MoE, less time"
-COLORS = {MOE: "#d9541e", DENSE: "#3b6fb6", LARGE: "#7a8791", SOONER: "#e9a27f"}
+COLORS = {MOE: "#d9541e", DENSE: "#3b6fb6", LARGE: "#7a8791"}
+PALER = ("#e9a27f", "#d9b44a", "#b98ab0")  # the MoE in less time
 AXES: dict[str, Callable[[Validation, float], float]] = {
     "tokens": lambda row, flops: row.tokens,
     "training FLOPs": lambda row, flops: row.tokens * flops,
     "seconds": lambda row, flops: row.seconds,
 }
+
+
+def sooner(factor: float) -> str:
+    """The MoE with all of its schedule in so much less time."""
+    return f"MoE in 1/{factor:g} of the time"
 
 
 def reach(run: Run, goal: float, flops: float) -> dict[str, float | None]:
@@ -71,16 +76,17 @@ def decode_speed(folder: Path, tokens: int = 128) -> float:
     best = 0.0
     for _ in range(3):
         began = time.perf_counter()
-        model.generate([tokenizer.end_of_text], max_new_tokens=tokens, temperature=0.0)
+        model.generate([tokenizer.end_of_text], max_new_tokens=tokens, temperature=0.0,
+                       end_of_text=-1)
         best = max(best, tokens / (time.perf_counter() - began))
     return best
 
 
 def report(arms: dict[str, Arm], runs: dict[str, list[Run]], out: Path,
-           rivals: dict[str, list[dict[str, Any]]], scores: list[float]) -> None:
+           rivals: dict[str, list[dict[str, Any]]], scores: dict[str, list[float]]) -> None:
     """Write card.md, card.png and a line of card.jsonl into `out`.
 
-    `rivals` holds the results of other programs by name; `scores` what the MoE's runs have by
+    `rivals` holds the results of other programs by name; `scores` what the runs of an arm have by
     their rule.
     """
     goal = statistics.mean(final(run) for run in runs[DENSE])
@@ -101,7 +107,7 @@ def report(arms: dict[str, Arm], runs: dict[str, list[Run]], out: Path,
                  f"{last:.0f}." if last else "never behind its dense twin.")]
     ratios = {}
     if rivals:
-        found, ratios = rival_table(rivals, runs[MOE], scores)
+        found, ratios = rival_table(rivals, runs, scores)
         lines += ["", *found]
     (out / "card.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(arms, runs, goal, out / "card.png")
@@ -113,7 +119,7 @@ def report(arms: dict[str, Arm], runs: dict[str, list[Run]], out: Path,
                            for row in run.validations] for run in found]
                    for name, found in runs.items()},
         "behind": lag, "behind_until": last,
-        "rivals": rivals, "moe_by_their_rule": scores, "moe_seconds_to_rivals": ratios})
+        "rivals": rivals, "by_their_rule": scores, "moe_seconds_to_rivals": ratios})
 
 
 def table_row(name: str, found: list[Run], flops: float, goal: float) -> str:
@@ -130,25 +136,28 @@ def table_row(name: str, found: list[Run], flops: float, goal: float) -> str:
             f"{' | '.join(cells)} | {decode_speed(found[0].path):.0f} | {routing(found)} |")
 
 
-def rival_table(rivals: dict[str, list[dict[str, Any]]], moes: list[Run],
-                scores: list[float]) -> tuple[list[str], dict[str, Any]]:
+def rival_table(rivals: dict[str, list[dict[str, Any]]], runs: dict[str, list[Run]],
+                scores: dict[str, list[float]]) -> tuple[list[str], dict[str, Any]]:
     """The rows of other programs, and the seconds the MoE takes to each one's end, as written."""
-    lines = ["Other programs on the same text for the same time, and the MoE, all by the rule of "
+    lines = ["Other programs on the same text for the same time, and the arms, all by the rule of "
              "`fira eval`: each document alone, windows that advance by half, every byte once. "
              "*To reach*: seconds of the MoE's training until it has what the program ends with, "
              "median over its seeds, and the program's seconds over them. Training validates "
              "without the overlap of windows, so its curve lies higher: *at most* takes it as it "
              "is, *about* moves it down by the difference at its end.", "",
              "| | seeds | parameters | vocabulary | bits per byte | tokens | seconds | to reach, "
-             "at most | to reach, about | ratio, at least | ratio, about |", "|---" * 11 + "|",
-             f"| MoE | {len(scores)} | {moes[0].parameters['total'] / 1e6:.1f}M | "
-             f"{moes[0].settings['model.vocab_size']} | {spread(scores)} | "
-             f"{moes[0].validations[-1].tokens / 1e6:.2f}M | "
-             f"{moes[0].validations[-1].seconds:.0f} | | | | |"]
+             "at most | to reach, about | ratio, at least | ratio, about |", "|---" * 11 + "|"]
+    for name, found in runs.items():
+        if found:
+            first, last = found[0], found[0].validations[-1]
+            lines.append(f"| {name} | {len(found)} | {first.parameters['total'] / 1e6:.1f}M | "
+                         f"{first.settings['model.vocab_size']} | {spread(scores[name])} | "
+                         f"{last.tokens / 1e6:.2f}M | {last.seconds:.0f} | | | | |")
+    moes = runs[MOE]
     reached = {}
     for name, results in rivals.items():
         goal = statistics.mean(one["bits_per_byte"] for one in results)
-        shifts = [final(run) - score for run, score in zip(moes, scores, strict=True)]
+        shifts = [final(run) - score for run, score in zip(moes, scores[MOE], strict=True)]
         reached[name] = {"at most": seconds_to(moes, goal, [0.0] * len(moes)),
                          "about": seconds_to(moes, goal, shifts)}
         lines.append(rival_row(name, results, list(reached[name].values())))
@@ -182,12 +191,14 @@ def draw(arms: dict[str, Arm], runs: dict[str, list[Run]], goal: float, path: Pa
 
     figure = Figure(figsize=(13, 4.2), dpi=130, layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
+    paler = iter(PALER * len(runs))
+    colors = {name: COLORS.get(name) or next(paler) for name in runs}
     for panel, (label, axis) in zip(panels, AXES.items(), strict=True):
         for name, found in runs.items():
             flops = arms[name].flops_per_token
             for number, run in enumerate(found):
                 panel.plot([axis(row, flops) for row in run.validations],
-                           [row.bits_per_byte for row in run.validations], color=COLORS[name],
+                           [row.bits_per_byte for row in run.validations], color=colors[name],
                            linewidth=1.4, label=name if number == 0 else None)
         panel.axhline(goal, color="#999999", linewidth=0.8, linestyle=":")
         panel.set_xlabel(label)

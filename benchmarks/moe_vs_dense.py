@@ -6,10 +6,10 @@ Three arms in turns: the preset; its dense twin of equal active FLOPs (same clas
 expert as wide as the chosen ones together); a dense twin of equal total parameters. Each arm first
 finds its own learning rate among --factors of the preset's, in shorter runs. Every finished run
 is kept in --out and not run again, so the same command goes on where it stopped; --report only
-draws what is there. --sooner 1.5 also trains the MoE for 1/1.5 of the minutes with a schedule of
-its own: does it end where the dense twin ends after all of them? With --nanogpt and --nanochat
-their own recipes join on the same text, with --peer-seeds each; of several --nanochat-settings the
-best of shorter runs is taken, for example
+draws what is there. --sooner 1.5 1.3 also trains the MoE for 1/1.5 and 1/1.3 of the minutes with
+schedules of their own: does it end where others end after all of them? --only names the arms to
+train now. With --nanogpt and --nanochat their own recipes join on the same text, with --peer-seeds
+each; of several --nanochat-settings the best of shorter runs is taken, for example
 
     --nanochat PATH --nanochat-settings depth=6 --nanochat-settings \\
         depth=4,device-batch-size=4,total-batch-size=2048
@@ -20,7 +20,7 @@ import argparse
 from pathlib import Path
 
 from arms import DONE, Arm, best_rate, train_arm
-from card import DENSE, LARGE, MOE, SOONER, report
+from card import DENSE, LARGE, MOE, report, sooner
 from rivals import Text, finished, run_nanochat, run_nanogpt, score_runs
 
 from fira.config import load_preset
@@ -28,7 +28,8 @@ from fira.report.read import Run, read_run
 from fira.stages.pretrain import configure
 
 
-def make_arms(preset: str, settings: list[str]) -> dict[str, Arm]:
+def make_arms(preset: str, settings: list[str], factors: list[float]) -> dict[str, Arm]:
+    """By what the card calls them; one more of the MoE for each of `factors`."""
     spec = configure(load_preset(preset), settings).model
     one = ("model.num_experts=1", "model.top_k=1")
     return {MOE: Arm("moe", preset, tuple(settings)),
@@ -36,7 +37,8 @@ def make_arms(preset: str, settings: list[str]) -> dict[str, Arm]:
                        (*settings, *one, f"model.d_ff={spec.top_k * spec.d_ff}")),
             LARGE: Arm("dense-total", preset,
                        (*settings, *one, f"model.d_ff={spec.num_experts * spec.d_ff}")),
-            SOONER: Arm("moe-sooner", preset, tuple(settings))}
+            **{sooner(factor): Arm(f"moe-sooner-{factor:g}", preset, tuple(settings))
+               for factor in factors}}
 
 
 def collect(arms: dict[str, Arm], out: Path) -> dict[str, list[Run]]:
@@ -47,20 +49,18 @@ def collect(arms: dict[str, Arm], out: Path) -> dict[str, list[Run]]:
 
 def train_arms(arms: dict[str, Arm], options: argparse.Namespace) -> None:
     """Rates first, then seed by seed, so that a machine's good and bad hours fall on all arms."""
+    faster = {sooner(factor): factor for factor in options.sooner}
     rates = {}
     for name, arm in arms.items():
-        rates[name] = arm.config().optim.lr
-        if options.factors and name != SOONER:
+        rates[name] = rates[MOE] if name in faster else arm.config().optim.lr
+        if options.factors and name not in faster and (name == MOE or arm.key in options.only):
             rates[name] = best_rate(arm, options.out, options.factors,
                                     f"train.minutes={options.rate_minutes}", options.ranks)
-    rates[SOONER], minutes = rates[MOE], dict.fromkeys(arms, options.minutes)
-    if options.sooner:
-        minutes[SOONER] /= options.sooner
     for seed in range(1, options.seeds + 1):
         for name, arm in arms.items():
-            if name != SOONER or options.sooner:
-                train_arm(arm.with_settings(f"optim.lr={rates[name]}",
-                                            f"train.minutes={minutes[name]:g}"),
+            if arm.key in options.only:
+                minutes = f"train.minutes={options.minutes / faster.get(name, 1):g}"
+                train_arm(arm.with_settings(f"optim.lr={rates[name]}", minutes),
                           options.out / f"{arm.key}-seed{seed}", seed, ranks=options.ranks)
 
 
@@ -71,8 +71,10 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder that `fira data` wrote")
     parser.add_argument("--minutes", type=float, default=5.0, help="of every run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sooner", type=float, metavar="FACTOR",
+    parser.add_argument("--sooner", type=float, nargs="*", default=[], metavar="FACTOR",
                         help="also train the MoE for 1/FACTOR of --minutes")
+    parser.add_argument("--only", nargs="*", metavar="ARM",
+                        help="train only these: moe, dense-active, dense-total, moe-sooner-FACTOR")
     parser.add_argument("--ranks", type=int, default=1, help="processes that each arm is trained "
                         "by, one thread each [default: one process with torch's threads]")
     parser.add_argument("--factors", type=float, nargs="*", default=[0.5, 1.0, 2.0],
@@ -91,7 +93,11 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     options.settings.append(f"data.folder={options.data}")
     options.rate_minutes = options.rate_minutes or options.minutes / 4
-    arms = make_arms(options.preset, options.settings)
+    arms = make_arms(options.preset, options.settings, options.sooner)
+    keys = [arm.key for arm in arms.values()]
+    if unknown := set(options.only or ()) - set(keys):
+        raise SystemExit(f"--only {unknown.pop()!r} is not one of {', '.join(keys)}")
+    options.only = options.only or keys
     text = Text(Path(options.data), arms[MOE].config().train.validation_tokens)
     if not options.report:
         train_arms(arms, options)
@@ -104,7 +110,8 @@ def main() -> None:
     if not (runs[MOE] and runs[DENSE]):
         print("no run of the MoE and its dense twin is finished yet: nothing to compare")
         return
-    report(arms, runs, options.out, rivals, score_runs(runs[MOE], text) if rivals else [])
+    scores = {name: score_runs(found, text) for name, found in runs.items()}
+    report(arms, runs, options.out, rivals, scores)
 
 
 if __name__ == "__main__":
