@@ -2,10 +2,10 @@
 
     python benchmarks/moe_vs_dense.py tiny --data out/quickstart/data --minutes 5 --seeds 3
 
-Three arms in turns: the preset; its dense twin of equal active FLOPs (same class, one
-expert as wide as the chosen ones together); a dense twin of equal total parameters. Each arm first
-finds its own learning rate among --factors of the preset's, in shorter runs. Every finished run
-is kept in --out and not run again, so the same command goes on where it stopped; --report only
+Three arms in turns: the preset; its dense twin of equal active FLOPs (same class, one expert as
+wide as the chosen ones together); a dense twin of equal total parameters. Each arm first finds its
+own learning rate among --factors of the preset's, in shorter runs of equal steps. Every finished
+run is kept in --out and not run again, so the same command goes on where it stopped; --report only
 draws what is there. --sooner 1.5 1.3 also trains the MoE for 1/1.5 and 1/1.3 of the minutes with
 schedules of their own: does it end where others end after all of them? --only names the arms to
 train now. With --nanogpt and --nanochat their own recipes join on the same text, with --peer-seeds
@@ -54,8 +54,8 @@ def train_arms(arms: dict[str, Arm], options: argparse.Namespace) -> None:
     for name, arm in arms.items():
         rates[name] = rates[MOE] if name in faster else arm.config().optim.lr
         if options.factors and name not in faster and (name == MOE or arm.key in options.only):
-            rates[name] = best_rate(arm, options.out, options.factors,
-                                    f"train.minutes={options.rate_minutes}", options.ranks)
+            rates[name] = best_rate(arm, options.out, options.factors, options.rate_minutes,
+                                    options.ranks)
     for seed in range(1, options.seeds + 1):
         for name, arm in arms.items():
             if arm.key in options.only:

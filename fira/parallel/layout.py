@@ -51,7 +51,7 @@ class Layout:
                          if mesh.sizes["pipeline"] > 1 else None)
         self.gradients = self._gradient_sum() if mesh.batch_ranks > 1 else None
         self.layers = self._all_routers()
-        self.teams: dict[tuple[str, ...], Team] = {}
+        self.teams: dict[tuple[Any, ...], Team] = {}
 
     def _device_meshes(self) -> list[Any]:
         """(replicas, shards) for the dense weights, whose replicas include the expert axis, and
@@ -150,14 +150,16 @@ class Layout:
             parts.setdefault(self._replica_axes(names[owner]), []).append(number)
         results = list(stacks)
         for axes, numbers in parts.items():
-            mine = [stacks[n].reshape(-1, *stacks[n].shape[-2:]) for n in numbers]
+            mine = [stack.reshape(math.prod(stack.shape[:-2]), *stack.shape[-2:])
+                    for stack in (stacks[n] for n in numbers)]
             if self.mesh.size == 1 or self.mesh.sizes["shard"] > 1 or not self.mesh.group(*axes):
                 found = [function(stack) for stack in mine]
             else:
-                if axes not in self.teams:
-                    self.teams[axes] = Team(self.mesh.group(*axes), [stack.shape for stack in mine],
-                                            self.mesh.device)
-                found = self.teams[axes].each(function, mine)
+                shapes = tuple(stack.shape for stack in mine)
+                if (axes, shapes) not in self.teams:
+                    self.teams[axes, shapes] = Team(self.mesh.group(*axes), shapes,
+                                                    self.mesh.device)
+                found = self.teams[axes, shapes].each(function, mine)
             for number, result in zip(numbers, found, strict=True):
                 results[number] = result.view_as(stacks[number])
         return results

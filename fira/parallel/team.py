@@ -1,7 +1,7 @@
 """Ranks that hold the same matrices divide the work on them (as ZeRO stage 1 divides AdamW's)."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ class Share(NamedTuple):
 class Team:
     """The ranks of `group`, for stacks [matrices, rows, columns] that are equal on all of them."""
 
-    def __init__(self, group: Any, shapes: list[torch.Size], device: torch.device) -> None:
+    def __init__(self, group: Any, shapes: Sequence[torch.Size], device: torch.device) -> None:
         self.rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         self.shares: list[Share] = []
         used = [0] * ranks

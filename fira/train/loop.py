@@ -24,7 +24,7 @@ from fira.runlog import NoLog, ProgressLine, RunLog
 from fira.runtime import seed_step
 from fira.train.collapse import PATIENCE, collapse
 from fira.train.horizon import TrainConfig, fraction_done
-from fira.train.optim import set_rate
+from fira.train.optim import set_step
 from fira.train.schedule import ScheduleConfig, factor
 from fira.train.step import LossFn, accumulate, finish_step, gradient_norm
 
@@ -142,7 +142,7 @@ class Loop:
     def _step(self, line: ProgressLine) -> None:
         state, began = self.state, time.perf_counter()
         rate = factor(self.schedule, self.fraction)
-        set_rate(self.optimizer, rate)
+        set_step(self.optimizer, state.step, rate)
         seed_step(self.config.seed, state.step, self.layout.mesh.rank)
         self.model.train()
         self._lengthen()

@@ -4,9 +4,14 @@ One optimizer holds both rules: groups with rule "muon" are orthogonalized, the 
 A stack of expert weights [E, out, in] is E matrices, orthogonalized in one batched product. Of
 sharded weights the local rows are updated; a matrix is gathered whole to be orthogonalized.
 Replicas divide the matrices between them.
+
+Orthogonalizing costs the same however few tokens an expert saw. So the experts of a stack may take
+turns, each moving in one of `turns` steps at that many times the rate: momentum hardly changes
+between them (docs/log.md).
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fira.parallel.shard import local, own_rows, whole_matrices
+from fira.parallel.shard import first_row, local, own_rows, whole_matrices
 from fira.runtime import product_dtype
 
 # Odd polynomials a x + b x^3 + c x^5 whose composition takes singular values in 0.005..1 to
@@ -29,7 +34,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     Products are bfloat16 where the device has them: where near 1 a value lands matters little.
     """
-    stack = matrices.reshape(-1, *matrices.shape[-2:])
+    stack = matrices.reshape(math.prod(matrices.shape[:-2]), *matrices.shape[-2:])
     tall = stack.shape[-2] > stack.shape[-1]
     x = stack.mT if tall else stack
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
@@ -51,11 +56,14 @@ def each_alone(function: Callable[[Tensor], Tensor], stacks: list[Tensor],
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups carry `rule`, `lr`, `weight_decay` and `betas`; Muon's momentum is the first beta."""
+    """Groups carry `rule`, `lr`, `weight_decay` and `betas`; Muon's momentum is the first beta.
+
+    Those of Muon also `turns` and `step`, the number of the step, whose turn it is.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float],
                  each: Each = each_alone) -> None:
-        super().__init__(groups, {"betas": betas})
+        super().__init__(groups, {"betas": betas, "turns": 1, "step": 0})
         self.each = each
 
     @torch.no_grad()
@@ -69,22 +77,25 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._adamw(parameters, group)
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        stacks = [whole_matrices(self._ahead(p, group["betas"][0]), p) for p in parameters]
+        mine = [_turn(p, group["step"], group["turns"]) for p in parameters]
+        stacks = [whole_matrices(self._ahead(p, rows, group["betas"][0]), p)
+                  for p, rows in zip(parameters, mine, strict=True)]
         updates = self.each(orthogonalize, stacks, parameters)
-        for parameter, update in zip(parameters, updates, strict=True):
+        for parameter, rows, update in zip(parameters, mine, updates, strict=True):
             scale = RMS * max(parameter.shape[-2:]) ** 0.5
-            rows = local(parameter)
-            rows.mul_(1 - group["lr"] * group["weight_decay"])
-            rows.add_(own_rows(update, parameter), alpha=-group["lr"] * scale)
+            rate = group["lr"] * (rows.step or 1)
+            weights = local(parameter)[rows]
+            weights.mul_(1 - rate * group["weight_decay"])
+            weights.add_(own_rows(update, parameter), alpha=-rate * scale)
 
-    def _ahead(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Nesterov's look ahead of the momentum, which takes the gradient up."""
+    def _ahead(self, parameter: Tensor, rows: slice, momentum: float) -> Tensor:
+        """Nesterov's look ahead of the momentum, which takes the gradient up; of `rows` only."""
         assert parameter.grad is not None
         state, gradient = self.state[parameter], local(parameter.grad)
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
         state["momentum"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(state["momentum"], momentum)
+        return gradient[rows].lerp(state["momentum"][rows], momentum)
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
@@ -101,3 +112,10 @@ class MuonAdamW(torch.optim.Optimizer):
               [], columns["step"], fused=parameters[0].device.type in ("cpu", "cuda"),
               amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
               weight_decay=group["weight_decay"], eps=1e-8, maximize=False)
+
+
+def _turn(parameter: Tensor, step: int, turns: int) -> slice:
+    """The local rows of a stack whose turn it is in `step`; all rows of a single matrix."""
+    if parameter.dim() == 2:
+        return slice(None)
+    return slice((step - first_row(parameter)) % turns, None, turns)

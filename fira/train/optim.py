@@ -20,6 +20,8 @@ class OptimConfig(Config):
     router_lr: float | None = Field(None, gt=0, description="peak rate of routers; null follows lr")
     embedding_lr: float | None = Field(
         None, gt=0, description="peak rate of embeddings; null follows lr")
+    turns: int = Field(1, ge=1, description="Muon moves each expert in one of so many steps, at as "
+                       "many times the rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
 
@@ -27,7 +29,8 @@ class OptimConfig(Config):
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Matrices decay, embeddings and head too; norms, biases and routers do not."""
     rules: dict[str, dict] = {
-        "matrix": {"rule": config.rule, "lr": config.lr, "weight_decay": config.weight_decay},
+        "matrix": {"rule": config.rule, "lr": config.lr, "weight_decay": config.weight_decay,
+                   "turns": config.turns},
         "embedding": {"rule": "adamw", "lr": config.embedding_lr or config.lr,
                       "weight_decay": config.weight_decay},
         "head": {"rule": "adamw", "lr": config.lr, "weight_decay": config.weight_decay},
@@ -64,7 +67,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig,
     return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=device in ("cpu", "cuda"))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group to `factor` of its peak rate."""
+def set_step(optimizer: torch.optim.Optimizer, step: int, factor: float) -> None:
+    """Before step `step`: every group at `factor` of its peak rate."""
     for group in optimizer.param_groups:
+        group["step"] = step
         group["lr"] = group["peak_lr"] * factor

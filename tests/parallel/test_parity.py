@@ -8,7 +8,7 @@ from fira.loss.next_token import next_token_loss
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
-from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.optim import OptimConfig, make_optimizer, set_step
 from fira.train.step import accumulate, finish_step
 from tests.parallel.ranks import on_ranks
 
@@ -51,13 +51,15 @@ def train(layout, rule, steps=STEPS, starve=False):
             elif piece.name.endswith("router.bias"):
                 preferred = torch.tensor([2.0, 1.0, -1.0, -2.0])
                 piece.rows.copy_(preferred[piece.start:piece.start + len(piece.rows)])
-    optimizer = make_optimizer(model, OptimConfig(lr=2e-3, rule=rule, clip=0.5), layout.each)
+    optimizer = make_optimizer(model, OptimConfig(lr=2e-3, rule=rule, turns=2, clip=0.5),
+                               layout.each)
     forward_backward, record = layout.forward_backward(accumulate), []
     model.train()
     for step in range(steps):
         own = Batch(*(part[layout.rows(BATCH)] for part in batch(step)))
         cut = [Batch(*(part[i:i + 2] for part in own)) for i in range(0, len(own[0]), 2)]
         loss, count = forward_backward(model, cut, next_token_loss)
+        set_step(optimizer, step, 1.0)
         norm, updated = finish_step(model, optimizer, loss, count, 0.5, layout.gradient_norm)
         assert updated
         found = layout.end_step()

@@ -5,7 +5,7 @@ import torch
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec
 from fira.train.muon import MuonAdamW, orthogonalize
-from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.optim import OptimConfig, make_optimizer, set_step
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (3, 16, 24)])
@@ -67,6 +67,24 @@ def test_an_expert_without_gradient_keeps_its_direction_of_rest():
     stack.grad[1] = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     assert torch.equal(stack[0], torch.ones(6, 4)) and not torch.equal(stack[1], torch.ones(6, 4))
+
+
+def test_experts_take_turns_and_go_as_far():
+    weights, gradient = torch.randn(2, 5, 6, 4, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for turns in (1, 3):
+        stack = torch.nn.Parameter(weights.clone())
+        optimizer = MuonAdamW([{"params": [stack], "rule": "muon", "peak_lr": 0.1, "turns": turns,
+                                "weight_decay": 0.0}], (0.9, 0.95))
+        for step in range(3):
+            before = stack.detach().clone()
+            stack.grad = gradient.clone()
+            set_step(optimizer, step, 0.5)
+            optimizer.step()
+            moved = (stack.detach() != before).flatten(1).any(dim=1).tolist()
+            assert moved == [turns == 1 or expert % 3 == step for expert in range(5)]
+        ends.append(stack.detach())
+    torch.testing.assert_close(ends[0], ends[1])  # by an unchanging gradient
 
 
 def test_only_inner_matrices_are_muons():
