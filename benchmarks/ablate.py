@@ -35,7 +35,7 @@ SAME_COST = 0.05  # a step within this of the base's: one run serves both compar
 def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, ...]]]:
     """Rows of settings, by group; the row without settings is the preset."""
     config = configure(load_preset(preset), settings)
-    spec, rate = config.model, config.optim.lr
+    spec, optim = config.model, config.optim
     active = spec.top_k * spec.d_ff
     long = ("train.sequence_length=512", "train.micro_batch=4")
     fira = "model=" + json.dumps({
@@ -63,9 +63,11 @@ def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, .
                       "AdamW, lr 6e-3": ("optim.rule=adamw", "optim.lr=6e-3")},
         "router's learning rate": {f"{rate:g}": () if rate == 5e-3 else (f"optim.router_lr={rate}",)
                                    for rate in (5e-4, 1e-3, 5e-3, 2e-2)},
+        "experts take turns with Muon": {f"{turns}": () if turns == optim.turns else
+                                         (f"optim.turns={turns}",) for turns in (1, 2, 4, 8)},
         "head": {"the embedding's": (), "its own": ("model.tied=false",),
                  "its own, embedding's rate times 4": ("model.tied=false",
-                                                       f"optim.embedding_lr={4 * rate:g}")},
+                                                       f"optim.embedding_lr={4 * optim.lr:g}")},
         "sequences": {"128": (), "128, 32 at first": ("train.first_length=32",),
                       "512": long, "512, 64 at first": (*long, "train.first_length=64")},
     }
