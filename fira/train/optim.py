@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from fira.config import Config
+from fira.model.moe import routers
 from fira.parallel.shard import local
 from fira.train.muon import Each, MuonAdamW, each_alone
 
@@ -30,7 +31,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Matrices decay, embeddings and head too; norms, biases and routers do not."""
     rules: dict[str, dict] = {
         "matrix": {"rule": config.rule, "lr": config.lr, "weight_decay": config.weight_decay,
-                   "turns": config.turns},
+                   "turns": config.turns if routers(model) else 1},  # a dense model has one expert
         "embedding": {"rule": "adamw", "lr": config.embedding_lr or config.lr,
                       "weight_decay": config.weight_decay},
         "head": {"rule": "adamw", "lr": config.lr, "weight_decay": config.weight_decay},

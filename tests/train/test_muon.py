@@ -69,8 +69,9 @@ def test_an_expert_without_gradient_keeps_its_direction_of_rest():
     assert torch.equal(stack[0], torch.ones(6, 4)) and not torch.equal(stack[1], torch.ones(6, 4))
 
 
-def test_experts_take_turns_and_go_as_far():
-    weights, gradient = torch.randn(2, 5, 6, 4, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("experts", [5, 2])  # of two, nobody moves in the third step
+def test_experts_take_turns_and_go_as_far(experts):
+    weights, gradient = torch.randn(2, experts, 6, 4, generator=torch.Generator().manual_seed(0))
     ends = []
     for turns in (1, 3):
         stack = torch.nn.Parameter(weights.clone())
@@ -82,7 +83,7 @@ def test_experts_take_turns_and_go_as_far():
             set_step(optimizer, step, 0.5)
             optimizer.step()
             moved = (stack.detach() != before).flatten(1).any(dim=1).tolist()
-            assert moved == [turns == 1 or expert % 3 == step for expert in range(5)]
+            assert moved == [turns == 1 or expert % 3 == step for expert in range(experts)]
         ends.append(stack.detach())
     torch.testing.assert_close(ends[0], ends[1])  # by an unchanging gradient
 
@@ -96,3 +97,12 @@ def test_only_inner_matrices_are_muons():
              for group in groups if group["rule"] == "muon" for p in group["params"]}
     assert muons == {"attention.qkv.weight", "attention.output.weight", "moe.experts.gate.weight",
                      "moe.experts.up.weight", "moe.experts.down.weight"}
+
+
+def test_a_dense_twin_takes_no_turns():
+    shape = {"vocab_size": 40, "d_model": 16, "n_head": 2, "n_kv_head": 1, "head_dim": 8,
+             "num_layers": 1, "d_ff": 8, "context": 8}
+    for experts, turns in ((4, 3), (1, 1)):
+        model = build(FIRA2Spec(**shape, num_experts=experts, top_k=1), seed=0)
+        groups = make_optimizer(model, OptimConfig(rule="muon", turns=3)).param_groups
+        assert [group["turns"] for group in groups if group["rule"] == "muon"] == [turns]
