@@ -8,6 +8,7 @@ experts on a CPU have a form of their own, with all experts' products in one cal
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,10 +110,25 @@ def expert_linear_plain(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
 def expert_linear_grouped(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
                           bias: Tensor | None) -> Tensor:
     """One grouped matrix product; no synchronization with the device."""
-    offsets_E = counts_E.cumsum(0).to(torch.int32)
-    out_Ro = F.grouped_mm(rows_Ri, weight.transpose(1, 2), offs=offsets_E)
+    ends_E = counts_E.cumsum(0)
+    out_Ro = F.grouped_mm(rows_Ri, weight.transpose(1, 2), offs=ends_E.to(torch.int32))
     if bias is None:
         return out_Ro
-    experts = torch.arange(len(counts_E), device=rows_Ri.device)
-    owners_R = torch.repeat_interleave(experts, counts_E, output_size=len(rows_Ri))
-    return out_Ro + bias.index_select(0, owners_R)
+    rows_R = torch.arange(len(rows_Ri), device=rows_Ri.device)
+    return AddBias.apply(out_Ro, bias, torch.searchsorted(ends_E, rows_R, right=True))
+
+
+class AddBias(torch.autograd.Function):
+    """rows_Ro + bias_Eo[owners_R]; the bias's gradient is a product, not rows added one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_Ro: Tensor, bias_Eo: Tensor, owners_R: Tensor) -> Tensor:
+        ctx.num_experts = len(bias_Eo)
+        ctx.save_for_backward(owners_R)
+        return rows_Ro + bias_Eo.index_select(0, owners_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor, Tensor, None]:
+        (owners_R,) = ctx.saved_tensors
+        experts_E1 = torch.arange(ctx.num_experts, device=owners_R.device).unsqueeze(1)
+        return grad_Ro, (experts_E1 == owners_R).to(grad_Ro.dtype) @ grad_Ro, None

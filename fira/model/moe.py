@@ -64,7 +64,7 @@ def routers(model: nn.Module) -> list[Router]:
 def fade(model: nn.Module, fraction: float) -> None:
     """Before `end_step`: how far the run is (0..1), for methods whose bias fades."""
     for router in routers(model):
-        router.strength = bias_strength(fraction)
+        router.strength.fill_(bias_strength(fraction))
 
 
 def end_step(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fira.model.balance import METHODS
 from fira.model.choose import choose
+from fira.model.rows import count_each
 
 VOTERS = 2048  # tokens of a micro-batch that vote on the bias; more cost time and even no better
 
@@ -70,9 +71,10 @@ class Router(nn.Module):
 
     `record` is shown the experts of every pass; `replay_NK`, when set, are the experts of a pass
     that is being run again to recompute activations, and nothing is counted. `strength` (0..1) is
-    what is left of a bias that fades.
+    what is left of a bias that fades; a tensor, so that compiled code need not know it.
     """
 
+    strength: Tensor
     load_share_E: Tensor
     selection_bias_E: Tensor | None
     vote_sum_E: Tensor
@@ -86,12 +88,12 @@ class Router(nn.Module):
         self.method = METHODS[balance]
         self.record: Callable[[Tensor], None] | None = None
         self.replay_NK: Tensor | None = None
-        self.strength = 1.0
         self.top_k = top_k
         self.balance_weight = balance_weight
         self.z_weight = z_weight
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))  # [E, D]
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None  # [E]
+        self.register_buffer("strength", torch.empty(()), persistent=False)
         self.register_buffer("load_share_E", torch.empty(num_experts))
         biased = self.method.update is not None
         self.register_buffer("selection_bias_E", torch.empty(num_experts) if biased else None)
@@ -103,6 +105,7 @@ class Router(nn.Module):
 
     def reset_buffers(self) -> None:
         """Even shares, no bias, empty counters; needed after construction on the meta device."""
+        self.strength.fill_(1)
         self.load_share_E.fill_(1 / len(self.load_share_E))
         if self.selection_bias_E is not None:
             self.selection_bias_E.zero_()
@@ -159,7 +162,10 @@ class Router(nn.Module):
                experts_NK: Tensor) -> None:
         """Routing health, counted in place so that the buffers stay the same tensors."""
         experts_R = experts_NK.flatten()
-        self.load_count_E.index_add_(0, experts_R, torch.ones_like(experts_R))
+        if experts_R.is_cuda:
+            self.load_count_E += count_each(experts_R, len(self.load_count_E))
+        else:
+            self.load_count_E.index_add_(0, experts_R, torch.ones_like(experts_R))
         self.entropy_sum += logsumexp_N.sum() - torch.dot(probs_NE.flatten(), logits_NE.flatten())
 
     @torch.no_grad()

@@ -30,11 +30,16 @@ def sort_by_expert(experts_NK: Tensor, num_experts: int) -> Order:
         inverse[order] = np.arange(len(order))
         counts = np.bincount(keys, minlength=num_experts)
         return Order(*map(torch.from_numpy, (order, inverse, counts)))
-    sorted_R, order_R = experts_R.sort(stable=True)
+    order_R = experts_R.to(torch.int16).sort(stable=True).indices  # short keys, fewer passes
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    bounds = torch.arange(num_experts + 1, device=order_R.device)
-    return Order(order_R, inverse_R, torch.searchsorted(sorted_R, bounds).diff())
+    return Order(order_R, inverse_R, count_each(experts_R, num_experts))
+
+
+def count_each(experts_R: Tensor, num_experts: int) -> Tensor:
+    """Rows of each expert, int64 [E], without a thread waiting for another."""
+    experts_E = torch.arange(num_experts, device=experts_R.device)
+    return (experts_R.unsqueeze(1) == experts_E).sum(dim=0)
 
 
 class Scatter(torch.autograd.Function):
@@ -71,6 +76,9 @@ class Gather(torch.autograd.Function):
 
 def sum_rows(rows_RD: Tensor, index_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
     """Each token the (weighted) sum of its K rows, gathered and added in one pass."""
+    if index_NK.is_cuda and torch.compiler.is_compiling():  # a graph makes one pass of it, and more
+        rows_NKD = rows_RD[index_NK]
+        return (rows_NKD if weights_NK is None else rows_NKD * weights_NK.unsqueeze(2)).sum(dim=1)
     return F.embedding_bag(index_NK, rows_RD, mode="sum", per_sample_weights=weights_NK)
 
 

@@ -28,6 +28,7 @@ from fira.parallel.layout import Layout, check_fit
 from fira.parallel.mesh import Mesh, ParallelConfig, joined
 from fira.runlog import NoLog, RunLog, tracker
 from fira.stages.start import Start, begun_from, longest_read, open_start
+from fira.train.compiled import compiled
 from fira.train.horizon import TrainConfig, fraction_done
 from fira.train.loop import Loop, LoopState
 from fira.train.optim import OptimConfig, make_optimizer
@@ -172,8 +173,8 @@ def _forward(model: Any, config: TrainConfig, mesh: Mesh, screen: Console) -> An
     if config.recompute:
         recompute_blocks(model)
         return model
-    compiled = mesh.device.type == "cuda" and mesh.size == mesh.sizes["data"]
-    return torch.compile(model) if compiled else model
+    whole = mesh.device.type == "cuda" and mesh.size == mesh.sizes["data"]
+    return compiled(model) if whole else model
 
 
 def _configure_run(preset: str, settings: Iterable[str], run: Path, resume: bool,

@@ -34,6 +34,6 @@ def validate(layout: Layout, batches: Iterable[Any],
         losses_BT = losses_BT.double()
         bytes_BT = token_bytes_V[targets_BT]
         sums += torch.stack([losses_BT.sum(), losses_BT[bytes_BT > 0].sum(),
-                             torch.tensor(targets_BT.numel()), bytes_BT.sum()]).cpu()
+                             bytes_BT.new_tensor(targets_BT.numel()), bytes_BT.sum()]).cpu()
     nats, text_nats, tokens, text_bytes = layout.sum(sums).tolist()
     return {"loss": nats / tokens, "bits_per_byte": text_nats / math.log(2) / text_bytes}

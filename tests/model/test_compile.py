@@ -5,12 +5,14 @@ import functools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from fira.loss.head import head_loss
 from fira.model.files import build
-from fira.model.moe import routing_health
+from fira.model.moe import end_step, fade, routing_health
 from fira.model.spec import FIRA2Spec, FIRASpec
+from fira.train.compiled import compiled
 
 TINY = dict(vocab_size=31, d_model=32, n_head=4, num_layers=1, d_ff=24, num_experts=4, top_k=2,
             context=12, init_std=0.2)
@@ -43,9 +45,23 @@ def test_a_compiled_model_applies_the_head_loss_as_a_plain_one_does(spec):
     tokens_BT = torch.randint(31, (2, spec.context), generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
     results = []
-    for wrap in (lambda model: model, lambda model: COMPILED(model)):
+    for wrap in (lambda model: model, COMPILED, functools.partial(compiled, backend="aot_eager")):
         model = build(spec, seed=0).train()
         loss = wrap(model)(tokens_BT, targets_BT=tokens_BT, loss=head_loss)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+    for each in results[1:]:
+        torch.testing.assert_close(results[0], each, rtol=1e-4, atol=1e-6)
+
+
+def test_all_blocks_are_one_graph_and_a_fading_balance_makes_no_new_one():
+    model = build(FIRA2Spec(**TINY | MANY | {"num_layers": 3}, n_kv_head=2, head_dim=8,
+                            balance="handover"), seed=0).train()
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    forward, tokens_BT = compiled(model, graphs), torch.ones(2, 300, dtype=torch.long)
+    for fraction in (0.0, 0.8, 0.9):
+        fade(model, fraction)
+        forward(tokens_BT, targets_BT=tokens_BT, loss=head_loss).backward()
+        end_step(model)
+    assert graphs.frame_count == 2  # a block, and what reads them out
