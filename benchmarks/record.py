@@ -12,13 +12,19 @@ from fira import runtime
 
 
 def machine() -> str:
-    """Processor and cores, in words."""
+    """Processor, cores and GPU, in words."""
     name = platform.processor() or platform.machine()
     path = Path("/proc/cpuinfo")
     if path.exists():
         name = next((line.partition(":")[2].strip() for line in path.read_text().splitlines()
                      if line.startswith("model name")), name)
-    return f"{name}, {runtime.workers()} cores"
+    return f"{name}, {runtime.workers()} cores{_graphics()}"
+
+
+def _graphics() -> str:
+    """The name of a GPU, where the benchmark uses one."""
+    torch = sys.modules.get("torch")
+    return f", {torch.cuda.get_device_name()}" if torch and torch.cuda.is_available() else ""
 
 
 def _short(word: str) -> str:

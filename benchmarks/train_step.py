@@ -35,7 +35,9 @@ Side = tuple[str, str, Any]  # name, who runs it (fira or a class of transformer
 
 def mixtral(small: dict[str, int], top_k: int) -> list[Side]:
     spec = FIRA2Spec(top_k=top_k, **MIXTRAL | small)
-    return [("transformers Mixtral", "Mixtral", spec), ("FIRA2", "fira", spec)]
+    twin = spec.model_copy(update={"num_experts": 1, "top_k": 1, "d_ff": top_k * spec.d_ff})
+    return [("transformers Mixtral", "Mixtral", spec), ("FIRA2 dense twin", "fira", twin),
+            ("FIRA2", "fira", spec)]
 
 
 GROUPS: dict[str, Callable[[dict[str, int]], list[Side]]] = {
@@ -59,6 +61,7 @@ def fira_step(spec: Any, device: torch.device, kernels: str) -> Callable[[torch.
     from fira.model.files import build
     from fira.model.moe import end_step
     from fira.model.triton_swiglu import use_kernels
+    from fira.train.compiled import compiled
     from fira.train.optim import OptimConfig, make_optimizer
     from fira.train.step import accumulate, finish_step
 
@@ -66,7 +69,7 @@ def fira_step(spec: Any, device: torch.device, kernels: str) -> Callable[[torch.
     optimizer = make_optimizer(model, OptimConfig(lr=1e-4))
     for reason in use_kernels(model, kernels, device):
         print(reason)
-    forward = torch.compile(model) if device.type == "cuda" else model
+    forward = compiled(model) if device.type == "cuda" else model
 
     def step(ids_BT: torch.Tensor) -> None:
         batch = Batch(ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous())
@@ -150,14 +153,19 @@ def compare(sides: list[Side], a: argparse.Namespace) -> dict[str, dict[str, Any
         pipes[name], theirs = context.Pipe()
         arguments = theirs, who, spec, a.device, a.kernels
         context.Process(target=worker, args=arguments, daemon=True).start()
-        pipes[name].recv()
+    for pipe in pipes.values():
+        pipe.recv()
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
     for turn in range(a.warmup + a.steps):
         shape = (a.batch, a.sequence + 1)
         ids = torch.randint(sides[0][2].vocab_size, shape, generator=generator).tolist()
-        for name in pipes if turn % 2 else reversed(pipes):
+        at_once = a.device != "cpu" and turn < a.warmup  # compiling needs no device
+        for name in pipes if at_once else ():
             pipes[name].send(ids)
+        for name in pipes if turn % 2 else reversed(pipes):
+            if not at_once:
+                pipes[name].send(ids)
             took = pipes[name].recv()
             if turn >= a.warmup:
                 seconds[name].append(took)
