@@ -8,8 +8,7 @@ its experts implementations stands beside ours. The sides take turns; a row is t
 turns and of its ratios to the dense layer of that turn. Memory is the peak over what the layer and
 its input hold, of one pass, on a CPU in a process of its own. `decode` is one token without
 gradients, against the products of K experts that are simply there. On CUDA everything is bf16 by
-autocast, both layers stand there compiled too, and ours with Triton's kernels; the ratios are to
-the compiled dense layer.
+autocast, and both layers stand there compiled too; the ratios are to the compiled dense layer.
 """
 from __future__ import annotations
 
@@ -30,12 +29,10 @@ from fira.model.experts import SwiGLUExperts
 from fira.model.initialize import initialize
 from fira.model.moe import Dense, MoE
 from fira.model.router import Router
-from fira.model.triton_swiglu import use_kernels
 from fira.runtime import autocast, keep_large_blocks, pick_device
 
 OURS = {"cpu": ("dense", "fira"),
-        "cuda": ("dense", "dense compiled", "fira", "fira compiled", "fira triton",
-                 "fira compiled triton")}
+        "cuda": ("dense", "dense compiled", "fira", "fira compiled")}
 PEERS = ("eager", "grouped_mm", "batched_mm")
 
 
@@ -69,9 +66,7 @@ def layer(side: str, shape: Shape, device: torch.device) -> nn.Module:
                             balance_weight=0.01, z_weight=0.001),
                      SwiGLUExperts(shape.experts, shape.width, shape.hidden))
     initialize(nn.ModuleDict({"moe": module}), 12, 0.02, torch.Generator().manual_seed(0))
-    for reason in use_kernels(module, "triton" if "triton" in manner else "torch", device):
-        raise SystemExit(f"{side}: {reason}")
-    return torch.compile(module.to(device)) if "compiled" in manner else module.to(device)
+    return torch.compile(module.to(device)) if manner == "compiled" else module.to(device)
 
 
 def peer(implementation: str, shape: Shape) -> nn.Module:

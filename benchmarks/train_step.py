@@ -55,20 +55,17 @@ GROUPS: dict[str, Callable[[dict[str, int]], list[Side]]] = {
 }
 
 
-def fira_step(spec: Any, device: torch.device, kernels: str) -> Callable[[torch.Tensor], None]:
+def fira_step(spec: Any, device: torch.device) -> Callable[[torch.Tensor], None]:
     from fira.data.batches import Batch
     from fira.loss.next_token import next_token_loss
     from fira.model.files import build
     from fira.model.moe import end_step
-    from fira.model.triton_swiglu import use_kernels
     from fira.train.compiled import compiled
     from fira.train.optim import OptimConfig, make_optimizer
     from fira.train.step import accumulate, finish_step
 
     model = build(spec, seed=0, device=device).train()
     optimizer = make_optimizer(model, OptimConfig(lr=1e-4))
-    for reason in use_kernels(model, kernels, device):
-        print(reason)
     forward = compiled(model) if device.type == "cuda" else model
 
     def step(ids_BT: torch.Tensor) -> None:
@@ -112,13 +109,12 @@ def peer_step(kind: str, spec: Any, device: torch.device) -> Callable[[torch.Ten
     return step
 
 
-def worker(pipe: Connection, who: str, spec: Any, device_name: str, kernels: str) -> None:
+def worker(pipe: Connection, who: str, spec: Any, device_name: str) -> None:
     """Answer every batch with the seconds of a step, None with the peak of memory."""
     if who == "fira":
         keep_large_blocks()
     device = pick_device(device_name)
-    step = (fira_step(spec, device, kernels) if who == "fira"
-            else peer_step(who, spec, device))
+    step = fira_step(spec, device) if who == "fira" else peer_step(who, spec, device)
     reset_peak(device)
     pipe.send("ready")
     while (ids_BT := pipe.recv()) is not None:
@@ -151,7 +147,7 @@ def compare(sides: list[Side], a: argparse.Namespace) -> dict[str, dict[str, Any
     pipes: dict[str, Connection] = {}
     for name, who, spec in sides:
         pipes[name], theirs = context.Pipe()
-        arguments = theirs, who, spec, a.device, a.kernels
+        arguments = theirs, who, spec, a.device
         context.Process(target=worker, args=arguments, daemon=True).start()
     for pipe in pipes.values():
         pipe.recv()
@@ -186,8 +182,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--group", action="append", choices=GROUPS, help="default: all")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--kernels", choices=("torch", "triton"), default="torch",
-                        help="of FIRA2's experts on CUDA")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")

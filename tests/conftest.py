@@ -1,5 +1,4 @@
 """A real but very small corpus, tokenizer, data folder and preset, made once for all tests."""
-import os
 import sys
 from pathlib import Path
 
@@ -10,9 +9,6 @@ from fira import cli
 from fira.data.prepare import prepare
 from fira.data.text import texts
 from fira.data.tokenizer import train_tokenizer
-
-if not torch.cuda.is_available():  # Triton reads it when it is first imported, here or by torch
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 PRESET = """
 [model]

@@ -56,24 +56,40 @@ class SwiGLUExperts(nn.Module):
 
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         parts = self.gate, self.up, self.down
-        if (all(type(part) is ExpertLinear for part in parts)  # a quantized one writes out no stack
-                and _should_batch(rows_RD, self.gate.weight)):
-            return BatchedSwiGLU.apply(rows_RD, counts_E, *(part.weight for part in parts))
+        if all(type(part) is ExpertLinear for part in parts):  # a quantized one writes out no stack
+            weights = [part.weight for part in parts]
+            if _should_batch(rows_RD, weights[0]):
+                return BatchedSwiGLU.apply(rows_RD, counts_E, *weights)
+            if rows_RD.is_cuda:
+                return self.down(self.hidden_at_once(rows_RD, counts_E), counts_E)
         hidden_RF = F.silu(self.gate(rows_RD, counts_E)) * self.up(rows_RD, counts_E)
         return self.down(hidden_RF, counts_E)
+
+    def hidden_at_once(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """What `down` reads, from one product with gate and up: a GPU has fewer and larger ones."""
+        both_EWD = torch.cat(_multiplied(self.gate.weight, self.up.weight), dim=1)
+        gate_RF, up_RF = expert_linear(rows_RD, counts_E, both_EWD, None).chunk(2, dim=1)
+        return F.silu(gate_RF) * up_RF
 
 
 def expert_linear(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
                   bias: Tensor | None) -> Tensor:
     """The fastest implementation this device has. weight [E, out, in], bias [E, out] or None."""
-    device = rows_Ri.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        rows_Ri, weight = rows_Ri.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if rows_Ri.is_cuda and _can_group(rows_Ri, weight):
+    rows_Ri, weight = _multiplied(rows_Ri, weight)
+    bias = None if bias is None else bias.to(rows_Ri.dtype)
+    if len(weight) == 1:
+        return F.linear(rows_Ri, weight.squeeze(0), None if bias is None else bias.squeeze(0))
+    if _can_group(rows_Ri, weight):
         return expert_linear_grouped(rows_Ri, counts_E, weight, bias)
     return SortedLinear.apply(rows_Ri, counts_E, weight, bias)
+
+
+def _multiplied(*tensors: Tensor) -> list[Tensor]:
+    """In the numbers that autocast, where it is on, would multiply."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
 def _should_batch(rows_Ri: Tensor, weight: Tensor) -> bool:
@@ -86,12 +102,20 @@ def _should_batch(rows_Ri: Tensor, weight: Tensor) -> bool:
 
 
 def _can_group(rows_Ri: Tensor, weight: Tensor) -> bool:
-    return (rows_Ri.dtype == torch.bfloat16
-            and not grouping_obstacle(weight.shape[1:], rows_Ri.device))
+    return (rows_Ri.is_cuda and rows_Ri.dtype == torch.bfloat16
+            and not _obstacle(weight.shape[1:], rows_Ri.device))
 
 
-def grouping_obstacle(widths: Iterable[int], device: torch.device) -> str | None:
-    """Why grouped_mm cannot take experts of these widths in bfloat16; None if it can."""
+def grouping_obstacle(model: nn.Module, device: torch.device) -> str | None:
+    """Why CUDA cannot multiply all experts of a layer at once, in bfloat16; None if it can."""
+    stacks = [part.weight for part in model.modules()
+              if type(part) is ExpertLinear and len(part.weight) > 1]
+    if device.type != "cuda" or not stacks:
+        return None
+    return _obstacle(stacks[0].shape[1:], device)
+
+
+def _obstacle(widths: Iterable[int], device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "grouped_mm needs compute capability 8.0 or newer"
     uneven = [width for width in widths if width % 8]  # row strides of whole 16 bytes

@@ -29,15 +29,11 @@ class MoE(nn.Module):
         self.router = router
         self.experts = experts
         self.dispatch: Callable[..., Tensor] = apply_here
-        self.in_one: Callable[..., Tensor] | None = None  # scatter, experts and gather as one
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         weights_NK, experts_NK = self.router(x_ND)
         order_R, inverse_R, counts_E = sort_by_expert(experts_NK, len(self.router.weight))
-        if self.in_one is not None:
-            out_ND = self.in_one(self.experts, x_ND, weights_NK, order_R, counts_E)
-            return out_ND.view(x_BTD.shape)
         rows_RD = Scatter.apply(x_ND, order_R, inverse_R)
         rows_RD = self.dispatch(self.experts, rows_RD, counts_E)
         return Gather.apply(rows_RD, weights_NK, order_R, inverse_R).view(x_BTD.shape)

@@ -22,8 +22,8 @@ from fira.data.shards import Shards
 from fira.data.tokenizer import Tokenizer
 from fira.loss.next_token import next_token_loss
 from fira.model.count import count_parameters
+from fira.model.experts import grouping_obstacle
 from fira.model.spec import ModelSpec
-from fira.model.triton_swiglu import use_kernels
 from fira.parallel.layout import Layout, check_fit
 from fira.parallel.mesh import Mesh, ParallelConfig, joined
 from fira.runlog import NoLog, RunLog, tracker
@@ -168,8 +168,8 @@ class OwnRows:
 
 def _forward(model: Any, config: TrainConfig, mesh: Mesh, screen: Console) -> Any:
     """The model as training calls it. Compiled code would not keep what recomputing saves."""
-    for reason in use_kernels(model, config.kernels, mesh.device):
-        screen.print(reason, soft_wrap=True)
+    if reason := grouping_obstacle(model, mesh.device):
+        screen.print(f"experts one after the other: {reason}", soft_wrap=True)
     if config.recompute:
         recompute_blocks(model)
         return model

@@ -20,9 +20,6 @@ class TrainConfig(Config):
     micro_batch: int = Field(4, ge=1, description="sequences per forward and backward pass")
     recompute: bool = Field(
         False, description="save memory: keep each block's input only, run it again in backward")
-    kernels: Literal["torch", "triton"] = Field(
-        "torch", description="of experts on CUDA: triton gathers, activates and weighs rows inside "
-        "the products; for a FIRA2 whose experts are all on one device")
     steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps")
     minutes: float | None = Field(None, gt=0, description="length of the run on the clock")
     save_every: int = Field(500, ge=1, description="steps between checkpoints, each evaluated")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fira.model.experts import (
     GELUExperts,
@@ -11,6 +12,7 @@ from fira.model.experts import (
     expert_linear,
     expert_linear_grouped,
     expert_linear_plain,
+    grouping_obstacle,
 )
 from fira.model.products import HAS_BATCH
 
@@ -39,6 +41,32 @@ def test_fast_paths_equal_row_by_row_in_values_and_gradients(path, bias, load):
     for ours, theirs in zip(torch.autograd.grad(fast, wanted, upstream),
                             torch.autograd.grad(slow, wanted, upstream), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_gate_and_up_at_once_equal_one_after_the_other_in_values_and_gradients():
+    rows, counts, *_ = problem([3, 0, 4, 2], bias=False)
+    experts = SwiGLUExperts(4, 8, 16)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    wanted = [rows, experts.gate.weight, experts.up.weight]
+    once = experts.hidden_at_once(rows, counts)
+    apart = F.silu(experts.gate(rows, counts)) * experts.up(rows, counts)
+    torch.testing.assert_close(once, apart)
+    upstream = torch.randn_like(once)
+    for ours, theirs in zip(torch.autograd.grad(once, wanted, upstream),
+                            torch.autograd.grad(apart, wanted, upstream), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_no_grouped_product_can_take_has_a_reason(monkeypatch):
+    device, experts = torch.device("cuda"), SwiGLUExperts(4, 8, 12)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert "divide by 8, not 12" in grouping_obstacle(experts, device)
+    assert grouping_obstacle(experts, torch.device("cpu")) is None
+    assert grouping_obstacle(SwiGLUExperts(4, 8, 16), device) is None
+    assert grouping_obstacle(SwiGLUExperts(1, 8, 12), device) is None  # an ordinary product
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert "8.0 or newer" in grouping_obstacle(SwiGLUExperts(4, 8, 16), device)
 
 
 @pytest.mark.skipif(not HAS_BATCH, reason="this torch has no cblas_sgemm_batch")
