@@ -151,12 +151,12 @@ def compare(sides: list[Side], a: argparse.Namespace) -> dict[str, dict[str, Any
         context.Process(target=worker, args=arguments, daemon=True).start()
     for pipe in pipes.values():
         pipe.recv()
-    generator = torch.Generator().manual_seed(0)
+    generator, cuda = torch.Generator().manual_seed(0), pick_device(a.device).type == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
     for turn in range(a.warmup + a.steps):
         shape = (a.batch, a.sequence + 1)
         ids = torch.randint(sides[0][2].vocab_size, shape, generator=generator).tolist()
-        at_once = a.device != "cpu" and turn < a.warmup  # compiling needs no device
+        at_once = cuda and turn < a.warmup  # compiling needs no device
         for name in pipes if at_once else ():
             pipes[name].send(ids)
         for name in pipes if turn % 2 else reversed(pipes):

@@ -76,10 +76,15 @@ class Gather(torch.autograd.Function):
 
 def sum_rows(rows_RD: Tensor, index_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
     """Each token the (weighted) sum of its K rows, gathered and added in one pass."""
-    if index_NK.is_cuda and torch.compiler.is_compiling():  # a graph makes one pass of it, and more
-        rows_NKD = rows_RD[index_NK]
-        return (rows_NKD if weights_NK is None else rows_NKD * weights_NK.unsqueeze(2)).sum(dim=1)
+    if index_NK.is_cuda and torch.compiler.is_compiling():
+        return sum_rows_plain(rows_RD, index_NK, weights_NK)
     return F.embedding_bag(index_NK, rows_RD, mode="sum", per_sample_weights=weights_NK)
+
+
+def sum_rows_plain(rows_RD: Tensor, index_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
+    """The definition, of which a graph for a GPU makes one pass, together with what is around."""
+    rows_NKD = rows_RD[index_NK]
+    return (rows_NKD if weights_NK is None else rows_NKD * weights_NK.unsqueeze(2)).sum(dim=1)
 
 
 def share_gradient(grad_ND: Tensor, rows_RD: Tensor, weights_NK: Tensor, order_R: Tensor,

@@ -13,6 +13,7 @@ from fira.model.fira2 import FIRA2
 from fira.model.initialize import initialize
 from fira.model.moe import MoE, end_step, routers, routing_health
 from fira.model.router import Router
+from fira.model.rows import sum_rows, sum_rows_plain
 
 TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12,
             init_std=0.3)
@@ -192,3 +193,18 @@ def test_training_repeats_to_the_bit(name):
         return [p.detach() for p in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(train(), train(), strict=True))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_added_in_one_pass_equal_the_definition_in_values_and_gradients(weighted):
+    generator = torch.Generator().manual_seed(0)
+    rows_RD = torch.randn(12, 5, generator=generator, requires_grad=True)
+    index_NK = torch.randperm(12, generator=generator).view(4, 3)
+    weights_NK = torch.rand(4, 3, generator=generator, requires_grad=True) if weighted else None
+    wanted = [x for x in (rows_RD, weights_NK) if x is not None]
+    fast, plain = (add(rows_RD, index_NK, weights_NK) for add in (sum_rows, sum_rows_plain))
+    torch.testing.assert_close(fast, plain)
+    upstream = torch.randn(4, 5, generator=generator)
+    for ours, theirs in zip(torch.autograd.grad(fast, wanted, upstream),
+                            torch.autograd.grad(plain, wanted, upstream), strict=True):
+        torch.testing.assert_close(ours, theirs)
