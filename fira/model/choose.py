@@ -1,7 +1,8 @@
 """The K best experts of every token.
 
 `torch.topk` sorts row after row on a CPU. NumPy partitions rows with vector instructions, which for
-many experts takes a third of the time (docs/log.md).
+many experts takes a third of the time. On a GPU `topk` is two kernels of its own; taking the best
+K times becomes part of the kernel that made the scores (docs/log.md).
 """
 from __future__ import annotations
 
@@ -26,10 +27,23 @@ def choose(scores_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
         order = np.argpartition(scores_NE.numpy(), E - top_k - 1, axis=1)[:, E - top_k - 1:]
         best_NL = torch.from_numpy(order)
         next_N1, experts_NK = best_NL.split([1, top_k], dim=1)
+    elif scores_NE.is_cuda and torch.compiler.is_compiling():
+        return choose_in_rounds(scores_NE, top_k)
     else:
         experts_NK, next_N1 = scores_NE.topk(top_k + 1, dim=1).indices.split([top_k, 1], dim=1)
     last_N = scores_NE.gather(1, experts_NK).amin(dim=1)
     return experts_NK, (last_N + scores_NE.gather(1, next_N1).squeeze(1)) / 2
+
+
+def choose_in_rounds(scores_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`choose` for K < E: the best of those that are left, once for each choice and once more."""
+    experts_E = torch.arange(scores_NE.shape[1], device=scores_NE.device)
+    picks, values = [], []
+    for _ in range(top_k + 1):
+        picks.append(scores_NE.argmax(dim=1))
+        values.append(scores_NE.amax(dim=1))
+        scores_NE = scores_NE.masked_fill(experts_E == picks[-1].unsqueeze(1), -torch.inf)
+    return torch.stack(picks[:top_k], dim=1), (values[-2] + values[-1]) / 2
 
 
 def rank_smallest(values_EN: Tensor, rank: int) -> Tensor:

@@ -5,6 +5,7 @@ training repeats to the bit.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -81,15 +82,22 @@ def health(layers: Iterable[Router]) -> dict[str, Any] | None:
     busiest expert over the mean; entropy: of the router, 0..1 of log E; dead: experts without
     a row. None for a dense model or before anything was counted.
     """
-    layers = [router for router in layers if router.num_tokens]
+    layers = list(layers)
     if not layers:
         return None
-    counts = torch.stack([router.load_count_E.cpu() for router in layers]).double()
+    home = layers[0].load_count_E.device  # from where everything comes at once: a copy is a wait
+    counted = torch.stack([torch.cat([router.load_count_E, router.entropy_sum.double().view(1)])
+                           .to(home) for router in layers]).cpu()
+    used = counted[:, :-1].sum(dim=1) > 0
+    if not used.any():
+        return None
+    counts, entropies = counted[used, :-1], counted[used, -1]
     relative = counts / counts.mean(dim=1, keepdim=True)
+    tokens = counts.sum(dim=1) / layers[0].top_k
     return {
         "load": (counts / counts.sum(dim=1, keepdim=True)).tolist(),
         "cv": relative.std(dim=1, correction=0).tolist(),
         "max_mean": relative.max(dim=1).values.tolist(),
-        "entropy": [router.entropy() for router in layers],
+        "entropy": (entropies / (tokens * math.log(counts.shape[1]))).tolist(),
         "dead": (counts == 0).sum(dim=1).tolist(),
     }

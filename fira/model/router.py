@@ -9,7 +9,6 @@ Qwen3-MoE with `norm_topk_prob=false`: an export of a k = 1 model must write tha
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -120,11 +119,6 @@ class Router(nn.Module):
         for counter in self.counters:
             counter.zero_()
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens counted since the counters were cleared."""
-        return int(self.load_count_E.sum()) // self.top_k
-
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x_ND.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
@@ -188,8 +182,3 @@ class Router(nn.Module):
                 bias_E = self.strength * bias_E
             self.selection_bias_E.copy_(torch.where(total > 0, bias_E, self.selection_bias_E))
         self.clear_counts()
-
-    def entropy(self) -> float:
-        """Mean entropy of the router's distribution since the last clearing, 0..1 of log E."""
-        scale = self.num_tokens * math.log(len(self.load_count_E))
-        return float(self.entropy_sum) / scale if scale else 0.0

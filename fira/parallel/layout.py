@@ -92,7 +92,7 @@ class Layout:
         each = batch_size // self.mesh.batch_ranks
         return slice(self.mesh.batch_rank * each, (self.mesh.batch_rank + 1) * each)
 
-    def forward_backward(self, accumulate: Callable[..., tuple[float, int]]) -> Callable[..., Any]:
+    def forward_backward(self, accumulate: Callable[..., tuple[Any, int]]) -> Callable[..., Any]:
         """The loop's seam: (model, micro-batches, loss_fn) -> (mean loss, number) of all ranks.
 
         Gradients are left summed over all micro-batches of all ranks.
@@ -105,13 +105,13 @@ class Layout:
                 loss, count = self.pipeline.run(batches, loss_fn)
             else:
                 loss, count = accumulate(model, self._syncing(batches), loss_fn)
-                loss *= count
+                loss = loss * count
             if self.tied:
                 self._sum_tied()
             if self.gradients:
                 self.gradients.finish()
             count *= self.mesh.batch_ranks
-            return self.sum(torch.tensor([loss], dtype=torch.float64)).item() / count, count
+            return self.sum(torch.tensor([float(loss)], dtype=torch.float64)).item() / count, count
         return run
 
     def _syncing(self, batches: Iterable[Any]) -> Iterator[Any]:

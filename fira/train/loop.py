@@ -147,9 +147,10 @@ class Loop:
         self.model.train()
         self._lengthen()
         batch = self.batches.batch(state.step, self.length)
-        loss, count = self.forward_backward(self.forward, self._micro_batches(batch), self.loss_fn)
-        norm, updated = finish_step(self.model, self.optimizer, loss, count, self.clip,
+        mean, count = self.forward_backward(self.forward, self._micro_batches(batch), self.loss_fn)
+        norm, updated = finish_step(self.model, self.optimizer, mean, count, self.clip,
                                     self.norm_of)
+        loss = float(mean)
         state.step += 1
         state.tokens += self.config.batch_tokens
         self._update_fraction()

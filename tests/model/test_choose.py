@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fira.model import choose as module
-from fira.model.choose import choose, rank_smallest
+from fira.model.choose import choose, choose_in_rounds, rank_smallest
 
 
 @pytest.mark.parametrize("tokens, experts, top_k", [(300, 32, 4), (300, 64, 1), (300, 16, 15),
@@ -19,6 +19,8 @@ def test_the_chosen_are_those_of_topk_and_the_threshold_divides_them(tokens, exp
     assert ((scores > threshold.unsqueeze(1)).sum(dim=1) == top_k).all()
     monkeypatch.setattr(module, "MANY_TOKENS", 1000)
     assert torch.equal(choose(scores, top_k)[1], threshold)
+    assert torch.equal(choose_in_rounds(scores, top_k)[0], scores.topk(top_k).indices)
+    assert torch.equal(choose_in_rounds(scores, top_k)[1], threshold)
 
 
 @pytest.mark.parametrize("rank", [1, 7, 20])

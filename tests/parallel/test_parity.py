@@ -63,7 +63,7 @@ def train(layout, rule, steps=STEPS, starve=False):
         norm, updated = finish_step(model, optimizer, loss, count, 0.5, layout.gradient_norm)
         assert updated
         found = layout.end_step()
-        record.append((loss, norm, found and found["load"], found and found["entropy"]))
+        record.append((float(loss), norm, found and found["load"], found and found["entropy"]))
     weights = [(p.name, p.start, p.rows.clone())
                for p in layout.pieces(model.state_dict().items())]
     return record, weights
