@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
+from fira.loss import head
 from fira.loss.head import head_loss
 from fira.model.files import build
 from fira.model.moe import end_step, fade, routing_health
@@ -65,3 +66,20 @@ def test_all_blocks_are_one_graph_and_a_fading_balance_makes_no_new_one():
         forward(tokens_BT, targets_BT=tokens_BT, loss=head_loss).backward()
         end_step(model)
     assert graphs.frame_count == 2  # a block, and what reads them out
+
+
+def test_no_graph_of_a_compiled_model_has_more_than_one_block_of_logits(monkeypatch):
+    """Inductor would put off what frees a block until it has all of them (docs/log.md)."""
+    monkeypatch.setitem(head.BLOCK, "cpu", 31 * 4)  # four rows
+    blocks, spec = [], SPECS[0]
+
+    def backend(graph, _):
+        nodes = [node for module in graph.modules() if isinstance(module, torch.fx.GraphModule)
+                 for node in module.graph.nodes]
+        blocks.append(sum("log_softmax" in str(node.target) for node in nodes))
+        return graph
+
+    model, tokens_BT = build(spec, seed=0).train(), torch.ones(2, spec.context, dtype=torch.long)
+    torch._dynamo.reset()
+    compiled(model, backend)(tokens_BT, targets_BT=tokens_BT, loss=head_loss).backward()
+    assert sorted(blocks) == [0, 1]
