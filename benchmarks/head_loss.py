@@ -48,10 +48,10 @@ def serve(pipe: Connection, name: str, tokens: int, on: str) -> None:
     device = pick_device(on)
     loss_fn, generator = forms(device)[name], torch.Generator(device).manual_seed(0)
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, generator=generator).requires_grad_()
+    def random(*shape: int, std: float) -> Tensor:
+        return (std * torch.randn(shape, device=device, generator=generator)).requires_grad_()
 
-    x_ND, weight_VD = random(tokens, WIDTH), random(VOCABULARY, WIDTH)
+    x_ND, weight_VD = random(tokens, WIDTH, std=1.0), random(VOCABULARY, WIDTH, std=0.02)
     targets_N = torch.randint(VOCABULARY, (tokens,), device=device, generator=generator)
     while pipe.recv():
         x_ND.grad = weight_VD.grad = None
