@@ -11,6 +11,7 @@ import argparse
 import statistics
 from pathlib import Path
 
+from arms import imbalance
 from record import append
 
 from fira.report.read import Run, read_run
@@ -43,7 +44,7 @@ def described(run: Run) -> dict[str, object]:
     return {"settings": run.settings, "parameters": run.parameters, "steps": last.step,
             "tokens": last.tokens, "seconds": last.seconds,
             "tokens_per_second": statistics.median(step.tokens_per_second for step in run.steps),
-            "imbalance": [step.imbalance for step in run.steps[::50]],
+            "imbalance_by_twentieth": imbalance(run),
             "dead": max(step.dead for step in run.steps[len(run.steps) // 10:]),
             "validations": [[row.tokens, row.seconds, row.bits_per_byte]
                             for row in run.validations]}
@@ -56,8 +57,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--on", default="", help="the machine that trained, if it is not this one")
     options = parser.parse_args()
-    runs = {name: read_run(Path(folder))
-            for name, _, folder in (word.partition("=") for word in options.runs)}
+    pairs = [word.partition("=") for word in options.runs]
+    if not all(folder for _, _, folder in pairs) or len(pairs) > len(COLORS):
+        parser.error(f"{' '.join(options.runs)}: give NAME=RUN, of at most {len(COLORS)} runs")
+    runs = {name: read_run(Path(folder)) for name, _, folder in pairs}
     draw(runs, options.out)
     if options.json:
         append(options.json, {"benchmark": "curves", "trained_on": options.on,
@@ -67,6 +70,9 @@ def main() -> None:
         print(f"{name}: {last.tokens / 1e6:.1f}M tokens in {last.seconds:.0f} s; bits per byte "
               + ", ".join(f"{row.bits_per_byte:.3f} ({row.seconds:.0f} s)"
                           for row in run.validations))
+        if uneven := imbalance(run):
+            print(f"  imbalance after the first tenth {statistics.mean(uneven):.2f}, in the worst "
+                  f"twentieth {max(uneven):.2f}")
 
 
 if __name__ == "__main__":

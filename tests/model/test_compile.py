@@ -65,7 +65,7 @@ def test_all_blocks_are_one_graph_and_a_fading_balance_makes_no_new_one():
         fade(model, fraction)
         forward(tokens_BT, targets_BT=tokens_BT, loss=head_loss).backward()
         end_step(model)
-    assert graphs.frame_count == 2  # a block, and what reads them out
+    assert graphs.frame_count == 2  # a block, and a block of the head's rows
 
 
 def test_no_graph_of_a_compiled_model_has_more_than_one_block_of_logits(monkeypatch):
