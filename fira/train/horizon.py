@@ -8,14 +8,12 @@ from pydantic import Field, model_validator
 
 from fira.config import Config
 
-SHORT = 0.6  # of a run before its sequences grow (docs/log.md)
-
 
 class TrainConfig(Config):
     sequence_length: int = Field(512, ge=1, description="tokens per sequence")
     first_length: int | None = Field(
-        None, ge=1, description="of the sequences a run begins with; late in it they double, up to "
-        "sequence_length")
+        None, ge=1, description="of the sequences a run begins with; they double, up to "
+        "sequence_length, each length for an equal part of the run")
     batch_tokens: int = Field(8192, ge=1, description="tokens per optimizer step")
     micro_batch: int = Field(4, ge=1, description="sequences per forward and backward pass")
     recompute: bool = Field(
@@ -54,9 +52,7 @@ class TrainConfig(Config):
 
     def length_at(self, fraction: float) -> int:
         """Tokens per sequence after `fraction` (0..1) of the run."""
-        later = (fraction - SHORT) / (1 - SHORT)  # of what is left of the run when they grow
-        longer = len(self.lengths) - 1
-        return self.lengths[min(longer, 1 + math.floor(later * longer)) if later >= 0 else 0]
+        return self.lengths[min(math.floor(fraction * len(self.lengths)), len(self.lengths) - 1)]
 
     def rows_of(self, length: int) -> int:
         """Sequences of a forward and backward pass, which are more if they are shorter."""

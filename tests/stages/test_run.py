@@ -186,28 +186,28 @@ def test_sequences_grow_also_in_a_run_that_is_resumed(preset, data_folder, tmp_p
         lengths[run.name, number] = loop.length
 
     monkeypatch.setattr(Loop, "_step", look)
-    run_micro(preset, data_folder, tmp_path / "calm", "train.first_length=8")
+    run_micro(preset, data_folder, tmp_path / "calm", "train.first_length=8", "train.keep=3")
     with pytest.raises(Exception, match="SIGTERM"):
         run_micro(preset, data_folder, tmp_path / "stopped", "train.first_length=8")
     run_micro(preset, data_folder, tmp_path / "stopped", resume=True)
     for name in ("calm", "stopped"):
-        assert [lengths[name, i] for i in range(20)] == [8] * 12 + [16] * 4 + [32] * 4
-    for folder, length in (("calm/step-000015", 16), ("stopped/step-000017", 32), ("stopped", 32)):
+        assert [lengths[name, i] for i in range(20)] == [8] * 7 + [16] * 7 + [32] * 6
+    for folder, length in (("calm/step-000010", 16), ("stopped/step-000017", 32), ("stopped", 32)):
         assert load_pretrained(tmp_path / folder).trained_length == length
     assert_same_run(tmp_path / "stopped", tmp_path / "calm")
 
 
 def test_an_evaluation_lost_as_sequences_grow_is_made_up_as_it_would_have_been(
         preset, data_folder, tmp_path, monkeypatch):
-    settings, evaluate = ("train.first_length=8", "train.save_every=4"), Loop._evaluate
+    settings, evaluate = ("train.first_length=8", "train.save_every=7"), Loop._evaluate
 
-    def lose_the_third(loop):
-        if loop.state.step == 12:
+    def lose_the_second(loop):
+        if loop.state.step == 14:
             raise RuntimeError("killed")
         evaluate(loop)
 
     run_micro(preset, data_folder, tmp_path / "calm", *settings)
-    monkeypatch.setattr(Loop, "_evaluate", lose_the_third)
+    monkeypatch.setattr(Loop, "_evaluate", lose_the_second)
     with pytest.raises(RuntimeError, match="killed"):
         run_micro(preset, data_folder, tmp_path / "run", *settings)
     monkeypatch.setattr(Loop, "_evaluate", evaluate)
