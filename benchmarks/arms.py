@@ -36,6 +36,13 @@ class Arm:
     def with_settings(self, *settings: str) -> Arm:
         return replace(self, settings=(*self.settings, *settings))
 
+    def at_rates(self, factor: float) -> Arm:
+        """With so many times its learning rates; the routers' stays."""
+        rates = {f"optim.{rate}": getattr(self.config().optim, rate)
+                 for rate in ("lr", "embedding_lr", "expert_lr")}
+        return self.with_settings(*(f"{rate}={value * factor:g}"
+                                    for rate, value in rates.items() if value is not None))
+
     @property
     def flops_per_token(self) -> float:
         """On average over a run whose sequences may grow."""
@@ -76,25 +83,24 @@ def train_arm(arm: Arm, folder: Path, seed: int, threads: int | None = None,
     return read_run(folder)
 
 
-def best_rate(arm: Arm, folder: Path, factors: Iterable[float], minutes: float,
-              ranks: int = 1) -> float:
-    """The learning rate, of `factors` times the arm's own, with the lowest final bits per byte.
+def best_factor(arm: Arm, folder: Path, factors: Iterable[float], minutes: float,
+                ranks: int = 1) -> float:
+    """The one of `factors` of the arm's learning rates with the lowest final bits per byte.
 
     Each is tried once, with seed 0: the first over `minutes`, the others over as many steps, so
     that no rate loses by a machine's bad minutes.
     """
-    base = arm.config().optim.lr
     scores, horizon = {}, f"train.minutes={minutes:g}"
     for factor in factors:
-        run = train_arm(arm.with_settings(f"optim.lr={base * factor}", horizon),
+        run = train_arm(arm.at_rates(factor).with_settings(horizon),
                         folder / f"rate-{arm.key}-{factor:g}", seed=0, ranks=ranks)
         horizon = f"train.steps={run.steps[-1].step}"
-        scores[base * factor] = final(run)
-    rate = min(scores, key=lambda rate: scores[rate])
-    if len(scores) > 2 and rate in (min(scores), max(scores)):
-        print(f"{arm.key}: the best rate {rate:g} is at the edge of {sorted(scores)}; "
-              "widen --factors", file=sys.stderr)
-    return rate
+        scores[factor] = final(run)
+    best = min(scores, key=lambda factor: scores[factor])
+    if len(scores) > 2 and best in (min(scores), max(scores)):
+        print(f"{arm.key}: {best:g} times the preset's rates is best, at the edge of "
+              f"{sorted(scores)}; widen --factors", file=sys.stderr)
+    return best
 
 
 def final(run: Run) -> float:

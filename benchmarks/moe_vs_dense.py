@@ -4,7 +4,7 @@
 
 Three arms in turns: the preset; its dense twin of equal active FLOPs (same class, one expert as
 wide as the chosen ones together); a dense twin of equal total parameters. Each arm first finds its
-own learning rate among --factors of the preset's, in shorter runs of equal steps. Every finished
+own learning rates among --factors of the preset's, in shorter runs of equal steps. Every finished
 run is kept in --out and not run again, so the same command goes on where it stopped; --report only
 draws what is there. --sooner 1.5 1.3 also trains the MoE for 1/1.5 and 1/1.3 of the minutes with
 schedules of their own: does it end where others end after all of them? --only names the arms to
@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from arms import DONE, Arm, best_rate, train_arm
+from arms import DONE, Arm, best_factor, train_arm
 from card import DENSE, LARGE, MOE, report, sooner
 from rivals import Text, finished, run_nanochat, run_nanogpt, score_runs
 
@@ -50,17 +50,17 @@ def collect(arms: dict[str, Arm], out: Path) -> dict[str, list[Run]]:
 def train_arms(arms: dict[str, Arm], options: argparse.Namespace) -> None:
     """Rates first, then seed by seed, so that a machine's good and bad hours fall on all arms."""
     faster = {sooner(factor): factor for factor in options.sooner}
-    rates = {}
+    factors = {}
     for name, arm in arms.items():
-        rates[name] = rates[MOE] if name in faster else arm.config().optim.lr
+        factors[name] = factors[MOE] if name in faster else 1.0
         if options.factors and name not in faster and (name == MOE or arm.key in options.only):
-            rates[name] = best_rate(arm, options.out, options.factors, options.rate_minutes,
-                                    options.ranks)
+            factors[name] = best_factor(arm, options.out, options.factors, options.rate_minutes,
+                                        options.ranks)
     for seed in range(1, options.seeds + 1):
         for name, arm in arms.items():
             if arm.key in options.only:
                 minutes = f"train.minutes={options.minutes / faster.get(name, 1):g}"
-                train_arm(arm.with_settings(f"optim.lr={rates[name]}", minutes),
+                train_arm(arm.at_rates(factors[name]).with_settings(minutes),
                           options.out / f"{arm.key}-seed{seed}", seed, ranks=options.ranks)
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="*", default=[0.5, 1.0, 2.0],
                         help="learning rates to try, over the preset's; none: the preset's")
     parser.add_argument("--rate-minutes", type=float, help="of a run that tries a rate "
-                        "[default: a quarter of --minutes]")
+                        "[default: half of --minutes; shorter ones mislead]")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--nanochat", type=Path, help="a checkout of nanochat")
     parser.add_argument("--nanochat-settings", action="append", metavar="NAME=VALUE,...",
@@ -92,7 +92,7 @@ def main() -> None:
     options.out = options.out or Path("out") / f"moe-vs-dense-{Path(options.preset).stem}"
     options.out.mkdir(parents=True, exist_ok=True)
     options.settings.append(f"data.folder={options.data}")
-    options.rate_minutes = options.rate_minutes or options.minutes / 4
+    options.rate_minutes = options.rate_minutes or options.minutes / 2
     arms = make_arms(options.preset, options.settings, options.sooner)
     keys = [arm.key for arm in arms.values()]
     if unknown := set(options.only or ()) - set(keys):
