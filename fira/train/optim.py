@@ -21,8 +21,6 @@ class OptimConfig(Config):
     router_lr: float | None = Field(None, gt=0, description="peak rate of routers; null follows lr")
     embedding_lr: float | None = Field(
         None, gt=0, description="peak rate of embeddings; null follows lr")
-    expert_lr: float | None = Field(
-        None, gt=0, description="peak rate of the experts' matrices; null follows lr")
     turns: int = Field(1, ge=1, description="Muon moves each expert in one of so many steps, at as "
                        "many times the rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
@@ -32,9 +30,7 @@ class OptimConfig(Config):
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Matrices decay, embeddings and head too; norms, biases and routers do not."""
     rules: dict[str, dict] = {
-        "matrix": {"rule": config.rule, "lr": config.lr, "weight_decay": config.weight_decay},
-        "expert": {"rule": config.rule, "lr": config.expert_lr or config.lr,
-                   "weight_decay": config.weight_decay,
+        "matrix": {"rule": config.rule, "lr": config.lr, "weight_decay": config.weight_decay,
                    "turns": config.turns if routers(model) else 1},  # a dense model has one expert
         "embedding": {"rule": "adamw", "lr": config.embedding_lr or config.lr,
                       "weight_decay": config.weight_decay},
@@ -56,9 +52,7 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
         return "vector"
     if name.startswith("head"):
         return "head"
-    if "embedding" in name:
-        return "embedding"
-    return "expert" if ".experts." in name else "matrix"
+    return "embedding" if "embedding" in name else "matrix"
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig,
