@@ -63,10 +63,6 @@ def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, .
                       "AdamW, lr 6e-3": ("optim.rule=adamw", "optim.lr=6e-3")},
         "router's learning rate": {f"{rate:g}": () if rate == 5e-3 else (f"optim.router_lr={rate}",)
                                    for rate in (5e-4, 1e-3, 5e-3, 2e-2)},
-        "experts' learning rate": {
-            "that of all": (), "twice that of all": (f"optim.expert_lr={2 * optim.lr:g}",),
-            "that of all, others half": (f"optim.lr={optim.lr / 2:g}",
-                                         f"optim.expert_lr={optim.lr:g}")},
         "experts take turns with Muon": {f"{turns}": () if turns == optim.turns else
                                          (f"optim.turns={turns}",) for turns in (1, 2, 4, 8)},
         "head": {"the embedding's": (), "its own": ("model.tied=false",),

@@ -39,7 +39,7 @@ class Arm:
     def at_rates(self, factor: float) -> Arm:
         """With so many times its learning rates; the routers' stays."""
         rates = {f"optim.{rate}": getattr(self.config().optim, rate)
-                 for rate in ("lr", "embedding_lr", "expert_lr")}
+                 for rate in ("lr", "embedding_lr")}
         return self.with_settings(*(f"{rate}={value * factor:g}"
                                     for rate, value in rates.items() if value is not None))
 

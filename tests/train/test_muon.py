@@ -105,4 +105,4 @@ def test_a_dense_twin_takes_no_turns():
     for experts, turns in ((4, 3), (1, 1)):
         model = build(FIRA2Spec(**shape, num_experts=experts, top_k=1), seed=0)
         groups = make_optimizer(model, OptimConfig(rule="muon", turns=3)).param_groups
-        assert [group["turns"] for group in groups if group["kind"] == "expert"] == [turns]
+        assert [group["turns"] for group in groups if group["rule"] == "muon"] == [turns]
