@@ -38,10 +38,10 @@ class Arm:
 
     def at_rates(self, factor: float) -> Arm:
         """With so many times its learning rates; the routers' stays."""
-        rates = {f"optim.{rate}": getattr(self.config().optim, rate)
-                 for rate in ("lr", "embedding_lr")}
-        return self.with_settings(*(f"{rate}={value * factor:g}"
-                                    for rate, value in rates.items() if value is not None))
+        optim = self.config().optim
+        return self.with_settings(*(f"optim.{rate}={value * factor:g}"
+                                    for rate in ("lr", "embedding_lr")
+                                    if (value := getattr(optim, rate)) is not None))
 
     @property
     def flops_per_token(self) -> float:
