@@ -25,6 +25,7 @@ from fira.model.attention import (
 from fira.model.experts import SwiGLUExperts
 from fira.model.generate import generate
 from fira.model.initialize import initialize
+from fira.model.look_back import look_back
 from fira.model.moe import Dense, MoE
 from fira.model.norm import RMSNorm
 from fira.model.router import Router
@@ -49,6 +50,11 @@ class FIRA2(nn.Module):
         if not spec.tied:
             self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
         initialize(self, spec.num_layers, spec.init_std)
+
+    @property
+    def prior(self) -> dict[str, Tensor]:
+        """What first weights have besides noise."""
+        return look_back(self.spec) if self.spec.look_back else {}
 
     @property
     def after(self) -> tuple[str, str]:

@@ -36,12 +36,14 @@ def initialize(model: nn.Module, num_layers: int, std: float, seed: int | None =
 
     Normal with `std`; matrices that write into the residual stream (`output`, `down`) get
     std / sqrt(2L), so that its variance does not grow with depth (GPT-2); biases 0, norms 1.
-    Without a seed one is drawn from torch's global state.
+    What the model has as its `prior`, by name, is added. Without a seed one is drawn from torch's
+    global state.
     """
     if next(model.parameters()).is_meta:
         return
     if seed is None:
         seed = int(torch.randint(2**62, ()))
+    prior = getattr(model, "prior", {})
     for piece in whole(model.named_parameters()) if pieces is None else pieces:
         module = piece.name.split(".")[-2]
         if piece.name.endswith("bias"):
@@ -51,6 +53,9 @@ def initialize(model: nn.Module, num_layers: int, std: float, seed: int | None =
         else:
             scale = math.sqrt(2 * num_layers) if module in ("output", "down") else 1
             _draw(piece, std / scale, seed)
+        if piece.name in prior:
+            end = piece.start + len(piece.rows)
+            piece.rows.add_(prior[piece.name][piece.start:end].to(piece.rows.device))
     reset_buffers(model)
 
 

@@ -65,6 +65,8 @@ class FIRA2Spec(Spec):
     head_dim: int = Field(64, ge=2, multiple_of=2, description="width of one head")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     tied: bool = Field(True, description="head and token embedding are one matrix")
+    look_back: bool = Field(False, description="attention begins with heads that look at the "
+                            "tokens just before")
 
     @model_validator(mode="after")
     def _check_heads(self) -> FIRA2Spec:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 
 from fira import runtime
@@ -52,6 +52,18 @@ class PretrainConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _check_head(self) -> PretrainConfig:
+        follows, pipeline = self.optim.head_follows, self.parallel.pipeline
+        if follows and getattr(self.model, "tied", False):
+            raise ValueError(f"optim.head_follows={follows:g}, but the head is the embedding; set "
+                             "model.tied=false or optim.head_follows=0")
+        if follows and pipeline > 1:
+            raise ValueError(f"optim.head_follows={follows:g} wants embedding and head on one "
+                             f"rank, not at the ends of parallel.pipeline={pipeline}; set the "
+                             "first to 0 or the second to 1")
+        return self
 
 
 def configure(preset: dict[str, Any], settings: Iterable[str],

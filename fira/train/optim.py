@@ -10,6 +10,7 @@ from torch import nn
 from fira.config import Config
 from fira.model.moe import routers
 from fira.parallel.shard import local
+from fira.train.follow import follow
 from fira.train.muon import Each, MuonAdamW, each_alone
 
 BETAS = 0.9, 0.95  # decay of the averages of gradients and of their squares, as GPT-3's
@@ -21,6 +22,9 @@ class OptimConfig(Config):
     router_lr: float | None = Field(None, gt=0, description="peak rate of routers; null follows lr")
     embedding_lr: float | None = Field(
         None, gt=0, description="peak rate of embeddings; null follows lr")
+    head_follows: float = Field(
+        0.0, ge=0, description="how far an untied head goes along with the embedding, turned by a "
+        "quarter; makes copying easy to learn")
     turns: int = Field(1, ge=1, description="Muon moves each expert in one of so many steps, at as "
                        "many times the rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
@@ -62,10 +66,18 @@ def make_optimizer(model: nn.Module, config: OptimConfig,
     `each` applies a function to every stack of matrices, as a layout divides them.
     """
     groups = parameter_groups(model, config)
-    if config.rule == "muon" or any(local(p) is not p for p in model.parameters()):
-        return MuonAdamW(groups, BETAS, each)
-    device = next(model.parameters()).device.type
-    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=device in ("cpu", "cuda"))
+    sharded = any(local(p) is not p for p in model.parameters())
+    optimizer: torch.optim.Optimizer
+    if config.rule == "muon" or sharded:
+        optimizer = MuonAdamW(groups, BETAS, each)
+    else:
+        fused = next(model.parameters()).device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=fused)
+    if config.head_follows:
+        weights = dict(model.named_parameters())
+        follow(optimizer, weights["token_embedding.weight"], weights["head.weight"],
+               config.head_follows)
+    return optimizer
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int, factor: float) -> None:

@@ -17,7 +17,7 @@ SHAPE = {"vocab_size": 60, "d_model": 16, "n_head": 2, "num_layers": 4, "d_ff": 
 SPECS = {"fira": FIRASpec(**SHAPE, dropout=0.0),
          "fira2": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)}
 OTHERS = {"quantile": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, balance="quantile"),
-          "untied": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, tied=False)}
+          "untied": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, tied=False, look_back=True)}
 BATCH, STEPS = 8, 20
 LAYOUTS = {
     "data2": {"data": 2}, "shard2": {"shard": 2}, "expert2": {"expert": 2},
@@ -51,8 +51,9 @@ def train(layout, rule, steps=STEPS, starve=False):
             elif piece.name.endswith("router.bias"):
                 preferred = torch.tensor([2.0, 1.0, -1.0, -2.0])
                 piece.rows.copy_(preferred[piece.start:piece.start + len(piece.rows)])
-    optimizer = make_optimizer(model, OptimConfig(lr=2e-3, rule=rule, turns=2, clip=0.5),
-                               layout.each)
+    follows = 0.25 if rule == "muon" else 0.0  # those jobs have no pipeline
+    optimizer = make_optimizer(model, OptimConfig(lr=2e-3, rule=rule, turns=2, clip=0.5,
+                                                  head_follows=follows), layout.each)
     forward_backward, record = layout.forward_backward(accumulate), []
     model.train()
     for step in range(steps):
@@ -95,7 +96,7 @@ def jobs_of(world):
             for other in OTHERS:
                 jobs[f"{other} {layout}"] = (other, layout, "adamw", 5, False)
             if "pipeline" not in sizes:
-                jobs[f"muon {layout}"] = ("fira2", layout, "muon", 5, False)
+                jobs[f"muon {layout}"] = ("untied", layout, "muon", 5, False)
             if "expert" in sizes:
                 jobs[f"starved {layout}"] = ("fira", layout, "adamw", 3, True)
     return jobs
