@@ -24,9 +24,9 @@ from arms import Arm, final, routing, spread, train_arm
 from record import machine
 from step_cost import step_seconds
 
-from fira.config import load_preset
+from fira.config import flatten, load_preset
 from fira.report.read import Run
-from fira.stages.pretrain import configure
+from fira.stages.pretrain import PretrainConfig, configure
 
 SHARED = "shared_expert="  # its width: of the arm, not of the preset
 SAME_COST = 0.05  # a step within this of the base's: one run serves both comparisons
@@ -68,9 +68,21 @@ def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, .
         "head": {"the embedding's": (), "its own": ("model.tied=false",),
                  "its own, embedding's rate times 4": ("model.tied=false",
                                                        f"optim.embedding_lr={4 * optim.lr:g}")},
+        "copying": copying(config),
         "sequences": {"128": (), "128, 32 at first": ("train.first_length=32",),
                       "512": long, "512, 64 at first": (*long, "train.first_length=64")},
     }
+
+
+def copying(config: PretrainConfig) -> dict[str, tuple[str, ...]]:
+    """With a head of its own: what lets attention learn to copy, both, each and neither."""
+    rows, now = {}, flatten(config)
+    for name, back, follows in (("neither", False, 0.0), ("looks back", True, 0.0),
+                                ("head follows", False, 0.25), ("both", True, 0.25)):
+        wanted = {"model.tied": False, "model.look_back": back, "optim.head_follows": follows}
+        rows[name] = tuple(f"{key}={json.dumps(value)}" for key, value in wanted.items()
+                           if now[key] != value)
+    return rows
 
 
 def differing(spec: object, **values: object) -> tuple[str, ...]:
