@@ -1,7 +1,7 @@
 """Does attention copy? A passage read twice in a row costs less the second time.
 
-A model without induction heads (Olsson et al. 2022) learns nothing from having read the same words
-before; one with them needs to predict almost nothing.
+A model without induction heads (Olsson et al. 2022) gains little from having read the same words
+before; with good ones it predicts them almost surely.
 """
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ def copying(run: str, sources: list[str], device: str = "auto") -> dict[str, Any
     """Nats per token of passages when first read and when read again, of a run's newest step.
 
     A passage is half as long as the model reads; the first quarter of it is not counted, either
-    time. Raises ValueError if no document is as long as a passage.
+    time. Raises ValueError if no document is as long as a passage, or a passage has no two tokens.
     """
     model, tokenizer, folder = load(run, device)
     length, where = window_length(model) // 2, next(model.parameters()).device
+    if length < 2:
+        raise ValueError(f"{folder} reads {window_length(model)} tokens at a time, too few to hold "
+                         "a passage twice; leave out --copying")
     passages = [ids for ids, _ in zip(_passages(tokenizer, sources, length), range(PASSAGES),
                                       strict=False)]
     if not passages:

@@ -34,3 +34,9 @@ def test_a_text_below_a_passage_is_refused(refused, trained_run, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("Too little.", encoding="utf-8")
     assert "no document has" in refused("eval", trained_run, "--text", short, "--copying")
+
+
+def test_a_model_that_reads_too_little_is_refused(refused, trained_run, text_file, monkeypatch):
+    monkeypatch.setattr("fira.eval.copying.window_length", lambda model: 3)
+    line = refused("eval", trained_run, "--text", text_file, "--copying")
+    assert "reads 3 tokens at a time" in line
