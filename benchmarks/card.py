@@ -18,6 +18,7 @@ from fira.report.read import Run, Validation
 MOE, DENSE, LARGE = "MoE", "dense, equal active", "dense, equal total"
 COLORS = {MOE: "#d9541e", DENSE: "#3b6fb6", LARGE: "#7a8791"}
 PALER = ("#e9a27f", "#d9b44a", "#b98ab0")  # the MoE in less time
+COLDER = ("#8fb0dc", "#5aa7a0", "#2b4a6f")  # a wider dense model
 AXES: dict[str, Callable[[Validation, float], float]] = {
     "tokens": lambda row, flops: row.tokens,
     "training FLOPs": lambda row, flops: row.tokens * flops,
@@ -28,6 +29,11 @@ AXES: dict[str, Callable[[Validation, float], float]] = {
 def sooner(factor: float) -> str:
     """The MoE with all of its schedule in so much less time."""
     return f"MoE in 1/{factor:g} of the time"
+
+
+def wider(factor: int) -> str:
+    """A dense model so many times as wide as the twin of equal active FLOPs."""
+    return f"dense, {factor} times as wide"
 
 
 def reach(run: Run, goal: float, flops: float) -> dict[str, float | None]:
@@ -191,8 +197,9 @@ def draw(arms: dict[str, Arm], runs: dict[str, list[Run]], goal: float, path: Pa
 
     figure = Figure(figsize=(13, 4.2), dpi=130, layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    paler = iter(PALER * len(runs))
-    colors = {name: COLORS.get(name) or next(paler) for name in runs}
+    paler, colder = iter(PALER * len(runs)), iter(COLDER * len(runs))
+    colors = {name: COLORS.get(name) or next(paler if name.startswith(MOE) else colder)
+              for name in runs}
     for panel, (label, axis) in zip(panels, AXES.items(), strict=True):
         for name, found in runs.items():
             flops = arms[name].flops_per_token
