@@ -56,7 +56,7 @@ GROUPS: dict[str, Callable[[dict[str, int]], list[Side]]] = {
 }
 
 
-def fira_step(spec: Any, device: torch.device) -> Callable[[torch.Tensor], None]:
+def fira_step(spec: Any, device: torch.device, cuts: int) -> Callable[[torch.Tensor], None]:
     from fira.data.batches import Batch
     from fira.loss.next_token import next_token_loss
     from fira.model.files import build
@@ -70,14 +70,16 @@ def fira_step(spec: Any, device: torch.device) -> Callable[[torch.Tensor], None]
     forward = compiled(model) if device.type == "cuda" else model
 
     def step(ids_BT: torch.Tensor) -> None:
-        batch = Batch(ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous())
-        loss, count = accumulate(forward, [batch], next_token_loss)
+        batches = [Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous())
+                   for part in ids_BT.chunk(cuts)]
+        loss, count = accumulate(forward, batches, next_token_loss)
         finish_step(model, optimizer, loss, count, math.inf)  # clipping would be one side's luck
         end_step(model)
     return step
 
 
-def peer_step(kind: str, spec: Any, device: torch.device) -> Callable[[torch.Tensor], None]:
+def peer_step(kind: str, spec: Any, device: torch.device,
+              cuts: int) -> Callable[[torch.Tensor], None]:
     import transformers
 
     shape: dict[str, Any] = {"vocab_size": spec.vocab_size}
@@ -101,21 +103,23 @@ def peer_step(kind: str, spec: Any, device: torch.device) -> Callable[[torch.Ten
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(ids_BT: torch.Tensor) -> None:
-        with autocast(device):
-            loss = model(input_ids=ids_BT[:, :-1], labels=ids_BT[:, :-1]).loss
-        loss.backward()
+        for part in ids_BT[:, :-1].chunk(cuts):
+            with autocast(device):
+                loss = model(input_ids=part, labels=part).loss / cuts
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return step
 
 
-def worker(pipe: Connection, who: str, spec: Any, device_name: str) -> None:
+def worker(pipe: Connection, who: str, spec: Any, device_name: str, cuts: int) -> None:
     """Answer every batch with the seconds of a step, None with the peak of memory."""
     if who == "fira":
         keep_large_blocks()
     device = pick_device(device_name)
-    step = fira_step(spec, device) if who == "fira" else peer_step(who, spec, device)
+    step = (fira_step(spec, device, cuts) if who == "fira"
+            else peer_step(who, spec, device, cuts))
     reset_peak(device)
     pipe.send("ready")
     while (ids_BT := pipe.recv()) is not None:
@@ -148,7 +152,7 @@ def compare(sides: list[Side], a: argparse.Namespace) -> dict[str, dict[str, Any
     pipes: dict[str, Connection] = {}
     for name, who, spec in sides:
         pipes[name], theirs = context.Pipe()
-        arguments = theirs, who, spec, a.device
+        arguments = theirs, who, spec, a.device, a.cuts
         context.Process(target=worker, args=arguments, daemon=True).start()
     for pipe in pipes.values():
         pipe.recv()
@@ -184,7 +188,10 @@ def main() -> None:
     parser.add_argument("--group", action="append", choices=GROUPS, help="default: all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--cuts", type=int, default=1, help="of the batch, whose gradients add up")
     parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--ours", action="store_true", help="without transformers' side, whose "
+                        "logits need more memory than a GPU has at large batches")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="2 layers, vocabulary 8,192")
@@ -192,9 +199,10 @@ def main() -> None:
     options = parser.parse_args()
     peak = peak_flops(pick_device(options.device))
     print(f"{machine()}; matrix product {peak / 1e9:,.0f} GFLOP/s; {options.batch} x "
-          f"{options.sequence} tokens a step")
+          f"{options.sequence} tokens a step, in {options.cuts}")
     for group in options.group or GROUPS:
-        rows = compare(GROUPS[group](SMALL if options.small else {}), options)
+        sides = GROUPS[group](SMALL if options.small else {})
+        rows = compare([side for side in sides if side[1] == "fira" or not options.ours], options)
         print(f"\n{group:26}{'tokens/s':>10}{'ratio':>7}{'of peak':>9}{'peak GB':>9}"
               f"{'active M':>10}{'total M':>9}")
         for name, row in rows.items():
@@ -204,7 +212,8 @@ def main() -> None:
         if options.json:
             append(options.json, {"benchmark": "train_step", "group": group, "peak_flops": peak,
                                   "small": options.small, "batch": options.batch,
-                                  "sequence": options.sequence, "sides": rows})
+                                  "cuts": options.cuts, "sequence": options.sequence,
+                                  "sides": rows})
 
 
 if __name__ == "__main__":

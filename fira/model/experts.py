@@ -67,7 +67,7 @@ class SwiGLUExperts(nn.Module):
 
     def hidden_at_once(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """What `down` reads, from one product with gate and up: a GPU has fewer and larger ones."""
-        both_EWD = torch.cat(_multiplied(self.gate.weight, self.up.weight), dim=1)
+        both_EWD = torch.cat(multiplied(self.gate.weight, self.up.weight), dim=1)
         gate_RF, up_RF = expert_linear(rows_RD, counts_E, both_EWD, None).chunk(2, dim=1)
         return F.silu(gate_RF) * up_RF
 
@@ -75,7 +75,7 @@ class SwiGLUExperts(nn.Module):
 def expert_linear(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
                   bias: Tensor | None) -> Tensor:
     """The fastest implementation this device has. weight [E, out, in], bias [E, out] or None."""
-    rows_Ri, weight = _multiplied(rows_Ri, weight)
+    rows_Ri, weight = multiplied(rows_Ri, weight)
     bias = None if bias is None else bias.to(rows_Ri.dtype)
     if len(weight) == 1:
         return F.linear(rows_Ri, weight.squeeze(0), None if bias is None else bias.squeeze(0))
@@ -84,7 +84,7 @@ def expert_linear(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
     return SortedLinear.apply(rows_Ri, counts_E, weight, bias)
 
 
-def _multiplied(*tensors: Tensor) -> list[Tensor]:
+def multiplied(*tensors: Tensor) -> list[Tensor]:
     """In the numbers that autocast, where it is on, would multiply."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fira.model.balance import bias_strength
+from fira.model.experts import multiplied
 from fira.model.router import Router
 from fira.model.rows import Gather, Scatter, sort_by_expert
 
@@ -35,7 +36,7 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         weights_NK, experts_NK = self.router(x_ND)
         order_R, inverse_R, counts_E = sort_by_expert(experts_NK, len(self.router.weight))
-        rows_RD = Scatter.apply(x_ND, order_R, inverse_R)
+        rows_RD = Scatter.apply(*multiplied(x_ND), order_R, inverse_R)
         rows_RD = self.dispatch(self.experts, rows_RD, counts_E)
         return Gather.apply(rows_RD, weights_NK, order_R, inverse_R).view(x_BTD.shape)
 

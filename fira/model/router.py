@@ -23,6 +23,17 @@ from fira.model.rows import count_each
 
 VOTERS = 2048  # tokens of a micro-batch that vote on the bias; more cost time and even no better
 
+FEW = 8  # experts, up to which a graph for a GPU has their logits from the pass that normalizes
+
+
+def few_products(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    """F.linear as sums that are compiled together with what makes x_ND, and their gradients too.
+
+    A product so narrow is as slow as reading x_ND, which then need not be written in fp32 at all.
+    """
+    sums_NE = torch.stack([(x_ND * weight_D).sum(dim=1) for weight_D in weight_ED.unbind()], dim=1)
+    return sums_NE if bias_E is None else sums_NE + bias_E
+
 
 class Weigh(torch.autograd.Function):
     """Weights of the chosen experts, from their logits; in backward the router's own losses join.
@@ -121,8 +132,7 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x_ND.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            logits_NE = F.linear(x_ND.float(), self.weight.float(), bias)
+            logits_NE = self._logits(x_ND.float())
             with torch.no_grad():
                 probs_NE = logits_NE.softmax(dim=-1)
                 logsumexp_N = logits_NE.amax(dim=1) - probs_NE.amax(dim=1).log()
@@ -133,6 +143,12 @@ class Router(nn.Module):
                 self._count(logits_NE, probs_NE, logsumexp_N, experts_NK)
                 self._vote(probs_NE, threshold_N)
         return weights_NK, experts_NK
+
+    def _logits(self, x_ND: Tensor) -> Tensor:
+        weight_ED, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        if x_ND.is_cuda and torch.compiler.is_compiling() and len(weight_ED) <= FEW:
+            return few_products(x_ND, weight_ED, bias)
+        return F.linear(x_ND, weight_ED, bias)
 
     def _choose(self, probs_NE: Tensor) -> tuple[Tensor, Tensor | None]:
         """Experts by probability plus bias, and each token's threshold to the others."""
