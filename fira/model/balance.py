@@ -29,9 +29,9 @@ def share_price(share_E: Tensor) -> Tensor:
     return len(share_E) * share_E
 
 
-def nudge(bias_E: Tensor, share_E: Tensor) -> Tensor:
-    """The bias after one step in which expert e had share_e of the rows."""
-    return _centered(bias_E + RATE * torch.sign(share_E.mean() - share_E))
+def nudge(bias_LE: Tensor, share_LE: Tensor) -> Tensor:
+    """The biases after one step in which expert e of layer l had share_le of the rows."""
+    return _centered(bias_LE + RATE * torch.sign(share_LE.mean(dim=-1, keepdim=True) - share_LE))
 
 
 def even_bias(probs_NE: Tensor, threshold_N: Tensor, top_k: int) -> Tensor:
@@ -47,7 +47,7 @@ def even_bias(probs_NE: Tensor, threshold_N: Tensor, top_k: int) -> Tensor:
 
 
 def _centered(bias_E: Tensor) -> Tensor:
-    return bias_E - bias_E.mean()
+    return bias_E - bias_E.mean(dim=-1, keepdim=True)
 
 
 def bias_strength(fraction: float) -> float:
@@ -61,7 +61,8 @@ class Method(NamedTuple):
 
     Votes are averaged over the step, so how a batch is cut into micro-batches matters a little.
 
-    update(bias_E, share_E, mean vote_E) -> bias_E; a method with an update has a selection bias.
+    update(bias_LE, share_LE, mean vote_LE) -> bias_LE, of all layers; a method with an update has a
+    selection bias.
     Where it fades, bias and loss are weighed by bias_strength and what it lacks to 1.
     """
 
@@ -73,9 +74,9 @@ class Method(NamedTuple):
 
 METHODS = {
     "loss": Method(price=share_price),
-    "bias": Method(update=lambda bias_E, share_E, _: nudge(bias_E, share_E)),
-    "quantile": Method(vote=even_bias, update=lambda bias_E, share_E, vote_E: vote_E),
+    "bias": Method(update=lambda bias_LE, share_LE, _: nudge(bias_LE, share_LE)),
+    "quantile": Method(vote=even_bias, update=lambda bias_LE, share_LE, vote_LE: vote_LE),
     "handover": Method(price=share_price, vote=even_bias,
-                       update=lambda bias_E, share_E, vote_E: vote_E, fades=True),
+                       update=lambda bias_LE, share_LE, vote_LE: vote_LE, fades=True),
     "none": Method(),
 }

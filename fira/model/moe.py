@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fira.model.balance import bias_strength
 from fira.model.experts import multiplied
-from fira.model.router import Router
+from fira.model.router import Router, end_steps
 from fira.model.rows import Gather, Scatter, sort_by_expert
 
 
@@ -67,8 +67,9 @@ def fade(model: nn.Module, fraction: float) -> None:
 
 def end_step(model: nn.Module) -> None:
     """After each optimizer step: its loads decide what balances the next one."""
-    for router in routers(model):
-        router.end_step()
+    layers = routers(model)
+    for device in dict.fromkeys(router.load_count_E.device for router in layers):
+        end_steps([router for router in layers if router.load_count_E.device == device])
 
 
 def routing_health(model: nn.Module) -> dict[str, Any] | None:

@@ -23,17 +23,6 @@ from fira.model.rows import count_each
 
 VOTERS = 2048  # tokens of a micro-batch that vote on the bias; more cost time and even no better
 
-FEW = 8  # experts, up to which a graph for a GPU has their logits from the pass that normalizes
-
-
-def few_products(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
-    """F.linear as sums that are compiled together with what makes x_ND, and their gradients too.
-
-    A product so narrow is as slow as reading x_ND, which then need not be written in fp32 at all.
-    """
-    sums_NE = torch.stack([(x_ND * weight_D).sum(dim=1) for weight_D in weight_ED.unbind()], dim=1)
-    return sums_NE if bias_E is None else sums_NE + bias_E
-
 
 class Weigh(torch.autograd.Function):
     """Weights of the chosen experts, from their logits; in backward the router's own losses join.
@@ -132,7 +121,8 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = self._logits(x_ND.float())
+            bias = None if self.bias is None else self.bias.float()
+            logits_NE = F.linear(x_ND.float(), self.weight.float(), bias)
             with torch.no_grad():
                 probs_NE = logits_NE.softmax(dim=-1)
                 logsumexp_N = logits_NE.amax(dim=1) - probs_NE.amax(dim=1).log()
@@ -143,12 +133,6 @@ class Router(nn.Module):
                 self._count(logits_NE, probs_NE, logsumexp_N, experts_NK)
                 self._vote(probs_NE, threshold_N)
         return weights_NK, experts_NK
-
-    def _logits(self, x_ND: Tensor) -> Tensor:
-        weight_ED, bias = self.weight.float(), None if self.bias is None else self.bias.float()
-        if x_ND.is_cuda and torch.compiler.is_compiling() and len(weight_ED) <= FEW:
-            return few_products(x_ND, weight_ED, bias)
-        return F.linear(x_ND, weight_ED, bias)
 
     def _choose(self, probs_NE: Tensor) -> tuple[Tensor, Tensor | None]:
         """Experts by probability plus bias, and each token's threshold to the others."""
@@ -185,16 +169,26 @@ class Router(nn.Module):
             self.vote_sum_E += self.method.vote(probs_NE[::every], threshold_N[::every], self.top_k)
             self.votes += 1
 
-    @torch.no_grad()
-    def end_step(self) -> None:
-        """Shares and bias of the next step from the counts of this one; in place."""
-        total = self.load_count_E.sum()
-        share_E = self.load_count_E / total.clamp(min=1)
-        self.load_share_E.copy_(torch.where(total > 0, share_E, self.load_share_E))
-        if self.method.update is not None and self.selection_bias_E is not None:
-            vote_E = self.vote_sum_E / self.votes.clamp(min=1)
-            bias_E = self.method.update(self.selection_bias_E, share_E, vote_E)
-            if self.method.fades:
-                bias_E = self.strength * bias_E
-            self.selection_bias_E.copy_(torch.where(total > 0, bias_E, self.selection_bias_E))
-        self.clear_counts()
+
+@torch.no_grad()
+def end_steps(layers: list[Router]) -> None:
+    """Shares and biases of the next step from the counts of this one, in place.
+
+    Of all layers of a device at once: a GPU waits for few launches, not for some of each layer.
+    """
+    counts_LE, shares_LE, votes_LE, votes_L = (
+        torch.stack([getattr(router, name) for router in layers])
+        for name in ("load_count_E", "load_share_E", "vote_sum_E", "votes"))
+    total_L1 = counts_LE.sum(dim=1, keepdim=True)
+    share_LE = torch.where(total_L1 > 0, counts_LE / total_L1.clamp(min=1), shares_LE)
+    torch._foreach_copy_([router.load_share_E for router in layers], list(share_LE.unbind()))
+    method = layers[0].method
+    if method.update is not None:
+        biases = [router.get_buffer("selection_bias_E") for router in layers]
+        old_LE = torch.stack(biases)
+        new_LE = method.update(old_LE, share_LE, votes_LE / votes_L.clamp(min=1).unsqueeze(1))
+        if method.fades:
+            new_LE = new_LE * torch.stack([router.strength for router in layers]).unsqueeze(1)
+        torch._foreach_copy_(biases, list(torch.where(total_L1 > 0, new_LE, old_LE).unbind()))
+    for counters in zip(*(router.counters for router in layers), strict=True):
+        torch._foreach_zero_(counters)
