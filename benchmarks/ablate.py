@@ -29,6 +29,7 @@ from fira.report.read import Run
 from fira.stages.pretrain import PretrainConfig, configure
 
 SHARED = "shared_expert="  # its width: of the arm, not of the preset
+RATES = ("optim.lr=", "optim.router_lr=", "optim.embedding_lr=")  # a step costs the same at any
 SAME_COST = 0.05  # a step within this of the base's: one run serves both comparisons
 
 
@@ -45,7 +46,10 @@ def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, .
     shapes = [(4, active, 1), (8, active // 2, 2), (16, active // 4, 4), (32, active // 4, 4),
               (64, active // 4, 4), (32, active // 8, 8)]
     return {
-        "FIRA, chosen of 4": {"top-1": (fira,), "top-2": (fira, "model.top_k=2"),
+        "FIRA, chosen of 4": {"top-1": (fira,),
+                              "top-1, handover": (fira, "model.balance=handover",
+                                                  "model.balance_weight=0.1"),
+                              "top-2": (fira, "model.top_k=2"),
                               "top-2, half as wide": (fira, "model.top_k=2",
                                                       f"model.d_ff={2 * spec.d_model}")},
         "FIRA2, experts of equal active work": {
@@ -62,7 +66,7 @@ def groups(preset: str, settings: list[str]) -> dict[str, dict[str, tuple[str, .
         "optimizer": {"Muon": (), "AdamW, lr 3e-3": ("optim.rule=adamw", "optim.lr=3e-3"),
                       "AdamW, lr 6e-3": ("optim.rule=adamw", "optim.lr=6e-3")},
         "router's learning rate": {f"{rate:g}": () if rate == 5e-3 else (f"optim.router_lr={rate}",)
-                                   for rate in (5e-4, 1e-3, 5e-3, 2e-2)},
+                                   for rate in (1e-3, 5e-3, 2e-2)},
         "experts take turns with Muon": {f"{turns}": () if turns == optim.turns else
                                          (f"optim.turns={turns}",) for turns in (1, 2, 4, 8)},
         "head": {"the embedding's": (), "its own": ("model.tied=false",),
@@ -115,26 +119,40 @@ class Row:
 
 
 def make_rows(options: argparse.Namespace) -> dict[str, list[Row]]:
-    """Every group's rows with their measured costs, kept in --out/costs.json."""
+    """Every group's rows with their measured costs."""
     table = groups(options.preset, options.settings)
     if unknown := set(options.group or ()) - table.keys():
         raise SystemExit(f"--group {unknown.pop()!r} is not one of {', '.join(table)}")
     chosen = {group: table[group] for group in options.group or table}
-    arms = {settings: make_arm(settings, options)
-            for rows in ({"": {"": ()}} | chosen).values() for settings in rows.values()}
-    kept = options.out / "costs.json"
-    costs = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    if not {arm.key for arm in arms.values()} <= costs.keys():
-        costs = step_seconds(list(arms.values()), options.threads)
-        kept.write_text(json.dumps(costs) + "\n", encoding="utf-8")
+    costs = step_costs({work(settings) for rows in chosen.values() for settings in rows.values()},
+                       options)
     rows: dict[str, list[Row]] = {}
     for group, members in chosen.items():
         for name, settings in members.items():
-            cost = costs[key(settings)] / costs[key(())]
+            cost = costs[key(work(settings))] / costs[key(())]
             clock = options.steps if abs(cost - 1) < SAME_COST else round(options.steps / cost)
             rows.setdefault(group, []).append(
-                Row(name, arms[settings], cost, options.steps, clock))
+                Row(name, make_arm(settings, options), cost, options.steps, clock))
     return rows
+
+
+def work(settings: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the settings that a step's cost depends on."""
+    return tuple(one for one in settings if not one.startswith(RATES))
+
+
+def step_costs(choices: set[tuple[str, ...]], options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step by key; what --out/costs.json lacks is measured in turns with the base."""
+    kept = options.out / "costs.json"
+    costs = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    missing = [make_arm(settings, options) for settings in sorted(choices - {()})
+               if key(settings) not in costs]
+    if missing or not costs:
+        found = step_seconds([make_arm((), options), *missing], options.threads)
+        scale = costs.get(key(()), found[key(())]) / found[key(())]
+        costs |= {name: seconds * scale for name, seconds in found.items()}
+        kept.write_text(json.dumps(costs) + "\n", encoding="utf-8")
+    return costs
 
 
 def make_arm(settings: tuple[str, ...], options: argparse.Namespace) -> Arm:
