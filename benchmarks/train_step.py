@@ -197,6 +197,9 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="2 layers, vocabulary 8,192")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.batch % options.cuts:
+        parser.error(f"--cuts {options.cuts} does not divide --batch {options.batch}; choose a "
+                     "divisor, so that all parts weigh the same")
     peak = peak_flops(pick_device(options.device))
     print(f"{machine()}; matrix product {peak / 1e9:,.0f} GFLOP/s; {options.batch} x "
           f"{options.sequence} tokens a step, in {options.cuts}")

@@ -62,8 +62,8 @@ class Method(NamedTuple):
     Votes are averaged over the step, so how a batch is cut into micro-batches matters a little.
 
     update(bias_LE, share_LE, mean vote_LE) -> bias_LE, of all layers; a method with an update has a
-    selection bias.
-    Where it fades, bias and loss are weighed by bias_strength and what it lacks to 1.
+    selection bias. Where it fades, bias and loss are weighed by bias_strength and what it lacks to
+    1.
     """
 
     price: Callable[[Tensor], Tensor] | None = None

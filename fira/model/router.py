@@ -108,16 +108,13 @@ class Router(nn.Module):
         self.load_share_E.fill_(1 / len(self.load_share_E))
         if self.selection_bias_E is not None:
             self.selection_bias_E.zero_()
-        self.clear_counts()
+        for counter in self.counters:
+            counter.zero_()
 
     @property
     def counters(self) -> tuple[Tensor, ...]:
         """What is counted during a step; many ranks sum it before the step ends."""
         return self.load_count_E, self.entropy_sum, self.vote_sum_E, self.votes
-
-    def clear_counts(self) -> None:
-        for counter in self.counters:
-            counter.zero_()
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x_ND.device.type, enabled=False):

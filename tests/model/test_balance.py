@@ -136,3 +136,25 @@ def test_a_selection_bias_survives_files_and_others_have_none(balance, tmp_path)
     assert torch.equal(again(tokens), model.eval()(tokens))
     found = [router.selection_bias_E is not None for router in routers(again)]
     assert found == [balance in ("bias", "quantile", "handover")] * 2
+
+
+@pytest.mark.parametrize("balance", METHODS)
+def test_layers_that_end_a_step_at_once_end_it_as_each_alone_does(balance):
+    """Three layers with loads and strengths of their own, one of which counted nothing."""
+    def layers():
+        found = torch.nn.ModuleList(skewed(balance) for _ in range(3))
+        generator = torch.Generator().manual_seed(0)
+        for number, moe in enumerate(found[:2]):
+            for _ in range(number + 1):
+                moe((number + 1) * torch.randn(1, 64, 8, generator=generator))
+            moe.router.strength.fill_(0.9 - 0.4 * number)
+        return found
+
+    together, alone = layers(), layers()
+    end_step(together)
+    for moe in alone:
+        end_step(moe)
+    for ours, theirs in zip(together.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(together[0].router.load_share_E, together[1].router.load_share_E)
+    assert torch.equal(together[2].router.load_share_E, torch.full((8,), 1 / 8))
