@@ -14,8 +14,9 @@ PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -
 quickstart: $(VENV)/.installed
 	@$(BIN)/fira quickstart
 
+# Two processes, a file of tests to each at a time; the longest come first.
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/parallel tests
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

@@ -33,7 +33,7 @@ def _enter(rank, world, port, folder, work, arguments, join):
     os._exit(0)
 
 
-def on_ranks(world, work, *arguments, seconds=120, join=True):
+def on_ranks(world, work, *arguments, seconds=300, join=True):
     """[work(rank, *arguments) for every rank], each in its own process, as torchrun would."""
     with tempfile.TemporaryDirectory() as folder:
         context, port = mp.get_context("fork"), free_port()

@@ -136,7 +136,7 @@ def test_planned_memory_is_that_of_processes(words, tmp_path):
              for word in (["--layout", name] if name[0] != "-" else [name])]
     subprocess.run([sys.executable, "benchmarks/plan_memory.py", *named, "--no-kept", "--width",
                     "384", "--vocab", "4096", "--length", "256", "--json", str(record)], cwd=root,
-                   env=os.environ | {"PYTHONPATH": str(root)}, check=True, timeout=120)
+                   env=os.environ | {"PYTHONPATH": str(root)}, check=True, timeout=300)
     for line in record.read_text().splitlines():
         for row in json.loads(line)["ranks"]:
             assert row["all"]["planned"] == pytest.approx(row["all"]["resident"], rel=0.1)
