@@ -4,7 +4,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fira"
 LAYERS = [
-    {"config", "runtime", "runlog"},
+    {"config", "runtime", "runlog", "files"},
     {"data", "model", "loss"},
     {"checkpoint", "convert", "parallel"},
     {"train", "infer"},
@@ -13,7 +13,7 @@ LAYERS = [
     {"cli", "cli_exchange", "cli_talk", "command", "report", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-FILES_ONLY = {"config", "runtime", "runlog", "report"}
+FILES_ONLY = {"config", "runtime", "runlog", "files", "report"}
 STRANGERS = ({"data", "model", "loss"},)
 
 

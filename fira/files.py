@@ -1,0 +1,135 @@
+"""Files that appear whole or not at all, and folders that can prove they are undamaged.
+
+Everything is written beside its place, pushed to the disk (fsync) and renamed, so that a reader, or
+a process that continues after a kill or a power cut, finds the old content or the new one.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+@contextlib.contextmanager
+def new_target(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, file or folder; it is renamed when the block ends well.
+
+    Raises ValueError, one line, if `path` exists already or cannot be written.
+    """
+    check_new(path)
+    try:
+        with replacing(path) as partial:
+            yield partial
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; give a place that you "
+                         "may write to, with room enough") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the place of the file `path` when the block ends.
+
+    If the block raises, `path` stays as it was and nothing is left beside it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        remove(partial)  # what a kill left behind
+        yield partial
+        _sync_tree(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # the error that is on its way says why
+            remove(partial)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file `path` as a whole."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace the file `path` as a whole."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_new(path: Path) -> None:
+    """Raises ValueError, one line, if `path` exists or its folder cannot be written."""
+    if path.exists():
+        raise ValueError(f"{path} exists already; delete it or give another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror or error}); give a place "
+                         "that you may write to") from None
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size and SHA-256 of every file of `folder` into manifest.json; fsync all of it."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+             for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    _sync_tree(folder)
+
+
+def find_damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
+    """What is wrong with `folder` by its manifest (or only with files `names`); None if nothing."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, facts in manifest.items():
+        if names is not None and name not in names:
+            continue
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
+        if sha256(path) != facts["sha256"]:
+            return f"{name} was altered"
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder: what was written, or renamed in it, survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_dir():
+        for inner in path.iterdir():
+            _sync_tree(inner)
+    sync(path)
