@@ -16,48 +16,51 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from fira import files
+
 METRICS, TABLE = "metrics.jsonl", "training_log.csv"
-COLUMNS = ("step", "loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens",
-           "tokens_per_second", "seconds", "imbalance", "dead")
+NOT_IN_TABLE = ("kind", "score", "lower_is_better")
 Row = dict[str, Any]
 
 
 class RunLog:
-    """Appends rows to a run folder. `sinks` are called with every row (trackers, tests)."""
+    """Appends rows to a run folder. `sinks` are called with every row (trackers, tests).
+
+    training_log.csv has a line for each step and a column for each value that any step has; what a
+    validation found stands in the line of its step, in columns named val_NAME.
+    """
 
     def __init__(self, folder: Path, sinks: tuple[Callable[[Row], None], ...] = ()) -> None:
         self.folder, self.sinks = folder, sinks
-        self._pending: Row | None = None
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")
-        self._table = open(folder / TABLE, "a", encoding="utf-8", newline="")
-        self._csv = csv.DictWriter(self._table, COLUMNS, extrasaction="ignore")
-        if self._table.tell() == 0:
-            self._csv.writeheader()
+        self._columns: dict[str, None] = {}
+        self._pending: list[Row] = []  # lines that are not in the table yet
+        self._rewrite_table()
 
     @classmethod
     def resume(cls, folder: Path, step: int, **options: Any) -> RunLog:
-        """Continue the record of a run whose checkpoint is `step`: later rows never happened.
+        """Continue the record of a run whose checkpoint is `step`: later rows are dropped.
 
-        Rows written after that checkpoint was saved (its own evaluation too) are dropped, since
-        the resumed run writes them again.
+        Rows written after that checkpoint was saved (its own evaluation too) are dropped as well,
+        since the resumed run writes them again.
         """
         kept = [row for row in read_rows(folder)
                 if row["step"] < step or (row["step"] == step
                                           and row["kind"] not in ("validation", "sample"))]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        _replace(folder / METRICS, text)
-        (folder / TABLE).unlink(missing_ok=True)
-        log = cls(folder, **options)
-        for row in kept:
-            log._tabulate(row)
-        return log
+        files.write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        return cls(folder, **options)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Add one row; it has left this process when the call returns."""
         row = {"kind": kind, "step": step, **values}
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
+        columns = len(self._columns)
         self._tabulate(row)
+        if len(self._columns) > columns:
+            self._rewrite_table()
+        else:
+            self._append_lines(keep=1)  # the newest may get a validation yet
         for sink in self.sinks:
             sink(row)
 
@@ -67,23 +70,38 @@ class RunLog:
         os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        self._flush_table()
+        self._append_lines(keep=0)
         self._metrics.close()
-        self._table.close()
 
     def _tabulate(self, row: Row) -> None:
-        """One CSV line a step; a validation joins the line of its step."""
+        values = {name: value for name, value in row.items() if name not in NOT_IN_TABLE}
         if row["kind"] == "step":
-            self._flush_table()
-            self._pending = dict(row)
-        elif row["kind"] == "validation" and self._pending and self._pending["step"] == row["step"]:
-            self._pending |= {"val_loss": row["loss"], "val_bits_per_byte": row["bits_per_byte"]}
+            self._pending.append(values)
+        elif row["kind"] == "validation" and self._pending \
+                and self._pending[-1]["step"] == row["step"]:
+            values = {f"val_{name}": value for name, value in values.items()
+                      if name not in ("step", "tokens", "seconds")}
+            self._pending[-1] |= values
+        else:
+            return
+        self._columns |= dict.fromkeys(values)
 
-    def _flush_table(self) -> None:
-        if self._pending:
-            self._csv.writerow(self._pending)
-            self._table.flush()
-            self._pending = None
+    def _rewrite_table(self) -> None:
+        """Make the whole table from the record: a column has been added."""
+        self._pending = []
+        for row in read_rows(self.folder):
+            self._tabulate(row)
+        with open(self.folder / TABLE, "w", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, list(self._columns)).writeheader()
+        self._append_lines(keep=1)
+
+    def _append_lines(self, keep: int) -> None:
+        """Write the pending lines but for the newest `keep`."""
+        lines = self._pending[:len(self._pending) - keep]
+        if lines:
+            with open(self.folder / TABLE, "a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, list(self._columns)).writerows(lines)
+            self._pending = self._pending[len(lines):]
 
 
 class NoLog:
@@ -108,12 +126,6 @@ def read_rows(folder: Path) -> Iterator[Row]:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def tracker(kind: str, folder: Path) -> tuple[Callable[[Row], None], ...]:

@@ -22,10 +22,15 @@ class Tokens(Protocol):
 
 
 class Batch(NamedTuple):
-    """Ids and, at each place, the id that follows: int64, [B, T] both."""
+    """Ids and, at each place, the id that follows (-100: not scored): int64, [B, T] both."""
 
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor
+
+    @property
+    def weight(self) -> int:
+        """The number of scored targets: what the mean loss of this batch counts for."""
+        return int((self.targets_BT != -100).sum())
 
 
 class Batches:

@@ -1,32 +1,28 @@
-"""Next-token cross-entropy, the pretraining loss."""
+"""The loss of pre-training: cross-entropy of the token that follows."""
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fira.loss.head import head_loss
 
-Model = Callable[..., torch.Tensor]
-
 
 class Batch(Protocol):
-    tokens_BT: torch.Tensor
-    targets_BT: torch.Tensor
+    """Ids and, at each place, the id to predict (-100 where nothing is scored), [B, T] both."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
 
 
-def next_token_loss(model: Model, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Mean cross-entropy over a batch's targets, in nats; targets of -100 are not scored.
-
-    The model is called once, wrapped or compiled as it may be, and applies the loss to its head.
-    """
-    return model(batch.tokens_BT, targets_BT=batch.targets_BT, loss=head_loss), {}
+def next_token_loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy over the scored targets of a batch, in nats; no further metrics."""
+    x_BTD = model.features(batch.tokens_BT)
+    return head_loss(x_BTD, *model.head_weights(), batch.targets_BT), {}
 
 
-def next_token_loss_plain(model: Model, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+def next_token_loss_plain(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The same from whole logits: the definition."""
     logits_BTV = model(batch.tokens_BT)
-    loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch.targets_BT.flatten())
-    return loss, {}
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch.targets_BT.flatten()), {}

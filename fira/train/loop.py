@@ -1,7 +1,7 @@
-"""The only training loop: every stage brings its own batches and loss.
+"""The only training loop: a stage brings a recipe, the loop trains, records, saves and evaluates.
 
-A run is never lost: it is saved before every evaluation, on Ctrl-C and on SIGTERM; what it did
-after its newest checkpoint is done again, to the bit, when it is resumed on one CPU.
+A run is never lost: it is saved before every evaluation and on Ctrl-C or SIGTERM. What it did after
+its newest checkpoint is done again, to the bit, when it is resumed on one CPU.
 """
 from __future__ import annotations
 
@@ -12,23 +12,67 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from rich.console import Console
 
 from fira.checkpoint import Checkpoints
-from fira.model.moe import fade, routers
+from fira.model.balance import begin_step
+from fira.model.router import routers
 from fira.parallel.layout import Layout
 from fira.runlog import NoLog, ProgressLine, RunLog
 from fira.runtime import seed_step
-from fira.train.collapse import PATIENCE, collapse
-from fira.train.horizon import TrainConfig, fraction_done
-from fira.train.optim import set_step
-from fira.train.schedule import ScheduleConfig, factor
-from fira.train.step import LossFn, accumulate, finish_step, gradient_norm
+from fira.train.config import LoopConfig, ScheduleConfig, fraction_done, rate_factor
+from fira.train.optim import set_rates, update
 
-MAX_SKIPS = 5  # non-finite steps in a row before a run gives up
+MAX_SKIPS = 5  # skipped steps in a row before a run gives up
+# Routing that stays collapsed for this many steps is reported; the first steps of a run are uneven
+# and recover by themselves.
+COLLAPSE_STEPS = 50
+COLLAPSE_CV = 0.75  # collapsed: above this part of the imbalance with which only K experts work
+COLLAPSE_DEAD = 0.25  # or with more than this part of a layer's experts without a token
+
+LossFn = Callable[[Any, Any], "tuple[torch.Tensor, dict[str, Any]]"]
+
+
+class BatchSource(Protocol):
+    """Where training batches come from. It owns their lengths, row counts and mixture."""
+
+    def batch(self, step: int, fraction: float) -> list[Any]:
+        """This rank's part of the global batch of step `step` (from 0), as micro-batches.
+
+        A micro-batch is a NamedTuple of CPU tensors with a `weight`. `fraction` (0..1) of the run
+        is done. The result depends on nothing but these numbers, so that a run can be resumed.
+        """
+
+
+class Score(NamedTuple):
+    """The number that decides which checkpoint is best."""
+
+    name: str
+    value: float
+    lower_is_better: bool = True
+
+    def beats(self, other: float | None) -> bool:
+        return other is None or (self.value < other if self.lower_is_better
+                                 else self.value > other)
+
+
+Probe = Callable[[], "tuple[dict[str, float], Score]"]
+
+
+class Recipe(NamedTuple):
+    """What a stage brings to the loop.
+
+    loss_fn(model, batch) returns the mean loss over what the batch scores, and metrics by name;
+    both are averaged over the global batch by the batches' weights. probe() evaluates the model and
+    returns a row for the record and its score.
+    """
+
+    batches: BatchSource
+    loss_fn: LossFn
+    probe: Probe
 
 
 @dataclass
@@ -45,12 +89,6 @@ class LoopState:
     best_score: float | None = None
 
 
-class BatchSource(Protocol):
-    def batch(self, index: int, length: int) -> Any:
-        """The batch of optimizer step `index`, counted from 0: a NamedTuple of tensors [B, length]
-        of as many tokens whatever the length."""
-
-
 class Stopped(Exception):
     """SIGINT or SIGTERM asked the run to end; everything is saved. `number` is the signal's."""
 
@@ -61,50 +99,31 @@ class Stopped(Exception):
 
 @dataclass
 class Loop:
-    """One run: a stage fills in the parts, `run` does the rest.
-
-    `probe` scores the model on held-out text, read in sequences of the length it is given, and
-    returns a validation row (with bits_per_byte);
-    `forward` is the model as it is called, for instance compiled. On many ranks each of them runs
-    this loop on its own rows of every batch; `layout` knows what they do together.
-    """
+    """One run. On many ranks each of them runs this loop on its own part of every batch."""
 
     layout: Layout
-    forward: Callable[..., torch.Tensor]
     optimizer: torch.optim.Optimizer
-    clip: float
-    config: TrainConfig
+    config: LoopConfig
     schedule: ScheduleConfig
-    batches: BatchSource  # with the rows of this rank
-    loss_fn: LossFn
-    probe: Callable[[int], dict[str, float]]
+    recipe: Recipe
     log: RunLog | NoLog
     checkpoints: Checkpoints
     screen: Console
     state: LoopState = field(default_factory=LoopState)
-    stop_signal: int | None = None
+    stop_signal: int | None = None  # what this rank received
+    agreed_signal: int | None = None  # what any rank received, known to all of them
     started: float = 0.0
-    agreed_stop: int | None = None
     fraction: float = 0.0
-    length: int = 0  # tokens per sequence of the newest step
-    score: float | None = None  # newest validation bits per byte
-
-    def __post_init__(self) -> None:
-        self.model = self.layout.model
-        self.forward_backward = self.layout.forward_backward(accumulate)
-        alone = self.layout.mesh.size == 1
-        self.norm_of = gradient_norm if alone else self.layout.gradient_norm
+    score: Score | None = None
 
     def run(self) -> LoopState:
-        """Train to the end of the horizon.
+        """Train to the end of the run.
 
-        Raises Stopped on SIGINT or SIGTERM, and ValueError after MAX_SKIPS non-finite steps in a
-        row; what the newest checkpoint holds is whole in either case.
+        Raises Stopped on SIGINT or SIGTERM, and ValueError after MAX_SKIPS skipped steps in a row;
+        in either case the newest checkpoint is whole.
         """
         self.started = time.perf_counter() - self.state.seconds
         self._update_fraction()
-        self.length = min(self.config.length_at(self.fraction),  # or what the last step read
-                          self.model.trained_length or self.config.sequence_length)
         if self.state.step and self._checkpoint_due():
             self._evaluate()  # the evaluation that followed this checkpoint may have been lost
         with self._signals(), ProgressLine("train", self.screen) as line:
@@ -128,93 +147,77 @@ class Loop:
         return time.perf_counter() - self.started
 
     def _update_fraction(self) -> None:
-        """All ranks go by the slowest clock and hear of a signal that any of them got."""
+        """All ranks use the largest clock value and learn of a signal that any of them received."""
         mesh = self.layout.mesh
         seconds, number = mesh.agree(self._seconds(), self.stop_signal or 0)
-        if mesh.size > 1:
-            self.agreed_stop = int(number) or None
+        self.agreed_signal = int(number) or None
         self.fraction = fraction_done(self.config, self.state.step, seconds)
-        fade(self.model, self.fraction)
+        begin_step(self.layout.model, self.fraction)
 
     def _checkpoint_due(self) -> bool:
         return self.state.step % self.config.save_every == 0 or self.fraction >= 1
 
+    def _check_signal(self) -> None:
+        """Raises Stopped. One rank may stop between micro-batches; many stop before a step."""
+        number = self.stop_signal if self.layout.mesh.size == 1 else self.agreed_signal
+        if number is not None:
+            raise Stopped(number)
+
     def _step(self, line: ProgressLine) -> None:
-        state, began = self.state, time.perf_counter()
-        rate = factor(self.schedule, self.fraction)
-        set_step(self.optimizer, state.step, rate)
-        seed_step(self.config.seed, state.step, self.layout.mesh.rank)
-        self.model.train()
-        self._lengthen()
-        batch = self.batches.batch(state.step, self.length)
-        mean, count = self.forward_backward(self.forward, self._micro_batches(batch), self.loss_fn)
-        norm, updated = finish_step(self.model, self.optimizer, mean, count, self.clip,
-                                    self.norm_of)
-        loss = float(mean)
+        state, layout, began = self.state, self.layout, time.perf_counter()
+        factor = rate_factor(self.schedule, self.fraction)
+        set_rates(self.optimizer, state.step, factor)
+        seed_step(self.config.seed, state.step, layout.mesh.rank)
+        layout.model.train()
+        batches = self.recipe.batches.batch(state.step, self.fraction)
+        tokens = sum(batch.tokens_BT.numel() for batch in batches) * layout.mesh.batch_ranks
+        loss, metrics = layout.forward_backward(batches, self.recipe.loss_fn, self._check_signal)
+        norm = layout.gradient_norm()
+        updated = update(self.optimizer, loss, norm)
         state.step += 1
-        state.tokens += self.config.batch_tokens
+        state.tokens += tokens
         self._update_fraction()
-        health = self.layout.end_step()
-        speed = self.config.batch_tokens / (time.perf_counter() - began)
-        if not updated:
-            state.skipped += 1
-        self._record(line, loss, norm, rate, speed, health)
+        health = layout.end_step()
+        state.skipped += not updated
+        row = {"loss": _finite(loss), **{name: _finite(value) for name, value in metrics.items()},
+               "lr": self.optimizer.param_groups[0]["peak_lr"] * factor,
+               "grad_norm": _finite(norm), "tokens": state.tokens,
+               "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
+               "seconds": round(self._seconds(), 3), "imbalance": None, "dead": 0,
+               "skipped": state.skipped}
+        if health:
+            row |= {"imbalance": sum(health["cv"]) / len(health["cv"]), "dead": sum(health["dead"])}
+        self.log.write("step", state.step, **row)
+        if health and self._checkpoint_due():
+            self.log.write("routing", state.step, **health)
+        line.update(self.fraction, self._note(row), self._seconds())
         if health:
             self._watch_routing(health)
         self._limit_skips(updated, loss, norm)
 
-    def _lengthen(self) -> None:
-        """The model knows the longest sequence it was trained on; None is its whole context."""
-        self.length = self.config.length_at(self.fraction)
-        if self.model.trained_length is not None:
-            self.model.trained_length = max(self.model.trained_length, self.length)
-
-    def _micro_batches(self, batch: Any) -> Iterator[Any]:
-        """Cut this rank's batch; a signal ends it between two cuts, leaving the last whole step.
-
-        Many ranks stop together, before a step.
-        """
-        device = self.layout.mesh.device
-        count = self.config.rows_of(self.length)
-        for first in range(0, len(batch[0]), count):
-            number = self.stop_signal if self.layout.mesh.size == 1 else self.agreed_stop
-            if number is not None:
-                raise Stopped(number)
-            rows = slice(first, first + count)
-            yield type(batch)(*(part[rows].to(device, non_blocking=True) for part in batch))
-
-    def _record(self, line: ProgressLine, loss: float, norm: float, rate: float, speed: float,
-                health: dict[str, Any] | None) -> None:
-        state = self.state
-        imbalance = sum(health["cv"]) / len(health["cv"]) if health else None
-        dead = sum(health["dead"]) if health else 0
-        self.log.write("step", state.step, loss=_finite(loss), lr=self._peak() * rate,
-                       grad_norm=_finite(norm), tokens=state.tokens,
-                       tokens_per_second=round(speed, 1), seconds=round(self._seconds(), 3),
-                       imbalance=imbalance, dead=dead, skipped=state.skipped)
-        if health and self._checkpoint_due():
-            self.log.write("routing", state.step, **health)
-        note = f"step {state.step} loss {loss:.3f}"
+    def _note(self, row: dict[str, Any]) -> str:
+        """The newest step in a few words, for the progress line."""
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
+        parts = [f"step {self.state.step} loss {loss}"]
         if self.score is not None:
-            note += f" val {self.score:.3f} bits/byte"
-        note += f" {speed:,.0f} tok/s"
-        if imbalance is not None:
-            note += f" cv {imbalance:.2f}" + (f" dead {dead}" if dead else "")
-        if state.skipped:
-            note += f" skipped {state.skipped}"
-        line.update(self.fraction, note, self._seconds())
+            parts.append(f"{self.score.name.replace('_', ' ')} {self.score.value:.3f}")
+        parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+        if row["imbalance"] is not None:
+            parts.append(f"cv {row['imbalance']:.2f}")
+        for name in ("dead", "skipped"):
+            if row[name]:
+                parts.append(f"{name} {row[name]}")
+        return " ".join(parts)
 
     def _watch_routing(self, health: dict[str, Any]) -> None:
-        """Say once, in a line and a row, that routing has been collapsed for a while."""
-        state, text = self.state, collapse(health, routers(self.model)[0].top_k)
+        """Report once, in a line and a row, that routing has been collapsed for a while."""
+        state, text = self.state, describe_collapse(health, routers(self.layout.model)[0].top_k)
         state.collapsed_in_a_row = state.collapsed_in_a_row + 1 if text else 0
-        if state.collapsed_in_a_row == PATIENCE:
-            text = f"routing has been collapsed for {PATIENCE} steps up to {state.step}: {text}"
+        if state.collapsed_in_a_row == COLLAPSE_STEPS:
+            text = (f"routing has been collapsed for {COLLAPSE_STEPS} steps up to {state.step}: "
+                    f"{text}")
             self.log.write("event", state.step, text=text)
             self.screen.print(text, style="yellow", soft_wrap=True)
-
-    def _peak(self) -> float:
-        return self.optimizer.param_groups[0]["peak_lr"]
 
     def _limit_skips(self, updated: bool, loss: float, norm: float) -> None:
         state = self.state
@@ -226,9 +229,10 @@ class Loop:
         self.log.write("event", state.step, text=text)
         self.screen.print(text, style="red", soft_wrap=True)
         if state.skipped_in_a_row == MAX_SKIPS:
-            raise ValueError(f"{MAX_SKIPS} steps in a row up to step {state.step} had a non-finite "
-                             "loss or gradient; the newest checkpoint is from before them: "
-                             "lower optim.lr or look at the data, then continue with --resume")
+            raise ValueError(f"{MAX_SKIPS} steps in a row up to step {state.step} had a loss or "
+                             "gradient that is not finite; the newest checkpoint was saved before "
+                             "them: lower optim.lr or look at the data, then continue with "
+                             "--resume")
 
     def _save(self) -> None:
         self.state.seconds = self._seconds()
@@ -236,13 +240,14 @@ class Loop:
         self.checkpoints.save(self.state.step, self.layout, self.optimizer, asdict(self.state))
 
     def _evaluate(self) -> None:
-        """Score the model, remember the best, let older checkpoints go."""
-        state, result = self.state, self.probe(self.length)
+        """Score the model, remember the best step, delete older checkpoints."""
+        state = self.state
+        row, self.score = self.recipe.probe()
         self.log.write("validation", state.step, tokens=state.tokens,
-                       seconds=round(self._seconds(), 3), **result)
-        self.score = result["bits_per_byte"]
-        if state.best_score is None or self.score < state.best_score:
-            state.best_score, state.best_step = self.score, state.step
+                       seconds=round(self._seconds(), 3), **row, score=self.score.name,
+                       lower_is_better=self.score.lower_is_better)
+        if self.score.beats(state.best_score):
+            state.best_score, state.best_step = self.score.value, state.step
         self.checkpoints.prune(state.best_step)
 
     @contextlib.contextmanager
@@ -254,10 +259,10 @@ class Loop:
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.getsignal(number) for number in numbers}
 
-        def request(number: int, _: Any) -> None:
-            self.stop_signal = number
-            for each in numbers:
-                signal.signal(each, before[each])
+        def request(received: int, _: Any) -> None:
+            self.stop_signal = received
+            for number in numbers:
+                signal.signal(number, before[number])
 
         for number in numbers:
             signal.signal(number, request)
@@ -266,6 +271,25 @@ class Loop:
         finally:
             for number in numbers:
                 signal.signal(number, before[number])
+
+
+def describe_collapse(health: dict[str, Any], top_k: int) -> str | None:
+    """Which layers' routing has collapsed and what to try; None if none has.
+
+    `health` is a routing row. The largest possible imbalance (CV) is sqrt(E/K - 1).
+    """
+    experts = len(health["load"][0])
+    worst = math.sqrt(experts / top_k - 1)
+    layers = [layer for layer, (cv, dead) in enumerate(zip(health["cv"], health["dead"],
+                                                           strict=True))
+              if cv > COLLAPSE_CV * worst or dead > COLLAPSE_DEAD * experts]
+    if not layers:
+        return None
+    return (f"layers {', '.join(map(str, layers))} have an imbalance (cv) of up to "
+            f"{max(health['cv'][layer] for layer in layers):.2f} of at most {worst:.2f} and up to "
+            f"{max(health['dead'][layer] for layer in layers)} of {experts} experts without a "
+            "token; try a larger model.balance_weight, model.balance=handover or a lower "
+            "optim.router_lr")
 
 
 def _finite(value: float) -> float | None:

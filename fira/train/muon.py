@@ -5,9 +5,9 @@ A stack of expert weights [E, out, in] is E matrices, orthogonalized in one batc
 sharded weights the local rows are updated; a matrix is gathered whole to be orthogonalized.
 Replicas divide the matrices between them.
 
-Orthogonalizing costs the same however few tokens an expert saw. So the experts of a stack may take
-turns, each moving in one of `turns` steps at that many times the rate: momentum hardly changes
-between them (docs/log.md).
+Orthogonalizing costs the same however few tokens an expert saw. So a group may update each expert of
+a stack only every `interval`-th step, with `interval` times the learning rate: momentum hardly changes
+in between, and `small` learns the same from a quarter of the work.
 """
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def each_alone(function: Callable[[Tensor], Tensor], stacks: list[Tensor],
 class MuonAdamW(torch.optim.Optimizer):
     """Groups carry `rule`, `lr`, `weight_decay` and `betas`; Muon's momentum is the first beta.
 
-    Those of Muon also `turns` and `step`, the number of the step, whose turn it is.
+    Groups of Muon also carry `interval` and `step`, the number of the current step.
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float],
                  each: Each = each_alone) -> None:
-        super().__init__(groups, {"betas": betas, "turns": 1, "step": 0})
+        super().__init__(groups, {"betas": betas, "interval": 1, "step": 0})
         self.each = each
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._adamw(parameters, group)
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        mine = [_turn(p, group["step"], group["turns"]) for p in parameters]
+        mine = [_due(p, group["step"], group["interval"]) for p in parameters]
         stacks = [whole_matrices(self._ahead(p, rows, group["betas"][0]), p)
                   for p, rows in zip(parameters, mine, strict=True)]
         updates = self.each(orthogonalize, stacks, parameters)
@@ -114,8 +114,8 @@ class MuonAdamW(torch.optim.Optimizer):
               weight_decay=group["weight_decay"], eps=1e-8, maximize=False)
 
 
-def _turn(parameter: Tensor, step: int, turns: int) -> slice:
-    """The local rows of a stack whose turn it is in `step`; all rows of a single matrix."""
+def _due(parameter: Tensor, step: int, interval: int) -> slice:
+    """The local experts of a stack that `step` updates; all rows of a single matrix."""
     if parameter.dim() == 2:
         return slice(None)
-    return slice((step - first_row(parameter)) % turns, None, turns)
+    return slice((step - first_row(parameter)) % interval, None, interval)

@@ -1,4 +1,4 @@
-"""Score a model on held-out batches while it trains."""
+"""Score a model on held-out text while it trains."""
 from __future__ import annotations
 
 import math
@@ -6,34 +6,32 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fira.loss.head import head_token_losses
+from fira.loss.head import token_losses
 from fira.parallel.layout import Layout
-from fira.runtime import autocast
 
 
-@torch.no_grad()  # sharded weights cannot be gathered in inference mode
-def validate(layout: Layout, batches: Iterable[Any],
-             token_bytes_V: torch.Tensor) -> dict[str, float]:
-    """Mean loss in nats per token, and bits per byte of the text the targets stand for.
+def validate(layout: Layout, batches: Iterable[Any], token_bytes_V: Tensor) -> dict[str, float]:
+    """Mean loss in nats per token, and bits per byte of the text that the targets stand for.
 
-    The ranks of a layout take the batches in turn and add up what they found.
-    token_bytes_V holds the length in bytes of every token. Special tokens have none: they count in
-    the loss and not in bits per byte.
+    The ranks of a layout take the batches in turns and add up what they found. `token_bytes_V`
+    holds the length of every token in bytes. Special tokens stand for no text: they count in the
+    loss and not in bits per byte.
     """
     layout.model.eval()
-    device = layout.mesh.device
-    token_bytes_V = token_bytes_V.to(device)
-    sums = torch.zeros(4, dtype=torch.float64)  # nats, of them of text; tokens, bytes
-    for batch, mine in layout.turns(batches):
-        targets_BT = batch.targets_BT.to(device)
-        with autocast(device):
-            losses_BT = layout.forward(batch.tokens_BT.to(device), targets_BT, head_token_losses)
+    sums = torch.zeros(4, dtype=torch.float64)  # nats, nats of text tokens, tokens, bytes
+    for batch, mine in layout.take_turns(batches):
+        losses_BT = layout.score(_losses, batch)
         if losses_BT is None or not mine:
             continue
-        losses_BT = losses_BT.double()
-        bytes_BT = token_bytes_V[targets_BT]
+        losses_BT = losses_BT.double().cpu()
+        bytes_BT = token_bytes_V[batch.targets_BT]
         sums += torch.stack([losses_BT.sum(), losses_BT[bytes_BT > 0].sum(),
-                             bytes_BT.new_tensor(targets_BT.numel()), bytes_BT.sum()]).cpu()
+                             bytes_BT.new_tensor(bytes_BT.numel()), bytes_BT.sum()])
     nats, text_nats, tokens, text_bytes = layout.sum(sums).tolist()
     return {"loss": nats / tokens, "bits_per_byte": text_nats / math.log(2) / text_bytes}
+
+
+def _losses(model: Any, batch: Any) -> Tensor:
+    return token_losses(model.features(batch.tokens_BT), *model.head_weights(), batch.targets_BT)
