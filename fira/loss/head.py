@@ -36,9 +36,9 @@ Cost = Callable[..., "tuple[Tensor, Tensor]"]
 
 
 def next_token(logs_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each target in nats, 0 where IGNORED; d/dlogits = softmax - one-hot.
+    """Cross-entropy of each target in nats; d/dlogits = softmax - one-hot. Overwrites `logs_RV`.
 
-    Overwrites `logs_RV`.
+    A row whose target is IGNORED costs 0; callers give it no weight.
     """
     places_R1 = targets_R.clamp(min=0).unsqueeze(1)
     cost_R = -logs_RV.gather(1, places_R1).squeeze(1).masked_fill(targets_R == IGNORED, 0.0)
@@ -68,7 +68,7 @@ def token_losses(x_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | None,
     It has a gradient: minus it is the log-probability of each token that a policy needs.
     """
     losses_N = row_costs(next_token, x_BTD, weight_VD, bias_V, targets_BT.flatten())
-    return losses_N.view_as(targets_BT)
+    return losses_N.view_as(targets_BT).masked_fill(targets_BT == IGNORED, 0.0)
 
 
 def mean_cost(cost: Cost, x_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | None,

@@ -3,17 +3,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from fira.loss import head
-from fira.loss.head import IGNORED, head_loss, head_token_losses
+from fira.loss.distill import distillation_loss
+from fira.loss.head import IGNORED, head_loss, token_losses
 from fira.loss.next_token import next_token_loss, next_token_loss_plain
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
 
-SHAPE = dict(vocab_size=57, d_model=16, n_head=2, num_layers=1, d_ff=8, num_experts=2, context=8,
-             init_std=0.3)
+SHAPE = dict(vocab_size=57, d_model=16, n_head=2, num_layers=1, d_ff=8, num_experts=2, context=8)
 SPECS = [FIRASpec(**SHAPE, dropout=0.0), FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)]
 
 
@@ -79,12 +78,12 @@ def test_a_frozen_head_or_frozen_features_cost_no_gradient():
 
 def test_losses_far_below_the_smallest_probability_stay_exact():
     x, weight = torch.full((1, 1), 400.0), torch.tensor([[1.0], [0.0]])
-    assert float(head_token_losses(x, weight, None, torch.tensor([1]))) == 400.0
+    assert float(token_losses(x, weight, None, torch.tensor([1]))) == 400.0
 
 
 def test_without_gradient_mode_the_loss_is_the_mean_of_scored_tokens():
     x, weight, offset, targets = tensors(bias=True, ignored=0.4)
-    losses = head_token_losses(x, weight, offset, targets)
+    losses = token_losses(x, weight, offset, targets)
     plain = F.cross_entropy(F.linear(x, weight, offset), targets, reduction="none")
     torch.testing.assert_close(losses, plain)
     with torch.no_grad():
@@ -93,11 +92,56 @@ def test_without_gradient_mode_the_loss_is_the_mean_of_scored_tokens():
     torch.testing.assert_close(mean, F.cross_entropy(F.linear(x, weight, offset), targets))
 
 
-def test_a_batch_without_any_target_is_not_a_number():
+def test_a_batch_without_any_target_costs_nothing_and_has_no_gradient():
     x, weight, offset, targets = tensors(bias=True)
     loss = head_loss(x, weight, offset, torch.full_like(targets, IGNORED))
     loss.backward()
-    assert loss.isnan()  # as torch's cross_entropy: the step is skipped
+    assert loss.item() == 0 and not x.grad.any() and not weight.grad.any()
+
+
+def test_weighted_targets_equal_the_weighted_mean_of_whole_logits():
+    x, weight, offset, targets = tensors(bias=True, ignored=0.3)
+    weights = torch.rand(len(targets), generator=torch.Generator().manual_seed(2))
+    ours = head_loss(x, weight, offset, targets, weights)
+    each = F.cross_entropy(F.linear(x, weight, offset), targets, reduction="none")
+    scored = weights * (targets != IGNORED)
+    plain = (scored * each).sum() / scored.sum()
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours, [x, weight, offset]),
+                    torch.autograd.grad(plain, [x, weight, offset]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_loss_of_each_token_has_a_gradient():
+    x, weight, offset, targets = tensors(bias=True, ignored=0.3)
+    advantages = torch.randn(len(targets), generator=torch.Generator().manual_seed(2))
+    ours = (advantages * token_losses(x, weight, offset, targets)).sum()
+    plain = (advantages * F.cross_entropy(F.linear(x, weight, offset), targets,
+                                          reduction="none")).sum()
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours, [x, weight, offset]),
+                    torch.autograd.grad(plain, [x, weight, offset]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_divergence_from_a_teacher_equals_that_of_whole_logits():
+    student, teacher = build(SPECS[0], seed=0).eval(), build(SPECS[1], seed=1).eval()
+    data = batch()
+    targets = data.targets_BT.clone()
+    targets[0, :5] = IGNORED
+    with torch.no_grad():
+        y = teacher.features(data.tokens_BT)
+        wanted = teacher(data.tokens_BT).log_softmax(-1)
+    ours = distillation_loss(student, y, teacher.head_weights(), data.tokens_BT, targets)
+    logs = student(data.tokens_BT).log_softmax(-1)
+    each = F.kl_div(logs, wanted, log_target=True, reduction="none").sum(-1)
+    plain = each[targets != IGNORED].mean()
+    torch.testing.assert_close(ours, plain)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    ours, plain = (torch.autograd.grad(loss, parameters, allow_unused=True)
+                   for loss in (ours, plain))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["untied with bias", "tied"])
@@ -111,22 +155,6 @@ def test_it_multiplies_in_bf16_under_autocast_as_the_plain_form_does(spec):
         assert loss.dtype == torch.float32
         results.append([loss.detach(), *gradients(model)])
     torch.testing.assert_close(results[0], results[1], rtol=0.05, atol=0.01)
-
-
-def test_a_wrapper_that_only_forwards_its_call_trains_the_head():
-    class Wrapped(nn.Module):
-        """What DistributedDataParallel does: hooks around one forward call."""
-
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, *args, **kwargs):
-            return self.module(*args, **kwargs)
-
-    model = build(SPECS[0], seed=0).train()
-    next_token_loss(Wrapped(model), batch())[0].backward()
-    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_whole_logits_are_never_held():

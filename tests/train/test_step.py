@@ -1,16 +1,17 @@
-"""One optimizer step: accumulation, clipping, skipping, the learning rate's course."""
+"""One optimizer step: accumulation over weighted micro-batches, clipping, skipping, rates."""
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
 
+from fira.data.batches import Batch
 from fira.loss.next_token import next_token_loss
-from fira.model.files import build
+from fira.model.files import build, build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
-from fira.train.optim import OptimConfig, make_optimizer, parameter_groups
-from fira.train.schedule import ScheduleConfig, factor
-from fira.train.step import accumulate, finish_step
+from fira.parallel.layout import Layout
+from fira.parallel.mesh import Mesh
+from fira.train.config import ScheduleConfig, rate_factor
+from fira.train.optim import OptimConfig, make_optimizer, parameter_groups, update
 
 SPECS = [
     FIRASpec(vocab_size=40, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=3, top_k=2,
@@ -18,11 +19,6 @@ SPECS = [
     FIRA2Spec(vocab_size=40, d_model=16, n_head=2, n_kv_head=1, head_dim=8, num_layers=2, d_ff=24,
               num_experts=3, top_k=2, context=8),
 ]
-
-
-class Batch(NamedTuple):
-    tokens_BT: torch.Tensor
-    targets_BT: torch.Tensor
 
 
 def random_batch(rows, seed=0):
@@ -34,40 +30,89 @@ def cut(batch, size):
     return [Batch(*(part[i:i + size] for part in batch)) for i in range(0, len(batch[0]), size)]
 
 
+def masked(batch, scored):
+    """The batch with only the first scored[row] targets of each row scored."""
+    targets_BT = batch.targets_BT.clone()
+    for row, count in enumerate(scored):
+        targets_BT[row, count:] = -100
+    return Batch(batch.tokens_BT, targets_BT)
+
+
+def layout_of(spec, seed=3):
+    layout = Layout(Mesh(), build_meta(spec), seed=seed)
+    layout.model.train()
+    return layout
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
 def test_accumulated_micro_batches_equal_one_batch(spec):
     weights = []
     for size in (8, 2):
-        model = build(spec, seed=3)
-        optimizer = make_optimizer(model, OptimConfig(lr=0.01, clip=0.1))
+        layout = layout_of(spec)
+        optimizer = make_optimizer(layout.model, OptimConfig(lr=0.01))
         for seed in range(3):
-            loss, count = accumulate(model, cut(random_batch(8, seed), size), next_token_loss)
-            finish_step(model, optimizer, loss, count, clip=0.1)
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+            batches = cut(random_batch(8, seed), size)
+            loss, _ = layout.forward_backward(batches, next_token_loss)
+            update(optimizer, loss, layout.gradient_norm(), max_norm=0.1)
+        weights.append(torch.cat([p.detach().flatten() for p in layout.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-4, rtol=0)
 
 
-def test_clipping_bounds_the_mean_gradient():
-    model = build(SPECS[1], seed=3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    loss, count = accumulate(model, cut(random_batch(8), 2), next_token_loss)
-    norm, updated = finish_step(model, optimizer, loss, count, clip=0.01)
-    after = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert updated and norm > 0.01
+@pytest.mark.parametrize("scored", [(1, 8, 3, 0), (0, 0, 8, 8), (2, 0, 0, 0)])
+@pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
+def test_masked_targets_weigh_the_same_however_the_batch_is_cut(spec, scored):
+    batch, results = masked(random_batch(4), scored), []
+    for size in (4, 2, 1):
+        layout = layout_of(spec)
+        loss, _ = layout.forward_backward(cut(batch, size), next_token_loss)
+        results.append((loss, flat_gradient(layout.model)))
+    for loss, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        torch.testing.assert_close(gradient, results[0][1], atol=1e-6, rtol=1e-5)
+
+
+def test_metrics_are_averaged_by_weight():
+    def loss_fn(model, batch):
+        loss, _ = next_token_loss(model, batch)
+        return loss, {"scored": torch.tensor(float(batch.weight)), "constant": 3.0}
+
+    layout = layout_of(SPECS[1])
+    _, metrics = layout.forward_backward(cut(masked(random_batch(2), (2, 6)), 1), loss_fn)
+    assert metrics == {"scored": pytest.approx((2 * 2 + 6 * 6) / 8), "constant": pytest.approx(3)}
+
+
+def test_a_batch_in_which_nothing_is_scored_is_skipped():
+    layout = layout_of(SPECS[1])
+    optimizer = make_optimizer(layout.model, OptimConfig())
+    loss, _ = layout.forward_backward(cut(masked(random_batch(2), (0, 0)), 1), next_token_loss)
+    assert math.isnan(loss) and not update(optimizer, loss, layout.gradient_norm())
+    assert not optimizer.state
+
+
+def test_clipping_bounds_the_gradient():
+    layout = layout_of(SPECS[1])
+    optimizer = torch.optim.SGD(layout.model.parameters(), lr=1.0)
+    before = torch.cat([p.detach().flatten() for p in layout.model.parameters()])
+    loss, _ = layout.forward_backward(cut(random_batch(8), 2), next_token_loss)
+    norm = layout.gradient_norm()
+    assert update(optimizer, loss, norm, max_norm=0.01) and norm > 0.01
+    after = torch.cat([p.detach().flatten() for p in layout.model.parameters()])
     assert float((after - before).norm()) == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_non_finite_gradient_changes_nothing(poison):
-    model = build(SPECS[1], seed=3)
-    optimizer = make_optimizer(model, OptimConfig())
-    before = [p.detach().clone() for p in model.parameters()]
-    loss, count = accumulate(model, cut(random_batch(4), 2), next_token_loss)
-    next(iter(model.parameters())).grad[0, 0] = poison
-    _, updated = finish_step(model, optimizer, loss, count, clip=1.0)
-    assert not updated and not optimizer.state
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    layout = layout_of(SPECS[1])
+    optimizer = make_optimizer(layout.model, OptimConfig())
+    before = [p.detach().clone() for p in layout.model.parameters()]
+    loss, _ = layout.forward_backward(cut(random_batch(4), 2), next_token_loss)
+    next(iter(layout.model.parameters())).grad[0, 0] = poison
+    assert not update(optimizer, loss, layout.gradient_norm()) and not optimizer.state
+    assert all(torch.equal(p, q) for p, q in zip(layout.model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
@@ -80,6 +125,17 @@ def test_every_parameter_has_one_group_and_only_matrices_decay(spec):
     decayed = {names[id(p)] for p in groups["matrix"]["params"]}
     assert not any("bias" in name or "norm" in name or "router" in name for name in decayed)
     assert any("experts" in name for name in decayed)
+
+
+def test_frozen_parameters_are_in_no_group_and_a_frozen_model_is_refused():
+    model = build(SPECS[1], seed=0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts" in name)
+    grouped = [p for g in parameter_groups(model, OptimConfig()) for p in g["params"]]
+    assert len(grouped) == sum(p.requires_grad for p in model.parameters())
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the model is trainable"):
+        make_optimizer(model, OptimConfig())
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
@@ -96,7 +152,7 @@ def test_embeddings_may_have_a_rate_of_their_own_and_the_head_keeps_the_common_o
 
 def test_cosine_warms_up_peaks_and_ends_at_its_floor():
     config = ScheduleConfig(kind="cosine", warmup=0.1, floor=0.2)
-    values = [factor(config, i / 1000) for i in range(1001)]
+    values = [rate_factor(config, i / 1000) for i in range(1001)]
     assert 0 < values[0] < 0.02 and max(values) == pytest.approx(1.0)
     assert values[100] == pytest.approx(1.0) and values[-1] == pytest.approx(0.2)
     assert all(a >= b for a, b in zip(values[100:], values[101:], strict=False))
@@ -104,5 +160,5 @@ def test_cosine_warms_up_peaks_and_ends_at_its_floor():
 
 def test_constant_holds_then_decays():
     config = ScheduleConfig(kind="constant", warmup=0.0, decay=0.25, floor=0.0)
-    assert factor(config, 0.0) == factor(config, 0.75) == 1.0
-    assert factor(config, 0.875) == pytest.approx(0.5) and factor(config, 1.0) == 0.0
+    assert rate_factor(config, 0.0) == rate_factor(config, 0.75) == 1.0
+    assert rate_factor(config, 0.875) == pytest.approx(0.5) and rate_factor(config, 1.0) == 0.0
