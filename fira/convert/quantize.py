@@ -201,7 +201,7 @@ def _table(model: Any) -> Table:
     for title in ("float32 MB", "MB"):
         table.add_column(title, justify="right")
     rows = stored(model)
-    totals = [sum(row[at] for row in rows.values()) for at in (1, 2)]  # type: ignore[misc]
-    for name, (how, *sizes) in (rows | {"all": ("", *totals)}).items():
-        table.add_row(name, how, *(f"{size / 1e6:.3f}" for size in sizes))
+    totals = ("", sum(row[1] for row in rows.values()), sum(row[2] for row in rows.values()))
+    for name, (how, float32, now) in [*rows.items(), ("all", totals)]:
+        table.add_row(name, how, f"{float32 / 1e6:.3f}", f"{now / 1e6:.3f}")
     return table
