@@ -1,8 +1,9 @@
 """FIRA2 as one GGUF file, which llama.cpp, Ollama and LM Studio run.
 
 The tensors are Qwen3's under llama.cpp's names; queries and keys need no permutation. Norms and
-routers stay float32. In a file of 4 or 5 bits the embedding and the head have 8, as llama.cpp's own
-quantizer keeps them finer too. llama-quantize makes the other types (k-quants) from an f16 file.
+routers stay float32. In a q4_0 or q5_0 file the embedding and the head are q8_0, because llama.cpp
+also stores them with more bits when it quantizes. Its llama-quantize makes k-quants from an f16 or
+f32 file.
 """
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ except ModuleNotFoundError:
                      "pip install 'fira-moe[export]'") from None
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")
-FINE = ("token_embd.weight", "output.weight")  # 8 bits in a file of 4 or 5
+FINE = ("token_embd.weight", "output.weight")  # q8_0 in a q4_0 or q5_0 file
 NAMES = {"token_embedding": "token_embd", "norm": "output_norm", "head": "output",
          "attention_norm": "attn_norm", "attention.query_norm": "attn_q_norm",
          "attention.key_norm": "attn_k_norm", "attention.q": "attn_q", "attention.k": "attn_k",
@@ -98,11 +99,11 @@ def write_model(model: Any, tokenizer: Tokenizer, file: Path, type_name: str) ->
 def _check_model(model: Any) -> None:
     spec = model.spec
     if spec.architecture == "fira":
-        raise ValueError("this fira cannot become gguf: llama.cpp has no model with FIRA's learned "
+        raise ValueError("this fira cannot become GGUF: llama.cpp has no model with FIRA's learned "
                          "positions, LayerNorm and biased experts; fira export hf, or train a "
                          "FIRA2")
     if spec.num_experts > 1 and spec.top_k == 1:
-        raise ValueError("this fira2 cannot become gguf: llama.cpp renormalizes the chosen "
+        raise ValueError("this fira2 cannot become GGUF: llama.cpp renormalizes the chosen "
                          "experts' weights, so at top_k=1 each becomes 1, but this model "
                          "multiplies by the router's probability; fira export hf, or train with "
                          "top_k=2")

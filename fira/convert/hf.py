@@ -58,8 +58,9 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | Non
     check_router(model)
     kept = next(model.parameters()).dtype if dtype is None else DTYPES[dtype]
     fira2 = model.spec.architecture == "fira2"
-    config = qwen3.describe(model.spec, kept) if fira2 else _describe_fira(model.spec, kept)
-    config |= _token_ids(tokenizer) | {"fira": {
+    config = qwen3.describe(model.spec) if fira2 else _describe_fira(model.spec)
+    kind = str(kept).removeprefix("torch.")
+    config |= _token_ids(tokenizer) | {"dtype": kind, "torch_dtype": kind, "fira": {
         "chat": bool(getattr(model, "chat", False)), "trained_length": model.trained_length,
         **{key: getattr(model.spec, key) for key in qwen3.TRAINING}}}
     named = qwen3.tensors(model) if fira2 else _fira_tensors(model)
@@ -153,8 +154,7 @@ class _Weights:
         return self.opened[name]
 
 
-def _describe_fira(spec: Any, dtype: torch.dtype) -> dict[str, Any]:
-    name = str(dtype).removeprefix("torch.")
+def _describe_fira(spec: Any) -> dict[str, Any]:
     module = MODELLING.stem
     return {"architectures": ["FIRAForCausalLM"], "model_type": "fira",
             "auto_map": {"AutoConfig": f"{module}.FIRAConfig",
@@ -163,15 +163,13 @@ def _describe_fira(spec: Any, dtype: torch.dtype) -> dict[str, Any]:
             "num_hidden_layers": spec.num_layers, "num_attention_heads": spec.n_head,
             "intermediate_size": spec.d_ff, "num_experts": spec.num_experts,
             "num_experts_per_tok": spec.top_k, "max_position_embeddings": spec.context,
-            "layer_norm_eps": 1e-5, "tie_word_embeddings": False, "use_cache": True,
-            "dtype": name, "torch_dtype": name}
+            "layer_norm_eps": 1e-5, "tie_word_embeddings": False, "use_cache": True}
 
 
 def _fira_tensors(model: Any) -> list[tuple[str, Tensor]]:
-    """Every tensor under our own name, which the modelling file uses; not the router's load share
-    and selection bias, which only training reads."""
+    """Every tensor under our own name, which the modelling file uses."""
     return [(name, tensor) for name, tensor in model.state_dict().items()
-            if not name.endswith(("load_share_E", "selection_bias_E"))]
+            if not name.endswith(qwen3.ROUTER_STATE)]
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -59,6 +59,9 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, width_out, width_in))
         self.bias = nn.Parameter(torch.empty(num_experts, width_out))
 
+    def forward(self, rows_Ri: Tensor, expert: int) -> Tensor:
+        return F.linear(rows_Ri, self.weight[expert], self.bias[expert])
+
 
 class Experts(nn.Module):
     """Per expert: linear, GELU in its tanh form, linear."""
@@ -70,9 +73,7 @@ class Experts(nn.Module):
         self.down = ExpertLinear(config.num_experts, hidden, size)
 
     def forward(self, rows_RD: Tensor, expert: int) -> Tensor:
-        hidden_RF = F.linear(rows_RD, self.up.weight[expert], self.up.bias[expert])
-        hidden_RF = F.gelu(hidden_RF, approximate="tanh")
-        return F.linear(hidden_RF, self.down.weight[expert], self.down.bias[expert])
+        return self.down(F.gelu(self.up(rows_RD, expert), approximate="tanh"), expert)
 
 
 class MoE(nn.Module):

@@ -35,6 +35,7 @@ FIXED = {"hidden_act": "silu", "attention_bias": False, "rms_norm_eps": RMSNorm.
          "use_sliding_window": False}  # what FIRA2 computes
 FIXED_MOE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 TRAINING = ("balance", "balance_weight")  # settings that only our own training reads
+ROUTER_STATE = ("load_share_E", "selection_bias_E")  # and state that only it reads
 
 Read = Callable[[str], Tensor]
 
@@ -44,17 +45,15 @@ def kind(spec: FIRA2Spec) -> str:
     return DENSE if spec.num_experts == 1 else MOE
 
 
-def describe(spec: FIRA2Spec, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of transformers, without token ids."""
-    name = str(dtype).removeprefix("torch.")
+def describe(spec: FIRA2Spec) -> dict[str, Any]:
+    """The config.json of transformers, without token ids and dtype."""
     config = {
         "architectures": [CLASS[kind(spec)]], "model_type": kind(spec),
         **{their: getattr(spec, our) for their, our in FIELDS.items()}, **FIXED,
         "intermediate_size": spec.d_ff * spec.top_k, "tie_word_embeddings": spec.tied,
         "initializer_range": 0.02, "use_cache": True, "attention_dropout": 0.0,
         "sliding_window": None, "rope_theta": spec.rope_theta,
-        "rope_parameters": {"rope_theta": spec.rope_theta, "rope_type": "default"},
-        "dtype": name, "torch_dtype": name}
+        "rope_parameters": {"rope_theta": spec.rope_theta, "rope_type": "default"}}
     if kind(spec) == DENSE:
         return config
     return config | FIXED_MOE | {
@@ -66,13 +65,11 @@ def describe(spec: FIRA2Spec, dtype: torch.dtype) -> dict[str, Any]:
 
 def separate(model: Any) -> Iterator[tuple[str, str, Tensor]]:
     """(layer or "", name inside the block, weight) of a FIRA2, with queries, keys and values apart.
-
-    The router's state that is not a weight is left out: only training reads it.
     """
     for key, tensor in model.state_dict().items():
-        layer, name, leaf = _parse(key)
-        if leaf != "weight":
+        if key.endswith(ROUTER_STATE):
             continue
+        layer, name = _parse(key)
         if name == QKV:
             for letter, part in zip("qkv", tensor.split(_qkv_sizes(model.spec)), strict=True):
                 yield layer, f"attention.{letter}", part
@@ -80,11 +77,11 @@ def separate(model: Any) -> Iterator[tuple[str, str, Tensor]]:
             yield layer, name, tensor
 
 
-def _parse(key: str) -> tuple[str, str, str]:
-    """(layer or "", name inside the block, last part) of a key of our state dict."""
-    found = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(\w+)", key)
-    assert found, key
-    return found[1] or "", found[2], found[3]
+def _parse(key: str) -> tuple[str, str]:
+    """(layer or "", name inside the block) of the key of a weight."""
+    found = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.weight", key)
+    assert found, f"{key} is not a weight of FIRA2"
+    return found[1] or "", found[2]
 
 
 def _qkv_sizes(spec: FIRA2Spec) -> list[int]:
@@ -183,9 +180,9 @@ def build_from(config: dict[str, Any], names: set[str], read: Read, notes: dict[
 
     found: dict[str, Tensor] = {}
     for key in model.state_dict():
-        layer, name, leaf = _parse(key)
-        if leaf != "weight" or key in found:
+        if key.endswith(ROUTER_STATE) or key in found:
             continue
+        layer, name = _parse(key)
         if name == QKV:
             found[key] = torch.cat([take(_their_name(layer, f"attention.{letter}"))
                                     for letter in "qkv"])
