@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fira.data.tokenizer import Tokenizer
-from fira.files import find_damage, new_target, write_json, write_manifest
+from fira.files import MANIFEST, find_damage, new_target, write_json, write_manifest
 from fira.model.files import (
     CONFIG,
-    MANIFEST,
     WEIGHTS,
     find_model,
     knows_chat,
@@ -44,11 +43,14 @@ def load_run(run: str | Path, read: Callable[[Path], Any] = load_pretrained) -> 
 
 
 def find_whole(run: str | Path) -> Path:
-    """The step folder that `run` names; its weights are undamaged and its tokenizer is there."""
+    """The step folder that `run` names; its weights are undamaged and its tokenizer is there.
+
+    Raises ValueError, one line, if there is none.
+    """
     folder = find_model(run)
-    fault = find_damage(folder, (WEIGHTS,)) if (folder / MANIFEST).exists() else None
-    if fault:
-        raise ValueError(f"{folder} is damaged: {fault}; use another step of the run")
+    damage = find_damage(folder, (WEIGHTS,)) if (folder / MANIFEST).exists() else None
+    if damage:
+        raise ValueError(f"{folder} is damaged: {damage}; use another step of the run")
     read_config(folder / CONFIG)  # refuses a model of another program before its tokenizer is read
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer.json; copy it back from the data folder that "
