@@ -30,7 +30,7 @@ from pydantic import TypeAdapter
 from record import append, machine, peak_memory
 
 from fira.config import load_preset
-from fira.convert.target import write_run
+from fira.convert.files import write_run
 from fira.data.text import texts
 from fira.data.tokenizer import train_tokenizer
 from fira.infer.edge import Edge

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fira.convert.hf import export_hf
+from fira.convert.hf import write_model
 from fira.data.text import texts
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -60,7 +60,7 @@ def transformers_side(model: Any, arguments: argparse.Namespace, scratch: Path) 
 def exported(model: Any, transformers: Any, scratch: Path) -> Any:
     """transformers' class for a model, with its weights; for a FIRA the one that export brings."""
     folder = scratch / "hf"
-    export_hf(model, small_tokenizer(), folder)
+    write_model(model, small_tokenizer(), folder)
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=model.spec.architecture == "fira").eval()
 
@@ -75,10 +75,10 @@ def llama_side(model: Any, arguments: argparse.Namespace, scratch: Path,
                kind: str = "f32") -> Side:
     import xllamacpp
 
-    from fira.convert.gguf import export_gguf
+    from fira.convert.gguf import write_model as write_gguf
 
     file = scratch / f"{kind}.gguf"
-    export_gguf(model, small_tokenizer(), file, kind)
+    write_gguf(model, small_tokenizer(), file, kind)
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(file), model.spec.context, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = arguments.threads

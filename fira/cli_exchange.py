@@ -1,6 +1,7 @@
 """The verbs `fira export` and `fira import`: the same model in other forms."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 from fira.command import FOLDER, OUT, InOrder
 
 FILE = click.Path(dir_okay=False, path_type=Path)
-TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_k_s", "q4_0")
+TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")
 
 
 @click.group(cls=InOrder)
@@ -35,10 +36,10 @@ def export_hf(run: Path, folder: Path, dtype: str | None) -> None:
     \b
     Example: fira export hf out/quickstart/run out/hf --dtype bfloat16
     """
+    from fira.convert.hf import export_run
     from fira.runlog import console
-    from fira.stages.exchange import export_hf as write
 
-    write(run, folder, dtype, console())
+    export_run(run, folder, dtype, console())
 
 
 @export.command("gguf")
@@ -54,10 +55,10 @@ def export_gguf(run: Path, file: Path, type_name: str) -> None:
     \b
     Example: fira export gguf out/quickstart/run out/fira.gguf --type q8_0
     """
+    from fira.convert.gguf import export_run
     from fira.runlog import console
-    from fira.stages.exchange import export_gguf as write
 
-    write(run, file, type_name, console())
+    export_run(run, file, type_name, console())
 
 
 def _quantized(kind: str, words: str) -> None:
@@ -74,10 +75,20 @@ def _quantized(kind: str, words: str) -> None:
     @click.option("--text", "texts", multiple=True, metavar="SOURCE",
                   help="Print bits per byte of this text before and after.")
     def command(run: Path, folder: Path, texts: tuple[str, ...]) -> None:
+        from fira.convert.quantize import export_run
         from fira.runlog import console
-        from fira.stages.exchange import export_quantized
 
-        export_quantized(run, folder, kind, list(texts), console())
+        export_run(run, folder, kind, console(), _bits_per_byte(list(texts)) if texts else None)
+
+
+def _bits_per_byte(sources: list[str]) -> Callable[[Any, Any], float]:
+    """A function that scores a model and its tokenizer on `sources`."""
+    from fira.data.sources import inputs
+    from fira.data.text import items
+    from fira.eval.bits_per_byte import score
+
+    given = inputs(sources)
+    return lambda model, tokenizer: score(model, tokenizer, items(given))["bits_per_byte"]
 
 
 _quantized("int8", "weights of 8 bits, a quarter of the size")
@@ -104,10 +115,10 @@ def import_hf(folder: Path, run: Path) -> None:
     \b
     Example: fira import hf out/hf out/again
     """
+    from fira.convert.hf import import_run
     from fira.runlog import console
-    from fira.stages.exchange import import_hf as write
 
-    write(folder, run, console())
+    import_run(folder, run, console())
 
 
 VERBS: tuple[Any, ...] = (export, import_)

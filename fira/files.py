@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 MANIFEST = "manifest.json"
 
 
@@ -27,9 +29,10 @@ def new_target(path: Path) -> Iterator[Path]:
     try:
         with replacing(path) as partial:
             yield partial
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; give a place that you "
-                         "may write to, with room enough") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write {path}: {reason}; give a place that you may write to, with "
+                         "room enough") from None
 
 
 @contextlib.contextmanager

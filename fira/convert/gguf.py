@@ -1,88 +1,84 @@
 """FIRA2 as one GGUF file, which llama.cpp, Ollama and LM Studio run.
 
 The tensors are Qwen3's under llama.cpp's names; queries and keys need no permutation. Norms and
-routers stay float32. In a quantized file the embedding and the head get a finer type, and in the
-_m mixes so do the values and the `down` matrices of the first and last eighth of the layers and of
-every third between, as llama.cpp's own mixes have it.
+routers stay float32. In a q4_0 or q5_0 file the embedding and the head are q8_0, because llama.cpp
+also stores them with more bits when it quantizes. Its llama-quantize makes k-quants from an f16 or
+f32 file.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import gguf
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, TokenType
+from rich.console import Console
 from torch import Tensor
 
-from fira.convert.limits import check_target
-from fira.convert.llamacpp import quantize
-from fira.convert.qwen3 import DENSE, EXPERT, kind, qkv_sizes
-from fira.convert.target import check_new, new_target
-from fira.data import fast
+from fira.convert import qwen3
+from fira.convert.files import load_run
+from fira.convert.hf import check_router
+from fira.data.fast import PATTERNS, pattern_of
 from fira.data.tokenizer import PAD, TURN_END, Tokenizer
+from fira.files import check_new, new_target, write_text
 from fira.model.generate import window_length
 from fira.model.norm import RMSNorm
 
-_Type = GGMLQuantizationType
+try:
+    import gguf
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, TokenType
+except ModuleNotFoundError:
+    raise ValueError("GGUF files are written by the package gguf, which is not installed; "
+                     "pip install 'fira-moe[export]'") from None
 
-
-class Mix(NamedTuple):
-    """The types of matrices: most of them, embedding and head, and those that suffer most."""
-
-    matrix: _Type
-    embedding: _Type
-    sensitive: _Type
-    file_type: LlamaFileType
-
-
-MIXES = {
-    "f32": Mix(_Type.F32, _Type.F32, _Type.F32, LlamaFileType.ALL_F32),
-    "f16": Mix(_Type.F16, _Type.F16, _Type.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": Mix(_Type.BF16, _Type.BF16, _Type.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": Mix(_Type.Q8_0, _Type.Q8_0, _Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    "q6_k": Mix(_Type.Q6_K, _Type.Q6_K, _Type.Q6_K, LlamaFileType.MOSTLY_Q6_K),
-    "q5_k_m": Mix(_Type.Q5_K, _Type.Q6_K, _Type.Q6_K, LlamaFileType.MOSTLY_Q5_K_M),
-    "q5_0": Mix(_Type.Q5_0, _Type.Q8_0, _Type.Q5_0, LlamaFileType.MOSTLY_Q5_0),
-    "q4_k_m": Mix(_Type.Q4_K, _Type.Q6_K, _Type.Q6_K, LlamaFileType.MOSTLY_Q4_K_M),
-    "q4_k_s": Mix(_Type.Q4_K, _Type.Q6_K, _Type.Q4_K, LlamaFileType.MOSTLY_Q4_K_S),
-    "q4_0": Mix(_Type.Q4_0, _Type.Q8_0, _Type.Q4_0, LlamaFileType.MOSTLY_Q4_0),
-}
-PLAIN = (_Type.F32, _Type.F16, _Type.BF16, _Type.Q8_0, _Type.Q5_0, _Type.Q4_0)  # made by `gguf`
-NAMES = {"attention_norm": "attn_norm", "attention.query_norm": "attn_q_norm",
-         "attention.key_norm": "attn_k_norm", "attention.output": "attn_output",
-         "moe_norm": "ffn_norm", "moe.router": "ffn_gate_inp"}
-PRECISE = ("norm", "ffn_gate_inp")  # float32 in every file
+TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")
+FINE = ("token_embd.weight", "output.weight")  # q8_0 in a q4_0 or q5_0 file
+NAMES = {"token_embedding": "token_embd", "norm": "output_norm", "head": "output",
+         "attention_norm": "attn_norm", "attention.query_norm": "attn_q_norm",
+         "attention.key_norm": "attn_k_norm", "attention.q": "attn_q", "attention.k": "attn_k",
+         "attention.v": "attn_v", "attention.output": "attn_output", "moe_norm": "ffn_norm",
+         "moe.router": "ffn_gate_inp"}
 
 CHAT_MODELFILE = """{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 """
-BASE_MODELFILE = "{end}{{{{ .Prompt }}}}"  # as in training, a text begins after an end of text
-BASE_TEMPLATE = (  # a model that knows no chat turns continues the text so far, as in fira chat
+# A model that was not tuned for chat continues the text so far, as in fira chat. Every text begins
+# after an end-of-text token, as in training.
+BASE_MODELFILE = "{end}{{{{ .Prompt }}}}"
+BASE_TEMPLATE = (
     "{end}{{% for message in messages %}}{{{{ message['content'] }}}}"
     "{{% if message['role'] != 'user' %}}{{{{ '\n' }}}}{{% endif %}}{{% endfor %}}")
 
 
-def export_gguf(model: Any, tokenizer: Tokenizer, file: Path, type_name: str,
-                chat: bool = False) -> list[Path]:
-    """Write `model` into the new `file`, and a Modelfile for Ollama beside it; returns both.
+def export_run(run: Path, file: Path, type_name: str, screen: Console) -> None:
+    """Write the newest step of `run` as the new GGUF `file`, with a Modelfile for Ollama beside it,
+    and say how to run them. Raises ValueError, one line, if that is not possible."""
+    check_new(file)
+    model, tokenizer, _ = load_run(run)
+    modelfile = write_model(model, tokenizer, file, type_name)
+    for path in (file, modelfile):
+        screen.print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+    screen.print(f"run it: llama-server -m {file}, or ollama create {file.stem} -f {modelfile}",
+                 soft_wrap=True)
 
-    Raises ValueError, one line, if a target exists, the model has no such form, or a width does not
-    fit the type.
+
+def write_model(model: Any, tokenizer: Tokenizer, file: Path, type_name: str) -> Path:
+    """Write `model` into the new `file`, and a Modelfile beside it, whose path is returned.
+
+    Raises ValueError, one line, if a file exists, llama.cpp cannot compute the model, or a width
+    does not fit the type.
     """
-    check_target(model, "gguf")
-    mix = MIXES[type_name]
-    planned = [(name, tensor, _type_of(name, mix, model.spec.num_layers))
-               for name, tensor in tensors(model)]
-    _check_widths(model.spec, planned, type_name)
+    _check_model(model)
+    _check_widths(model.spec, type_name)
+    planned = [(name, tensor, _type_of(name, type_name)) for name, tensor in _tensors(model)]
     modelfile = file.with_name(f"{file.stem}.Modelfile")
     check_new(modelfile)
+    chat = bool(getattr(model, "chat", False))
     with new_target(file) as partial:
-        writer = gguf.GGUFWriter(partial, "qwen3" if kind(model.spec) == DENSE else "qwen3moe")
-        _describe(writer, model, file.stem, mix)
+        dense = qwen3.kind(model.spec) == qwen3.DENSE
+        writer = gguf.GGUFWriter(partial, "qwen3" if dense else "qwen3moe")
+        _describe(writer, model, file.stem, type_name)
         _add_tokenizer(writer, tokenizer, model.spec.vocab_size)
         template = tokenizer.settings.get("chat_template") if chat else None
         writer.add_chat_template(template or BASE_TEMPLATE.format(end=_end(tokenizer)))
@@ -93,68 +89,65 @@ def export_gguf(model: Any, tokenizer: Tokenizer, file: Path, type_name: str,
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for _, tensor, type in planned:  # one at a time, so that memory stays near the model's
-            writer.write_tensor_data(_store(tensor, type))
+            numbers = tensor.detach().to("cpu", torch.float32).numpy()
+            writer.write_tensor_data(gguf.quantize(numbers, type).view(np.uint8))
         writer.close()
-    modelfile.write_text(_modelfile(model, tokenizer, file.name, chat), encoding="utf-8")
-    return [file, modelfile]
+    write_text(modelfile, _modelfile(model, tokenizer, file.name, chat))
+    return modelfile
 
 
-def tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+def _check_model(model: Any) -> None:
+    spec = model.spec
+    if spec.architecture == "fira":
+        raise ValueError("this fira cannot become GGUF: llama.cpp has no model with FIRA's learned "
+                         "positions, LayerNorm and biased experts; fira export hf, or train a "
+                         "FIRA2")
+    if spec.num_experts > 1 and spec.top_k == 1:
+        raise ValueError("this fira2 cannot become GGUF: llama.cpp renormalizes the chosen "
+                         "experts' weights, so at top_k=1 each becomes 1, but this model "
+                         "multiplies by the router's probability; fira export hf, or train with "
+                         "top_k=2")
+    check_router(model)
+
+
+def _tensors(model: Any) -> list[tuple[str, Tensor]]:
     """Every tensor under its name in llama.cpp."""
-    spec, state = model.spec, model.state_dict()
-    yield "token_embd.weight", state["token_embedding.weight"]
-    yield "output_norm.weight", state["norm.weight"]
-    if not spec.tied:
-        yield "output.weight", state["head.weight"]
-    for layer in range(spec.num_layers):
-        ours, theirs = f"blocks.{layer}.", f"blk.{layer}."
-        for old, new in NAMES.items():
-            if f"{ours}{old}.weight" in state:
-                yield f"{theirs}{new}.weight", state[f"{ours}{old}.weight"]
-        parts = state[f"{ours}attention.qkv.weight"].split(qkv_sizes(spec))
-        for name, part in zip("qkv", parts, strict=True):
-            yield f"{theirs}attn_{name}.weight", part
-        for name in EXPERT:
-            stacked = state[f"{ours}moe.experts.{name}.weight"]
-            if kind(spec) == DENSE:
-                yield f"{theirs}ffn_{name}.weight", stacked[0]
-            else:
-                yield f"{theirs}ffn_{name}_exps.weight", stacked
+    found = []
+    dense = qwen3.kind(model.spec) == qwen3.DENSE
+    for layer, name, tensor in qwen3.separate(model):
+        start = f"blk.{layer}." if layer else ""
+        if name.startswith(qwen3.EXPERTS):
+            part = name.removeprefix(qwen3.EXPERTS)
+            found.append((f"{start}ffn_{part}.weight", tensor[0]) if dense else
+                         (f"{start}ffn_{part}_exps.weight", tensor))
+        else:
+            found.append((f"{start}{NAMES[name]}.weight", tensor))
+    return found
 
 
-def _type_of(name: str, mix: Mix, num_layers: int) -> _Type:
-    if any(word in name for word in PRECISE):
-        return _Type.F32
-    if name in ("token_embd.weight", "output.weight"):
-        return mix.embedding
-    layer, eighth = int(name.split(".")[1]), num_layers // 8
-    outer = layer < eighth or layer >= num_layers - eighth or (layer - eighth) % 3 == 2
-    return mix.sensitive if outer and ("attn_v" in name or "ffn_down" in name) else mix.matrix
+def _type_of(name: str, type_name: str) -> GGMLQuantizationType:
+    if "norm" in name or "ffn_gate_inp" in name:
+        return GGMLQuantizationType.F32
+    if type_name in ("q5_0", "q4_0") and name in FINE:
+        return GGMLQuantizationType.Q8_0
+    return GGMLQuantizationType[type_name.upper()]
 
 
-def _check_widths(spec: Any, planned: list[tuple[str, Tensor, _Type]], type_name: str) -> None:
-    origin = {"attn_output": f"n_head * head_dim = {spec.n_head * spec.head_dim}",
-              "ffn_down": f"d_ff={spec.d_ff}"}
-    for name, tensor, type in planned:
-        block, width = GGML_QUANT_SIZES[type][0], tensor.shape[-1]
+def _check_widths(spec: Any, type_name: str) -> None:
+    block = GGML_QUANT_SIZES[GGMLQuantizationType[type_name.upper()]][0]
+    for name, width in {"d_model": spec.d_model, "n_head * head_dim": spec.n_head * spec.head_dim,
+                        "d_ff": spec.d_ff}.items():
         if width % block:
-            part = name.split(".")[-2].removesuffix("_exps")
-            fit = ("f16, q8_0, q5_0 or q4_0" if width % 32 == 0 else "f32, f16 or bf16")
-            raise ValueError(f"{origin.get(part, f'd_model={spec.d_model}')} does not fit "
-                             f"{type_name}, which packs {block} weights of a row together: it must "
-                             f"be a multiple of {block}; choose --type {fit}")
+            raise ValueError(f"{name}={width} does not fit {type_name}, which packs {block} "
+                             f"weights of a row together: it must be a multiple of {block}; "
+                             "choose --type f32, f16 or bf16")
 
 
-def _store(tensor: Tensor, type: _Type) -> np.ndarray:
-    numbers = tensor.detach().to("cpu", torch.float32).numpy()
-    stored = gguf.quantize(numbers, type) if type in PLAIN else quantize(numbers, type)
-    return stored.view(np.uint8) if stored.dtype != np.uint8 else stored
-
-
-def _describe(writer: Any, model: Any, name: str, mix: Mix) -> None:
+def _describe(writer: Any, model: Any, name: str, type_name: str) -> None:
     spec = model.spec
     writer.add_name(name)
-    writer.add_file_type(int(mix.file_type))
+    every = "ALL" if type_name == "f32" else "MOSTLY"
+    writer.add_file_type(int(LlamaFileType[f"{every}_{type_name.upper()}"]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(spec.num_layers)
     writer.add_context_length(window_length(model))  # to llama.cpp it is the length trained on
@@ -167,19 +160,19 @@ def _describe(writer: Any, model: Any, name: str, mix: Mix) -> None:
     writer.add_layer_norm_rms_eps(RMSNorm.eps)
     writer.add_rope_freq_base(spec.rope_theta)
     writer.add_vocab_size(spec.vocab_size)
-    if kind(spec) != DENSE:
+    if qwen3.kind(spec) != qwen3.DENSE:
         writer.add_expert_count(spec.num_experts)
         writer.add_expert_used_count(spec.top_k)
         writer.add_expert_feed_forward_length(spec.d_ff)
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """The vocabulary, rows of the embedding beyond it as unused tokens. Raises ValueError if
-    llama.cpp would cut text otherwise."""
-    pattern = fast.pattern_of(tokenizer.description)
-    if pattern not in fast.PATTERNS:
-        raise ValueError("llama.cpp does not cut text as this tokenizer does; it knows "
-                         f"{', '.join(fast.PATTERNS.values())}, so train with such a tokenizer")
+    """Write the vocabulary; embedding rows beyond it become unused tokens. Raises ValueError if
+    llama.cpp would split text in another way."""
+    pattern = pattern_of(tokenizer.description)
+    if pattern not in PATTERNS:
+        raise ValueError("llama.cpp does not split text as this tokenizer does; it knows "
+                         f"{', '.join(PATTERNS.values())}, so train with such a tokenizer")
     words = [f"[PAD{id}]" for id in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for word, id in tokenizer.description["model"]["vocab"].items():
@@ -189,7 +182,7 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
         words[token["id"]], types[token["id"]] = token["content"], special
     merges = tokenizer.description["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(fast.PATTERNS[pattern])
+    writer.add_tokenizer_pre(PATTERNS[pattern])
     writer.add_token_list(words)
     writer.add_token_types(types)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])

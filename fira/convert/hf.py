@@ -11,47 +11,83 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fira.convert import qwen3
-from fira.convert.limits import check_target
-from fira.convert.target import new_target
+from fira.convert.files import load_run, write_run
 from fira.data.tokenizer import PAD, TURN_END, TURN_START, Tokenizer
+from fira.files import check_new, new_target, write_json
 from fira.model.files import CONFIG, INDEX, WEIGHTS
+from fira.model.moe import routers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODELLING = Path(__file__).with_name("modeling_fira.py")
+IMPORT = "import"  # the stage of a model that was trained elsewhere
 
 
-def export_hf(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | None = None,
-              chat: bool = False) -> None:
-    """Write `model` into the new `folder`, in `dtype` (as it is, if None).
+def export_run(run: Path, folder: Path, dtype: str | None, screen: Console) -> None:
+    """Write the newest step of `run` as the new Hugging Face folder `folder` and say how to load
+    it. Raises ValueError, one line, if that is not possible."""
+    check_new(folder)
+    model, tokenizer, _ = load_run(run)
+    write_model(model, tokenizer, folder, dtype)
+    code = ", trust_remote_code=True" if model.spec.architecture == "fira" else ""
+    screen.print(f'wrote {folder}; load it with AutoModelForCausalLM.from_pretrained("{folder}"'
+                 f"{code})", soft_wrap=True)
 
-    `chat` says that the model knows chat turns; it is kept for `import_hf`. Raises ValueError, one
-    line, if the folder exists or the model has no such form.
+
+def import_run(folder: Path, run: Path, screen: Console) -> None:
+    """Write the Qwen3 in a Hugging Face folder as the new run folder `run` and say how to use it.
+
+    Raises ValueError, one line, if that is not possible.
     """
-    check_target(model, "hf")
+    check_new(run)
+    model, tokenizer = read_model(folder)
+    write_run(run, model, tokenizer, 0, {"stage": IMPORT, "preset": IMPORT,
+                                         "imported_from": str(folder)})
+    screen.print(f'wrote {run}; try fira generate {run} "...", or tune it: fira data TEXT '
+                 f"--tokenizer {run / 'step-000000'} --out DATA, then fira train PRESET "
+                 f"--from {run} data.folder=DATA", soft_wrap=True)
+
+
+def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | None = None) -> None:
+    """Write `model` into the new `folder`, its weights in `dtype` (as they are, if None)."""
+    check_router(model)
     kept = next(model.parameters()).dtype if dtype is None else DTYPES[dtype]
     fira2 = model.spec.architecture == "fira2"
-    config = qwen3.describe(model.spec, kept) if fira2 else _describe_fira(model.spec, kept)
-    config |= _token_ids(tokenizer) | {"fira": {
-        "chat": chat, "trained_length": model.trained_length,
+    config = qwen3.describe(model.spec) if fira2 else _describe_fira(model.spec)
+    kind = str(kept).removeprefix("torch.")
+    config |= _token_ids(tokenizer) | {"dtype": kind, "torch_dtype": kind, "fira": {
+        "chat": bool(getattr(model, "chat", False)), "trained_length": model.trained_length,
         **{key: getattr(model.spec, key) for key in qwen3.TRAINING}}}
     named = qwen3.tensors(model) if fira2 else _fira_tensors(model)
     with new_target(folder) as partial:
         tokenizer.save(partial)
         save_file({name: tensor.detach().to(kept).contiguous() for name, tensor in named},
                   partial / WEIGHTS, metadata={"format": "pt"})
-        _write(partial / CONFIG, config)
-        _write(partial / "generation_config.json", _generation(tokenizer))
+        write_json(partial / CONFIG, config)
+        write_json(partial / "generation_config.json", _generation(tokenizer))
         if not fira2:
             shutil.copyfile(MODELLING, partial / MODELLING.name)
 
 
-def import_hf(folder: Path) -> tuple[Any, Tokenizer, bool]:
-    """The model and tokenizer in a Hugging Face folder, and whether it knows chat turns.
+def check_router(model: Any) -> None:
+    """Raises ValueError if the choice of experts depends on a bias, which the other formats lack.
+
+    A bias that is zero everywhere, as `balance=handover` leaves it, changes nothing.
+    """
+    if any(router.selection_bias_E is not None and bool(router.selection_bias_E.any())
+           for router in routers(model)):
+        raise ValueError("this model chooses experts with a bias that only selects, and other "
+                         "formats have no place for it; export a finished run of "
+                         "model.balance=handover, or use fira export int8")
+
+
+def read_model(folder: Path) -> tuple[Any, Tokenizer]:
+    """The model and tokenizer in a Hugging Face folder.
 
     Weights keep their dtype. Raises ValueError, one line, for what FIRA2 cannot hold.
     """
@@ -63,47 +99,45 @@ def import_hf(folder: Path) -> tuple[Any, Tokenizer, bool]:
                          "from, or let AutoTokenizer.from_pretrained(...).save_pretrained write it")
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        ours = qwen3.table(config, "fira")
-        notes = {"end_of_text": tokenizer.end_of_text,
-                 "trained_length": ours.get("trained_length"), "quantization": None}
-        with _Checkpoint(folder) as files:
-            model = qwen3.build_from(config, set(files.place), files.read, notes)
+        model = _build(folder, config, tokenizer)
         if tokenizer.vocab_size > model.spec.vocab_size:
             raise ValueError(f"tokenizer.json has {tokenizer.vocab_size} tokens but the model only "
                              f"{model.spec.vocab_size}; use the tokenizer that came with it")
     except ValueError as error:
         line = str(error)
         raise ValueError(line if str(folder) in line else f"{folder}: {line}") from None
-    template = tokenizer.settings.get("chat_template") or ""
-    return model, tokenizer, bool(ours.get("chat", TURN_START in template))
+    return model, tokenizer
 
 
-class _Checkpoint:
-    """The tensors of one or several safetensors files: `place` says which file holds each."""
+def _build(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> Any:
+    ours, template = qwen3.table(config, "fira"), tokenizer.settings.get("chat_template") or ""
+    notes = {"end_of_text": tokenizer.end_of_text, "trained_length": ours.get("trained_length"),
+             "quantization": None, "stage": IMPORT,
+             "chat": bool(ours.get("chat", TURN_START in template))}
+    weights = _Weights(folder)
+    return qwen3.build_from(config, set(weights.files), weights.read, notes)
+
+
+class _Weights:
+    """The tensors of one or several safetensors files; `files` says which file holds each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files: dict[str, Any] = {}
+        self.opened: dict[str, Any] = {}
         if (folder / INDEX).is_file():
-            self.place: dict[str, str] = qwen3.table(_read_json(folder / INDEX), "weight_map")
+            self.files: dict[str, str] = qwen3.table(_read_json(folder / INDEX), "weight_map")
         elif (folder / WEIGHTS).is_file():
-            self.place = dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
+            self.files = dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
         else:
             raise ValueError(f"{folder} has no {WEIGHTS}; FIRA reads safetensors, never pickles: "
                              "load it in transformers and save_pretrained it again")
 
-    def __enter__(self) -> _Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.files.clear()
-
     def read(self, name: str) -> Tensor:
-        file = self._open(self.place[name])
+        file = self._open(self.files[name])
         try:
             tensor = file.get_tensor(name).clone()
         except SafetensorError as error:
-            raise ValueError(f"{self.place[name]} lacks tensor {name} ({error}); copy every file "
+            raise ValueError(f"{self.files[name]} lacks tensor {name} ({error}); copy every file "
                              "of the checkpoint again") from None
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"{name} is {tensor.dtype}, not one of {', '.join(DTYPES)}; "
@@ -111,17 +145,16 @@ class _Checkpoint:
         return tensor
 
     def _open(self, name: str) -> Any:
-        if name not in self.files:
+        if name not in self.opened:
             try:
-                self.files[name] = safe_open(self.folder / name, framework="pt")
+                self.opened[name] = safe_open(self.folder / name, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{self.folder / name} cannot be read ({error}); copy the file "
                                  "again") from None
-        return self.files[name]
+        return self.opened[name]
 
 
-def _describe_fira(spec: Any, dtype: torch.dtype) -> dict[str, Any]:
-    name = str(dtype).removeprefix("torch.")
+def _describe_fira(spec: Any) -> dict[str, Any]:
     module = MODELLING.stem
     return {"architectures": ["FIRAForCausalLM"], "model_type": "fira",
             "auto_map": {"AutoConfig": f"{module}.FIRAConfig",
@@ -130,14 +163,13 @@ def _describe_fira(spec: Any, dtype: torch.dtype) -> dict[str, Any]:
             "num_hidden_layers": spec.num_layers, "num_attention_heads": spec.n_head,
             "intermediate_size": spec.d_ff, "num_experts": spec.num_experts,
             "num_experts_per_tok": spec.top_k, "max_position_embeddings": spec.context,
-            "layer_norm_eps": 1e-5, "tie_word_embeddings": False, "use_cache": True,
-            "dtype": name, "torch_dtype": name}
+            "layer_norm_eps": 1e-5, "tie_word_embeddings": False, "use_cache": True}
 
 
 def _fira_tensors(model: Any) -> list[tuple[str, Tensor]]:
-    """Our own names: the modelling file uses them. Shares and faded biases are training's."""
+    """Every tensor under our own name, which the modelling file uses."""
     return [(name, tensor) for name, tensor in model.state_dict().items()
-            if not name.endswith(("load_share_E", "selection_bias_E"))]
+            if not name.endswith(qwen3.ROUTER_STATE)]
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -152,10 +184,6 @@ def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
         ends.append(tokenizer.special(TURN_END))
     return _token_ids(tokenizer) | {"eos_token_id": ends, "do_sample": True, "temperature": 0.8,
                                     "top_k": 50}
-
-
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -59,9 +59,12 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, width_out, width_in))
         self.bias = nn.Parameter(torch.empty(num_experts, width_out))
 
+    def forward(self, rows_Ri: Tensor, expert: int) -> Tensor:
+        return F.linear(rows_Ri, self.weight[expert], self.bias[expert])
+
 
 class Experts(nn.Module):
-    """Two linears with GELU's tanh form between, for each expert."""
+    """Per expert: linear, GELU in its tanh form, linear."""
 
     def __init__(self, config: FIRAConfig) -> None:
         super().__init__()
@@ -70,13 +73,14 @@ class Experts(nn.Module):
         self.down = ExpertLinear(config.num_experts, hidden, size)
 
     def forward(self, rows_RD: Tensor, expert: int) -> Tensor:
-        hidden_RF = F.linear(rows_RD, self.up.weight[expert], self.up.bias[expert])
-        hidden_RF = F.gelu(hidden_RF, approximate="tanh")
-        return F.linear(hidden_RF, self.down.weight[expert], self.down.bias[expert])
+        return self.down(F.gelu(self.up(rows_RD, expert), approximate="tanh"), expert)
 
 
 class MoE(nn.Module):
-    """Each token through the experts that its router chooses; with one expert, no router."""
+    """Sum, over the experts that the router chooses for a token, of weight * expert(token).
+
+    With one expert there is no router.
+    """
 
     def __init__(self, config: FIRAConfig) -> None:
         super().__init__()
@@ -91,7 +95,7 @@ class MoE(nn.Module):
             return self.experts(x_ND, 0).view_as(x_BTD)
         logits_NE = F.linear(x_ND.float(), self.router.weight.float(), self.router.bias.float())
         weights_NK, experts_NK = logits_NE.softmax(dim=-1).topk(self.top_k, dim=-1)
-        if self.top_k > 1:  # alone, the raw probability weighs its expert
+        if self.top_k > 1:  # one expert alone is multiplied by its raw probability
             weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
         y_ND = torch.zeros_like(x_ND)
         for expert in range(self.router.out_features):
@@ -134,7 +138,7 @@ class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the weights come from the file."""
+        """Does nothing, because the weights come from the file."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.token_embedding
@@ -152,7 +156,7 @@ class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
                 position_ids: Tensor | None = None, past_key_values: Cache | None = None,
                 labels: Tensor | None = None, use_cache: bool | None = None,
                 logits_to_keep: int = 0, **_: Any) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocabulary], of the last `logits_to_keep` positions if that is not 0."""
+        """Logits [B, T, V]; only of the last `logits_to_keep` positions if that is not 0."""
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
         start = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -178,7 +182,10 @@ class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _mask(attention_mask: Tensor, T: int) -> Tensor:
-    """True where one of the last T positions may look, [B, 1, T, S]; padding sees itself alone."""
+    """True where one of the last T positions attends to one of all S, [B, 1, T, S].
+
+    Padding attends to itself, so that no row of the softmax is empty.
+    """
     S = attention_mask.shape[1]
     causal_TS = torch.ones(T, S, dtype=torch.bool, device=attention_mask.device).tril(S - T)
     own_TS = torch.ones_like(causal_TS).triu(S - T) & causal_TS

@@ -1,6 +1,6 @@
 """Weight-only int8 and int4: linears, stacked experts and the token embedding as small integers.
 
-Layout, of a weight [..., out, in]; both are symmetric, so there are no zero points:
+Layout of a weight [..., out, in]; both are symmetric, so there are no zero points:
   int8   numbers int8 [..., out, in], scale float32 [..., out]; weight = numbers * scale, and the
          largest magnitude of a row is 127 steps.
   int4   numbers uint8 [..., out, in/2], scale float32 [..., out, in/32], one for 32 neighbors
@@ -8,21 +8,26 @@ Layout, of a weight [..., out, in]; both are symmetric, so there are no zero poi
          high half, each plus 8; weight = (half - 8) * scale, and the weight of largest magnitude is
          exactly -8 steps, so that all 16 values are used and a scale may be negative.
 
-Activations keep their dtype: a product is taken with the weights written out again, which saves
-memory on disk and at rest, not time. Routers, norms, biases and learned positions are left alone;
-so is a matrix whose rows are no multiple of 32 in int4. The embedding, in FIRA2 the head too, is
-int8 in both.
+Activations keep their dtype. The modules here dequantize a weight before they multiply with it,
+which saves memory but no time; `fira.infer` has a kernel that reads the integers. Routers, norms,
+biases and learned positions are not quantized, and in int4 neither is a matrix whose rows are no
+multiple of 32. The embedding and the head are int8 in both kinds.
 """
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fira.convert.limits import check_target
+from fira.convert.files import load_run, write_run
+from fira.files import check_new
 from fira.model.experts import ExpertLinear
 from fira.model.files import (
     CONFIG,
@@ -56,7 +61,7 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(numbers: Tensor, scale: Tensor) -> Tensor:
-    """The float32 weight [..., out, in] that numbers of either kind stand for."""
+    """The float32 weight [..., out, in] of numbers and scales of either kind."""
     if numbers.dtype == torch.int8:
         return numbers * scale.unsqueeze(-1)
     halves = numbers.unflatten(-1, (-1, GROUP // 2))
@@ -81,7 +86,7 @@ class Quantized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight written out, as whoever asks for a plain module's would find it."""
+        """The dequantized weight, for code that reads the weight of a plain module."""
         return dequantize(self.numbers, self.scale)
 
 
@@ -93,14 +98,14 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedEmbedding(Quantized):
-    """`nn.Embedding`, which as a tied head is read through `weight`."""
+    """`nn.Embedding`; a tied head reads its `weight`."""
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return dequantize(self.numbers[tokens_BT], self.scale[tokens_BT])
 
 
 class QuantizedExpertLinear(Quantized):
-    """`ExpertLinear`: rows sorted by expert; only the experts that have rows are written out."""
+    """`ExpertLinear`: rows sorted by expert; only experts that have rows are dequantized."""
 
     def forward(self, rows_Ri: Tensor, counts_E: Tensor) -> Tensor:
         out = []
@@ -114,24 +119,26 @@ class QuantizedExpertLinear(Quantized):
 
 REPLACED = {nn.Linear: QuantizedLinear, ExpertLinear: QuantizedExpertLinear,
             nn.Embedding: QuantizedEmbedding}
-ALONE = ("position_embedding",)
+KEPT = ("position_embedding",)
 
 
 def quantize(model: Any, kind: str) -> Any:
     """Replace what can be quantized, in place, and note it in the model; returns the model.
 
-    What is left alone becomes float32, since activations then are. Raises
-    ValueError, one line, if the weights are quantized already.
+    All other weights become float32, since activations then are. Raises ValueError, one line, if
+    the weights are quantized already.
     """
-    check_target(model, kind)
+    if getattr(model, "quantization", None):
+        raise ValueError(f"the weights are {model.quantization} already; quantize the model that "
+                         "they were made from")
     model.float()
     for name, module in list(model.named_modules()):
-        if type(module) in REPLACED and name not in ALONE:
-            fits = module.weight.shape[-1] % GROUP == 0
-            inner = "int8" if isinstance(module, nn.Embedding) or name == "head" else kind
-            if inner == "int8" or fits:
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, REPLACED[type(module)](module, inner))
+        if type(module) not in REPLACED or name in KEPT:
+            continue
+        inner = "int8" if isinstance(module, nn.Embedding) or name == "head" else kind
+        if inner == "int8" or module.weight.shape[-1] % GROUP == 0:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, REPLACED[type(module)](module, inner))
     model.quantization = kind
     return model
 
@@ -149,31 +156,52 @@ def load_model(folder: Path) -> Any:
     return assemble(model, read_tensors(folder / WEIGHTS, model.state_dict()), notes)
 
 
-class Stored(NamedTuple):
-    """Tensors of one name in all layers: how they are stored, and bytes in float32 and now."""
+def export_run(run: Path, folder: Path, kind: str, screen: Console,
+               measure: Callable[[Any, Any], float] | None = None) -> None:
+    """Write the newest step of `run` as the new run `folder` in int8 or int4 and print a table of
+    its tensors. With `measure`, a function of (model, tokenizer) that gives bits per byte, print
+    what quantization costs. Raises ValueError, one line, if that is not possible."""
+    check_new(folder)
+    model, tokenizer, step = load_run(run)
+    before = measure(model, tokenizer) if measure else 0.0
+    screen.print(_table(quantize(model, kind)))
+    if measure:
+        after = measure(model, tokenizer)
+        screen.print(f"bits per byte: {before:.5f} before, {after:.5f} in {kind} "
+                     f"({after - before:+.5f})")
+    number = re.fullmatch(r"step-(\d+)", step.name)  # None if the step folder was renamed
+    write_run(folder, model, tokenizer, int(number[1]) if number else 0,
+              {"stage": "export", "preset": kind, "quantized_from": str(step)})
+    screen.print(f"wrote {folder}; generate, chat and eval read it like any run", soft_wrap=True)
 
-    name: str
-    how: str
-    float32: int
-    now: int
 
+def stored(model: Any) -> dict[str, tuple[str, int, int]]:
+    """How each tensor of a quantized model is stored, and its bytes in float32 and now.
 
-def stored(model: Any) -> list[Stored]:
-    """Every tensor of a quantized model, equal ones of all layers together."""
-    rows: dict[str, Stored] = {}
-
-    def add(name: str, how: str, float32: int, now: int) -> None:
-        name = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        old = rows.get(name, Stored(name, how, 0, 0))
-        rows[name] = Stored(name, how, old.float32 + float32, old.now + now)
-
-    for owner, module in model.named_modules():
-        if isinstance(module, Quantized):
-            weights = module.numbers.numel() * (2 if module.kind == "int4" else 1)
+    Tensors of one name in all layers are added up.
+    """
+    found: dict[str, tuple[str, int, int]] = {}
+    for key, tensor in model.state_dict().items():
+        owner, _, leaf = key.rpartition(".")
+        module = model.get_submodule(owner)
+        how, size = "not quantized", tensor.nbytes
+        if isinstance(module, Quantized) and leaf != "bias":
+            key = f"{owner}.weight"
             how = f"int4 in {GROUP}s" if module.kind == "int4" else "int8 in rows"
-            add(f"{owner}.weight", how, 4 * weights, module.numbers.nbytes + module.scale.nbytes)
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        if not (isinstance(model.get_submodule(owner), Quantized) and leaf in ("numbers", "scale")):
-            add(name, "left alone", tensor.nbytes, tensor.nbytes)
-    return list(rows.values())
+            weights = tensor.numel() * (2 if module.kind == "int4" else 1)
+            size = 4 * weights if leaf == "numbers" else 0
+        name = re.sub(r"\.\d+\.", ".*.", key)
+        _, float32, now = found.get(name, (how, 0, 0))
+        found[name] = (how, float32 + size, now + tensor.nbytes)
+    return found
+
+
+def _table(model: Any) -> Table:
+    table = Table("tensor", "stored", title="weights", title_justify="left")
+    for title in ("float32 MB", "MB"):
+        table.add_column(title, justify="right")
+    rows = stored(model)
+    totals = ("", sum(row[1] for row in rows.values()), sum(row[2] for row in rows.values()))
+    for name, (how, float32, now) in [*rows.items(), ("all", totals)]:
+        table.add_row(name, how, f"{float32 / 1e6:.3f}", f"{now / 1e6:.3f}")
+    return table

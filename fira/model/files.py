@@ -24,7 +24,7 @@ WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
 INDEX = WEIGHTS + ".index.json"  # of models in several files, made elsewhere
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # what a model learned with, besides its spec, and how its weights are stored if not as numbers
-NOTES = ("end_of_text", "trained_length", "quantization")
+NOTES = ("end_of_text", "trained_length", "quantization", "stage", "chat")
 
 
 def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:
@@ -191,3 +191,12 @@ def _check_names(path: Path, file: Any, wanted: dict[str, torch.Tensor]) -> None
         if shape != list(tensor.shape):
             raise ValueError(f"{path}: {name} has shape {shape} but config.json says "
                              f"{list(tensor.shape)}; use the config.json written with it")
+
+
+def knows_chat(step: Path) -> bool:
+    """Whether the model in a step folder was trained on chat turns."""
+    chat = read_config(step / CONFIG)[1]["chat"]
+    run = step.resolve().parent / CONFIG
+    if chat is None and run.is_file():
+        return json.loads(run.read_text(encoding="utf-8")).get("stage", "pretrain") != "pretrain"
+    return bool(chat)

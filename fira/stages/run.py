@@ -19,7 +19,7 @@ from fira import files, runtime
 from fira.checkpoint import Checkpoints, read_weights, restore
 from fira.config import Config, ConfigError, flatten, load_preset, override, parse
 from fira.data.tokenizer import Tokenizer
-from fira.infer.load import find_whole
+from fira.convert.files import find_whole
 from fira.model.count import count_parameters
 from fira.model.experts import grouping_obstacle
 from fira.model.files import (

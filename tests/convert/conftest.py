@@ -1,6 +1,9 @@
 """A FIRA2 with widths that every GGUF type takes, and a FIRA, both trained for a moment."""
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from rich.console import Console
 
@@ -53,6 +56,15 @@ def founding_run(preset, data_folder, tmp_path_factory):
     path.write_text("\n".join(line for line in text.splitlines()
                               if not line.startswith(("n_kv_head", "head_dim"))))
     return train(path, data_folder, path.parent / "run", "train.steps=10")
+
+
+@pytest.fixture(scope="session")
+def chat_run(run, tmp_path_factory):
+    """The same run, as an older version records that it was tuned for chat: in the run alone."""
+    folder = shutil.copytree(run, tmp_path_factory.mktemp("chat") / "chat")
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(record | {"stage": "tune"}))
+    return folder
 
 
 @pytest.fixture(scope="session")

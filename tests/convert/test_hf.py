@@ -2,15 +2,16 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fira.convert.limits import check_target
+from fira.convert.hf import check_router
 from fira.infer.load import load
-from fira.model.files import CONFIG, INDEX, WEIGHTS, build, load_pretrained
+from fira.model.files import CONFIG, INDEX, WEIGHTS, build, knows_chat, load_pretrained
 from fira.model.moe import routers
 from fira.model.spec import FIRA2Spec
 from tests.convert.conftest import HARD
@@ -71,6 +72,27 @@ def test_export_and_import_give_the_same_bits(which, request, fira, tmp_path):
     assert after.tokenizer.hash == before.tokenizer.hash
     for name, tensor in before.model.named_parameters():
         assert torch.equal(tensor, after.model.get_parameter(name)), name
+
+
+def test_an_export_of_an_older_version_comes_in(folder, fira, loaded, tmp_path):
+    ours = json.loads((folder / CONFIG).read_text())["fira"]
+    edit_config(folder, fira=ours | {"z_weight": 0.001, "init_std": 0.02})
+    assert fira("import", "hf", folder, tmp_path / "again").code == 0
+    assert load(tmp_path / "again", "cpu").model.spec == loaded.model.spec
+
+
+def test_a_step_folder_alone_knows_whether_its_model_was_tuned_for_chat(run, chat_run, fira,
+                                                                        tmp_path):
+    for source, chat in ((run, False), (chat_run, True)):
+        made = tmp_path / source.name
+        assert fira("export", "hf", source, made / "hf").code == 0
+        assert fira("import", "hf", made / "hf", made / "again").code == 0
+        assert fira("export", "int8", source, made / "int8").code == 0
+        for written in (made / "again", made / "int8"):
+            step = shutil.copytree(load(written, "cpu").folder, made / f"{written.name}-step")
+            assert knows_chat(step) == chat
+        assert fira("export", "int4", made / "again-step", made / "int4").code == 0
+        assert knows_chat(load(made / "int4", "cpu").folder) == chat
 
 
 def test_an_imported_run_is_read_by_the_other_verbs(folder, fira, text_file, tmp_path):
@@ -191,15 +213,14 @@ def test_what_fira2_cannot_hold_is_one_line_and_leaves_nothing(words, folder, re
     assert not list(tmp_path.glob("*run*"))
 
 
-@pytest.mark.parametrize("target", ["hf", "gguf"])
-def test_a_bias_that_only_selects_has_no_place_elsewhere_until_it_has_faded(target):
+def test_a_bias_that_only_selects_has_no_place_elsewhere_until_it_has_faded():
     model = build(FIRA2Spec(vocab_size=32, d_model=16, n_head=2, n_kv_head=1, head_dim=8,
                             num_layers=2, d_ff=8, num_experts=4, top_k=2, context=12,
                             balance="handover"), seed=1)
-    check_target(model, target)
+    check_router(model)
     routers(model)[-1].selection_bias_E[0] = 1e-3
     with pytest.raises(ValueError, match="bias that only selects.*finished run"):
-        check_target(model, target)
+        check_router(model)
 
 
 def test_a_fira_run_need_not_be_imported(run, refused, tmp_path):
@@ -214,3 +235,15 @@ def test_a_bad_target_or_source_is_one_line(run, folder, refused, text_file, tmp
     assert "not a run folder" in refused("export", "hf", folder.parent, tmp_path / "x")
     assert "cannot be written" in refused("export", "hf", run, text_file / "x")
     assert "--dtype" in refused("export", "hf", run, tmp_path / "x", "--dtype", "int8", code=2)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(run, refused, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for words in (("hf", run, tmp_path / "x"), ("int8", run, tmp_path / "x")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            line = refused("export", *words)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert f"cannot write {tmp_path / 'x'}: " in line and "room enough" in line
+    assert not list(tmp_path.iterdir())

@@ -62,16 +62,18 @@ def test_every_tensor_is_quantized_or_named(which, kind, request):
                  and "position" not in name)
         assert isinstance(model.get_submodule(owner), Quantized) == (heavy or (
             leaf == "bias" and ("experts" in name or name == "head.bias"))), name
-    rows = stored(model)
-    assert sum(row.float32 for row in rows) == 4 * sum(before.values()) + sum(
+    rows = stored(model).values()
+    assert sum(float32 for _, float32, _ in rows) == 4 * sum(before.values()) + sum(
         buffer.nbytes for name, buffer in model.state_dict().items()
         if name.endswith(("load_share_E", "selection_bias_E")))
-    assert {row.how for row in rows} <= {"int8 in rows", "int4 in 32s", "left alone"}
+    assert sum(now for *_, now in rows) == sum(
+        tensor.nbytes for tensor in model.state_dict().values())
+    assert {how for how, *_ in rows} <= {"int8 in rows", "int4 in 32s", "not quantized"}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_quantized_model_computes_with_the_weights_written_out(loaded, kind):
+def test_a_quantized_model_computes_with_the_dequantized_weights(loaded, kind):
     small = quantize(copy.deepcopy(loaded.model), kind)
     plain = copy.deepcopy(loaded.model)
     for name, module in small.named_modules():
@@ -86,7 +88,7 @@ def test_a_quantized_model_computes_with_the_weights_written_out(loaded, kind):
 def test_a_quantized_run_is_small_and_every_verb_reads_it(kind, share, cost, run, fira, text_file,
                                                           tmp_path):
     answer = fira("export", kind, run, tmp_path / "small", "--text", text_file)
-    assert answer.code == 0 and "left alone" in answer.err and "bits per byte" in answer.err
+    assert answer.code == 0 and "not quantized" in answer.err and "bits per byte" in answer.err
     def weights(folder):
         return load(folder, "cpu").folder / "model.safetensors"
     assert weights(tmp_path / "small").stat().st_size < share * weights(run).stat().st_size
@@ -99,7 +101,7 @@ def test_a_quantized_run_is_small_and_every_verb_reads_it(kind, share, cost, run
 
 
 @torch.no_grad()
-def test_only_experts_with_rows_are_written_out(monkeypatch):
+def test_only_experts_with_rows_are_dequantized(monkeypatch):
     experts = nn.Module()
     experts.moe = SwiGLUExperts(4, 32, 32)
     for parameter in experts.parameters():
@@ -113,12 +115,14 @@ def test_only_experts_with_rows_are_written_out(monkeypatch):
     assert [numbers.dim() for numbers in seen] == [2, 2, 2]
 
 
-def test_quantized_weights_go_nowhere_else(run, fira, refused, tmp_path):
+def test_quantized_weights_go_nowhere_else(run, loaded, fira, refused, tmp_path):
     assert fira("export", "int8", run, tmp_path / "small").code == 0
     for verb in (("export", "hf"), ("export", "int4"), ("export", "gguf")):
         line = refused(*verb, tmp_path / "small", tmp_path / "x")
-        assert "int8 already" in line
+        assert "holds int8 weights" in line
     assert "exists already" in refused("export", "int4", run, tmp_path / "small")
     from fira import FIRA2
+    with pytest.raises(ValueError, match="are int4 already"):
+        quantize(quantize(copy.deepcopy(loaded.model), "int4"), "int8")
     with pytest.raises(ValueError, match="holds int8 weights"):
         FIRA2.from_pretrained(tmp_path / "small")
