@@ -12,7 +12,8 @@ from fira.infer.load import load
 from fira.infer.text import complete
 from fira.runlog import RunLog
 from fira.stages.prepare import learn_tokenizer, prepare_data
-from fira.stages.pretrain import configure, pretrain
+from fira.stages.pretrain import PRETRAIN, pretrain
+from fira.stages.run import configure
 
 CORPUS = "sotu"
 PROMPTS = ("The state of the Union is", "Fellow citizens, our trade with foreign nations",
@@ -22,7 +23,7 @@ PROMPTS = ("The state of the Union is", "Fellow citizens, our trade with foreign
 def quickstart(out: Path, settings: Iterable[str], screen: Console) -> Path:
     """Make a tokenizer, data and a trained run in `out`; returns the run folder."""
     settings = [*settings, f"data.folder={out / 'data'}"]
-    vocab_size = configure(load_preset("tiny"), settings).model.vocab_size
+    vocab_size = configure(PRETRAIN, load_preset("tiny"), settings).model.vocab_size
     screen.print("text: 249 State of the Union addresses, 1790 to today (public domain; from the "
                  "package sotu, MIT license)", soft_wrap=True)
     if (out / "data" / "manifest.json").exists():

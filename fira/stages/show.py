@@ -11,7 +11,8 @@ from rich.table import Table
 from fira.config import load_preset
 from fira.model.count import count_parameters
 from fira.model.files import CONFIG, find_model, read_config
-from fira.stages.pretrain import configure
+from fira.stages.pretrain import PRETRAIN
+from fira.stages.run import configure
 
 
 def show(what: str, settings: Iterable[str]) -> None:
@@ -34,7 +35,7 @@ def show(what: str, settings: Iterable[str]) -> None:
 
 def _spec(what: str, settings: Iterable[str]) -> tuple[Any, int]:
     if not Path(what).is_dir():
-        config = configure(load_preset(what), settings)
+        config = configure(PRETRAIN, load_preset(what), settings)
         return config.model, config.train.sequence_length
     if list(settings):
         raise ValueError(f"{what} is a trained model, which settings cannot change; "

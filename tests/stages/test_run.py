@@ -1,5 +1,6 @@
 """A run is never lost: kills, signals, damage and full disks, each against an undisturbed run."""
 import io
+import json
 import os
 import random
 import resource
@@ -15,10 +16,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fira import runtime
-from fira.checkpoint import Checkpoints, find_damage
+from fira.checkpoint import Checkpoints
+from fira.files import find_damage
+from fira.loss.next_token import next_token_loss
 from fira.model.files import load_pretrained
 from fira.runlog import read_rows
-from fira.stages.pretrain import pretrain
+from fira.stages.pretrain import TextBatches, pretrain
+from fira.stages.run import modernize
 from fira.train.loop import Loop
 
 QUIET = Console(quiet=True)
@@ -31,7 +35,7 @@ def run_micro(preset, data_folder, run, *settings, resume=False, screen=QUIET):
 
 
 def last_step(run):
-    return Checkpoints(run, run, 1).steps()[-1]
+    return Checkpoints(run, run).steps()[-1]
 
 
 def weights(run):
@@ -69,10 +73,10 @@ def test_training_learns_and_leaves_its_files(undisturbed):
 
 def test_experts_that_no_grouped_product_can_take_are_said_once(preset, data_folder, undisturbed,
                                                                 tmp_path, monkeypatch):
-    monkeypatch.setattr("fira.stages.pretrain.grouping_obstacle", lambda *_: "too narrow")
+    monkeypatch.setattr("fira.stages.run.grouping_obstacle", lambda *_: "too narrow")
     screen = Console(file=io.StringIO(), width=80)
     run_micro(preset, data_folder, tmp_path / "run", screen=screen)
-    assert screen.file.getvalue().count("experts one after the other: too narrow") == 1
+    assert screen.file.getvalue().count("experts are multiplied one after the other: too narrow") == 1
     assert_same_run(tmp_path / "run", undisturbed)
 
 
@@ -176,23 +180,29 @@ def test_resuming_a_stopped_run_repeats_the_undisturbed_one(preset, data_folder,
 
 
 def test_sequences_grow_also_in_a_run_that_is_resumed(preset, data_folder, tmp_path, monkeypatch):
-    lengths, step = {}, Loop._step
+    lengths, batch = {}, TextBatches.batch
 
-    def look(loop, line):
-        run, number = loop.log.folder, loop.state.step
-        if run.name == "stopped" and number == 17 and not (run / "step-000017").exists():
+    def look(source, step, fraction):
+        micro_batches = batch(source, step, fraction)
+        lengths[source.run, step] = micro_batches[0].tokens_BT.shape[1]
+        return micro_batches
+
+    def stop_at_17(loop, line):
+        loop.recipe.batches.run, run = loop.log.folder.name, loop.log.folder
+        if run.name == "stopped" and loop.state.step == 17 and not (run / "step-000017").exists():
             loop.stop_signal = signal.SIGTERM
         step(loop, line)
-        lengths[run.name, number] = loop.length
 
-    monkeypatch.setattr(Loop, "_step", look)
-    run_micro(preset, data_folder, tmp_path / "calm", "train.first_length=8", "train.keep=3")
+    step = Loop._step
+    monkeypatch.setattr(TextBatches, "batch", look)
+    monkeypatch.setattr(Loop, "_step", stop_at_17)
+    run_micro(preset, data_folder, tmp_path / "calm", "train.first_length=8")
     with pytest.raises(Exception, match="SIGTERM"):
         run_micro(preset, data_folder, tmp_path / "stopped", "train.first_length=8")
     run_micro(preset, data_folder, tmp_path / "stopped", resume=True)
     for name in ("calm", "stopped"):
         assert [lengths[name, i] for i in range(20)] == [8] * 7 + [16] * 7 + [32] * 6
-    for folder, length in (("calm/step-000010", 16), ("stopped/step-000017", 32), ("stopped", 32)):
+    for folder, length in (("calm/step-000015", 32), ("stopped", 32)):
         assert load_pretrained(tmp_path / folder).trained_length == length
     assert_same_run(tmp_path / "stopped", tmp_path / "calm")
 
@@ -255,7 +265,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(preset, data_f
 
 def test_non_finite_steps_are_counted_and_several_end_the_run(preset, data_folder, tmp_path):
     with pytest.raises(ValueError, match="5 steps in a row"):
-        run_micro(preset, data_folder, tmp_path / "run", "optim.lr=1e30", "optim.clip=1e30")
+        run_micro(preset, data_folder, tmp_path / "run", "optim.lr=1e38")
     events = [row["text"] for row in read_rows(tmp_path / "run") if row["kind"] == "event"]
     assert len(events) == 5 and all("skipped" in text for text in events)
 
@@ -318,3 +328,35 @@ def test_a_read_only_run_folder_is_one_line(preset, data_folder, tmp_path):
     blocked.write_text("not a folder")
     with pytest.raises(OSError, match="file"):
         run_micro(preset, data_folder, blocked / "run")
+
+
+def test_a_run_of_an_older_version_is_resumed(preset, data_folder, undisturbed, tmp_path):
+    """Settings that are constants now are dropped, renamed ones get their new name."""
+    run = tmp_path / "run"
+    run_micro(preset, data_folder, run, "train.steps=10")
+    record = json.loads((run / "config.json").read_text())
+    record["config"]["model"] |= {"z_weight": 0.001, "init_std": 0.02}
+    record["config"]["optim"] |= {"weight_decay": 0.1, "clip": 1.0, "turns": 1}
+    del record["config"]["optim"]["expert_interval"]
+    record["config"]["train"]["keep"] = 2
+    record["config"]["parallel"] |= {"schedule": "1f1b"}
+    del record["stage"]
+    (run / "config.json").write_text(json.dumps(record))
+    run_micro(preset, data_folder, run, "train.steps=20", resume=True)
+    assert last_step(run).name == "step-000020"
+    record["config"]["optim"]["clip"] = 0.5
+    with pytest.raises(ValueError, match=r"begun with optim\.clip=0\.5, which is 1\.0 in every run"):
+        modernize(record["config"])
+
+
+def test_metrics_of_a_loss_reach_the_record_and_the_table(preset, data_folder, tmp_path,
+                                                          monkeypatch):
+    def loss_fn(model, batch):
+        loss, _ = next_token_loss(model, batch)
+        return loss, {"accuracy": torch.tensor(0.25)}
+
+    monkeypatch.setattr("fira.stages.pretrain.next_token_loss", loss_fn)
+    run_micro(preset, data_folder, tmp_path / "run", "train.steps=2")
+    rows = [row for row in read_rows(tmp_path / "run") if row["kind"] == "step"]
+    assert [row["accuracy"] for row in rows] == [0.25, 0.25]
+    assert "accuracy" in (tmp_path / "run" / "training_log.csv").read_text().splitlines()[0]

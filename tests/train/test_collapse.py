@@ -4,7 +4,7 @@ import torch
 
 from fira.runlog import read_rows
 from fira.train import loop
-from fira.train.collapse import collapse
+from fira.train.loop import describe_collapse
 
 
 def health(*counts):
@@ -21,18 +21,18 @@ def health(*counts):
     ([[0, 0, 10, 10], [10, 0, 0, 0]], "layers 0, 1 "),
 ])
 def test_dead_experts_and_near_total_imbalance_are_collapse(counts, layers):
-    text = collapse(health(*counts), top_k=1)
+    text = describe_collapse(health(*counts), top_k=1)
     assert text is None if layers is None else layers in text
 
 
 def test_every_expert_chosen_is_never_collapse():
-    assert collapse(health([5, 5, 5]), top_k=3) is None
+    assert describe_collapse(health([5, 5, 5]), top_k=3) is None
 
 
 def test_a_run_warns_once_in_the_log_and_on_the_screen(fira, preset, data_folder, tmp_path,
                                                        monkeypatch):
-    monkeypatch.setattr(loop, "PATIENCE", 3)
-    monkeypatch.setattr(loop, "collapse", lambda health, top_k: "layers 0 are bad")
+    monkeypatch.setattr(loop, "COLLAPSE_STEPS", 3)
+    monkeypatch.setattr(loop, "describe_collapse", lambda health, top_k: "layers 0 are bad")
     answer = fira("train", preset, f"data.folder={data_folder}", "train.steps=6", "--run",
                   tmp_path / "run", "--device", "cpu")
     events = [row for row in read_rows(tmp_path / "run") if row["kind"] == "event"]
