@@ -5,7 +5,7 @@ import torch
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec
 from fira.train.muon import MuonAdamW, orthogonalize
-from fira.train.optim import OptimConfig, make_optimizer, set_step
+from fira.train.optim import OptimConfig, make_optimizer, set_rates
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (3, 16, 24)])
@@ -70,20 +70,20 @@ def test_an_expert_without_gradient_keeps_its_direction_of_rest():
 
 
 @pytest.mark.parametrize("experts", [5, 2])  # of two, nobody moves in the third step
-def test_experts_take_turns_and_go_as_far(experts):
+def test_experts_updated_every_nth_step_move_as_far(experts):
     weights, gradient = torch.randn(2, experts, 6, 4, generator=torch.Generator().manual_seed(0))
     ends = []
-    for turns in (1, 3):
+    for interval in (1, 3):
         stack = torch.nn.Parameter(weights.clone())
-        optimizer = MuonAdamW([{"params": [stack], "rule": "muon", "peak_lr": 0.1, "turns": turns,
-                                "weight_decay": 0.0}], (0.9, 0.95))
+        optimizer = MuonAdamW([{"params": [stack], "rule": "muon", "peak_lr": 0.1,
+                                "interval": interval, "weight_decay": 0.0}], (0.9, 0.95))
         for step in range(3):
             before = stack.detach().clone()
             stack.grad = gradient.clone()
-            set_step(optimizer, step, 0.5)
+            set_rates(optimizer, step, 0.5)
             optimizer.step()
             moved = (stack.detach() != before).flatten(1).any(dim=1).tolist()
-            assert moved == [turns == 1 or expert % 3 == step for expert in range(experts)]
+            assert moved == [interval == 1 or expert % 3 == step for expert in range(experts)]
         ends.append(stack.detach())
     torch.testing.assert_close(ends[0], ends[1])  # by an unchanging gradient
 
@@ -99,10 +99,10 @@ def test_only_inner_matrices_are_muons():
                      "moe.experts.up.weight", "moe.experts.down.weight"}
 
 
-def test_a_dense_twin_takes_no_turns():
+def test_a_dense_model_is_updated_in_every_step():
     shape = {"vocab_size": 40, "d_model": 16, "n_head": 2, "n_kv_head": 1, "head_dim": 8,
              "num_layers": 1, "d_ff": 8, "context": 8}
-    for experts, turns in ((4, 3), (1, 1)):
+    for experts, interval in ((4, 3), (1, 1)):
         model = build(FIRA2Spec(**shape, num_experts=experts, top_k=1), seed=0)
-        groups = make_optimizer(model, OptimConfig(rule="muon", turns=3)).param_groups
-        assert [group["turns"] for group in groups if group["rule"] == "muon"] == [turns]
+        groups = make_optimizer(model, OptimConfig(rule="muon", expert_interval=3)).param_groups
+        assert [group["interval"] for group in groups if group["rule"] == "muon"] == [interval]
