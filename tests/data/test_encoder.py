@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 
-from fira.data import fast
-from fira.data.fast import PATTERNS
+from fira.data import encoder
+from fira.data.encoder import PATTERNS
 from fira.data.tokenizer import Tokenizer
 
 HARD = st.text(alphabet=st.one_of(
@@ -44,7 +44,7 @@ def test_both_regex_engines_agree_on_every_code_point(char_class):
 @settings(max_examples=500, deadline=None)
 @given(HARD)
 def test_ids_equal_the_reference_on_hard_text(tokenizer, text):
-    assert tokenizer.fast_reason == ""
+    assert tokenizer.slow_reason == ""
     assert tokenizer.encode(text) == tokenizer._plain.encode(text).ids
 
 
@@ -53,7 +53,7 @@ def test_ids_equal_the_reference_on_hard_text(tokenizer, text):
 @given(text=HARD)
 def test_ids_equal_the_reference_with_every_pattern(tokenizer, pattern, text):
     other = with_pattern(tokenizer, pattern)
-    assert other.fast_reason == ""
+    assert other.slow_reason == ""
     assert other.encode(text) == other._plain.encode(text).ids
 
 
@@ -86,8 +86,8 @@ BLANKS = st.text(alphabet=" \t\u3000\n\r", min_size=4, max_size=9)
     HealthCheck.function_scoped_fixture])
 @given(parts=st.lists(st.one_of(HARD, BLANKS, st.sampled_from(["a", "! ", "\n", "1"])), max_size=8))
 def test_rows_of_blanks_cut_out_and_put_back_change_no_id(tokenizer, monkeypatch, pattern, parts):
-    monkeypatch.setattr(fast, "LONG_BLANK", 5)
-    monkeypatch.setattr(fast, "LONG_TEXT", 30)
+    monkeypatch.setattr(encoder, "LONG_BLANK", 5)
+    monkeypatch.setattr(encoder, "LONG_TEXT", 30)
     made, text = with_pattern(tokenizer, pattern), "".join(parts)
     assert made.encode(text) == made._plain.encode(text).ids
 
@@ -102,9 +102,9 @@ def test_blanks_beyond_what_the_regex_takes(tokenizer, text):
 
 def toy(vocabulary: list[str], merges: list[tuple[str, str]], **model) -> dict:
     """A description with the 256 bytes, then the given tokens."""
-    letters = sorted(fast.byte_of_char())
+    letters = sorted(encoder.byte_of_char())
     names = {token: id for id, token in enumerate([*letters, *vocabulary])}
-    split = {"type": "Split", "pattern": {"Regex": fast.QWEN2}, "behavior": "Isolated",
+    split = {"type": "Split", "pattern": {"Regex": encoder.QWEN2}, "behavior": "Isolated",
              "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
              "use_regex": False}
@@ -116,16 +116,16 @@ def toy(vocabulary: list[str], merges: list[tuple[str, str]], **model) -> dict:
 
 def test_ids_in_another_order_than_the_merges():
     both = loaded(toy(["abc", "bc", "ab"], [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]))
-    assert both.fast_reason == "" and both._fast[0].ids is not None
+    assert both.slow_reason == "" and both._fast[0].ids is not None
     for text in ("abc", "ab", "bc", "xbc abcabc", "aabbcc"):
         assert both.encode(text) == both._plain.encode(text).ids
 
 
 def test_token_that_merges_do_not_reach_keeps_the_reference():
     lost = toy(["abc", "bc", "ab"], [("a", "b"), ("b", "c"), ("a", "bc")])  # ab c never joins
-    assert "'abc' is not reached by its merges" in loaded(lost).fast_reason
+    assert "'abc' is not reached by its merges" in loaded(lost).slow_reason
     whole = loaded({**lost, "model": {**lost["model"], "ignore_merges": True}})
-    assert "not reached" in whole.fast_reason
+    assert "not reached" in whole.slow_reason
     for text in ("abc", "abcabc"):
         assert whole.encode(text) == whole._plain.encode(text).ids
     assert len(whole.encode("abc")) == 1 and len(loaded(lost).encode("abc")) == 2
@@ -154,7 +154,7 @@ def test_any_merge_table_gives_equal_ids_or_a_reason(random, text):
 ])
 def test_what_tiktoken_cannot_do_keeps_the_reference(change, reason):
     made = loaded({**toy(["ab"], [("a", "b")]), **change})
-    assert reason in made.fast_reason and not made.cuts
+    assert reason in made.slow_reason and not made.can_cut
     assert made.encode("ab abe\u0301") == made._plain.encode("ab abe\u0301").ids
 
 

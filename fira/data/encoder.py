@@ -1,14 +1,15 @@
-"""The same ids as `tokenizers`, several times faster: tiktoken with the same merges.
+"""A faster encoder, tiktoken, that gives the same ids as the reference, `tokenizers`.
 
-`tokenizers` is the reference. tiktoken replaces it only where the two provably agree:
+tiktoken is used only where the two provably agree, which takes two conditions:
 
-- the pre-tokenizer is one of PATTERNS (both regex engines agree on every code point there, see
-  tests/data/test_fast.py) and nothing rewrites the text first;
-- merging is a function of the token formed. tiktoken joins two neighbors whenever their bytes
-  are a token, lowest rank first; `tokenizers` only by listed merges, first listed first. If every
-  token, taken alone, is merged to itself, neighbors that form a token can only be the last pair
-  of that very merge (whatever happened inside their span happens alone too), so ranking each
-  token by its last merge makes both take the same step each time.
+- The pre-tokenizer is one of PATTERNS (tests/data/test_encoder.py checks that both regex engines
+  agree on every code point there), and nothing rewrites the text before it.
+- The order of merges is a function of the token that a merge forms. tiktoken joins two neighbors
+  whenever their bytes are a token, lowest rank first; `tokenizers` joins only listed pairs, first
+  listed first. Suppose that each token's own text is merged to that one token. Then neighbors that
+  form a token can only be the last pair of that merge, because the merges inside their span are
+  the same as if the span stood alone. With each token ranked by its last merge, both encoders
+  therefore take the same step each time.
 """
 from __future__ import annotations
 
@@ -29,59 +30,56 @@ LLAMA3 = rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PATTERNS = {QWEN2: "qwen2", LLAMA3: "llama-bpe", GPT2: "gpt-2"}  # pattern -> llama.cpp's name
 
-
 LONG_TEXT = 1 << 23    # characters; from here on ids come as a buffer, slower but 9 times smaller
-LONG_BLANK = 100_000   # of them in a row; both regex engines give up near 10**6
+LONG_BLANK = 100_000   # whitespace characters in a row; both regex engines fail near a million
 _BLANK = r"\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s but \r, \n
 
 
-class Fast(NamedTuple):
-    """tiktoken's encoder, and the id each of its ranks stands for (None where they are equal)."""
+class FastEncoder(NamedTuple):
+    """tiktoken's encoder, and the id of each of its ranks (None if they are equal)."""
 
-    encoder: tiktoken.Encoding
+    encoding: tiktoken.Encoding
     ids: np.ndarray | None
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text` as uint32, special tokens' names read as ordinary text."""
-        blanks = long_blanks(text, newlines=self.encoder._pat_str == GPT2)
-        ranks = self._around(blanks, text) if blanks else self._ranks(text)
+        """Ids of `text` as uint32; the names of special tokens in it are ordinary text."""
+        blanks = long_blanks(text, newlines=self.encoding._pat_str == GPT2)
+        ranks = self._encode_around(blanks, text) if blanks else self._ranks(text)
         return ranks if self.ids is None else self.ids[ranks]
 
     def _ranks(self, text: str) -> np.ndarray:
-        core = self.encoder._core_bpe
+        core = self.encoding._core_bpe
         if len(text) >= LONG_TEXT:
             return np.frombuffer(core.encode_to_tiktoken_buffer(text, set()), np.uint32)
         return np.array(core.encode_ordinary(text), np.uint32)
 
-    def _around(self, blanks: list[tuple[int, int]], text: str) -> np.ndarray:
-        """As `_ranks`, where blanks are too long for the regex: no pattern counts them beyond
-        two, so the text is split with each cut down to four, and the piece it is in made whole."""
-        short, marks, start = "", [], 0
+    def _encode_around(self, blanks: list[tuple[int, int]], text: str) -> np.ndarray:
+        """Ranks of a text with whitespace too long for the regex engines.
+
+        No pattern counts whitespace beyond two characters. The text is therefore split into words
+        with each long run cut down to four, and the cut whitespace is put back into its word.
+        """
+        short, cuts, start = "", [], 0
         for begin, end in blanks:
             short += text[start:begin + 2]
-            marks.append((len(short), text[begin + 2:end - 2]))
+            cuts.append((len(short), text[begin + 2:end - 2]))
             start = end - 2
         short += text[start:]
-        split = pre_tokenizers.Split(Regex(self.encoder._pat_str), "isolated")
-        found, start = [], 0
+        split = pre_tokenizers.Split(Regex(self.encoding._pat_str), "isolated")
+        ranks: list[int] = []
         for _, (begin, end) in split.pre_tokenize_str(short):
-            if not marks or marks[0][0] >= end:
-                continue
-            found.append(self._ranks(short[start:begin]))
-            whole, start = "", begin
-            while marks and marks[0][0] < end:
-                mark, cut = marks.pop(0)
-                whole += short[start:mark] + cut
-                start = mark
-            whole += short[start:end]
-            found.append(np.array(self.encoder._core_bpe.encode_single_piece(whole.encode()),
-                                  np.uint32))
-            start = end
-        return np.concatenate([*found, self._ranks(short[start:])])
+            word = ""
+            while cuts and cuts[0][0] < end:
+                place, cut = cuts.pop(0)
+                word += short[begin:place] + cut
+                begin = place
+            word += short[begin:end]
+            ranks += self.encoding._core_bpe.encode_single_piece(word.encode())
+        return np.array(ranks, np.uint32)
 
 
 def long_blanks(text: str, newlines: bool = True) -> list[tuple[int, int]]:
-    """Where so many blanks stand in a row that regex engines give up."""
+    """Start and end of each run of whitespace that is too long for the regex engines."""
     if len(text) < LONG_BLANK:
         return []
     blank = f"[{_BLANK}\r\n]" if newlines else f"[{_BLANK}]"
@@ -111,10 +109,9 @@ def byte_of_char() -> dict[str, int]:
             **{chr(256 + index): byte for index, byte in enumerate(others)}}
 
 
-def build(description: dict[str, Any]) -> tuple[Fast | None, str]:
+def build(description: dict[str, Any]) -> tuple[FastEncoder | None, str]:
     """The fast encoder of a tokenizer.json, or None and the reason why there is none."""
-    model = description["model"]
-    pattern = pattern_of(description)
+    model, pattern = description["model"], pattern_of(description)
     if reason := _obstacle(description, pattern):
         return None, reason
     assert pattern is not None
@@ -126,9 +123,9 @@ def build(description: dict[str, Any]) -> tuple[Fast | None, str]:
     chars = byte_of_char()
     ranks = {bytes(chars[char] for char in token): rank for rank, token in enumerate(order)}
     ids = np.array([vocabulary[token] for token in order], np.uint32)
-    encoder = tiktoken.Encoding("fira", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    straight = bool((ids == np.arange(len(ids))).all())
-    return Fast(encoder, None if straight else ids), ""
+    encoding = tiktoken.Encoding("fira", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    equal = bool((ids == np.arange(len(ids))).all())
+    return FastEncoder(encoding, None if equal else ids), ""
 
 
 def _obstacle(description: dict[str, Any], pattern: str | None) -> str:
@@ -146,26 +143,28 @@ def _obstacle(description: dict[str, Any], pattern: str | None) -> str:
 
 
 def _merge_order(vocabulary: dict[str, int], merges: list) -> list[str] | str:
-    """Tokens by the merge that forms them, single bytes first; or why there is no such order."""
+    """Tokens by the last merge that forms them, single bytes first; or why there is no order."""
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     rank = {pair: index for index, pair in reversed(list(enumerate(pairs)))}
     makers: dict[str, list[int]] = {}
     for pair, index in rank.items():
         makers.setdefault(pair[0] + pair[1], []).append(index)
-    plain = Reference.from_str(_bare(vocabulary, pairs))
+    model = {"type": "BPE", "vocab": vocabulary, "merges": pairs}
+    only_model = Reference.from_str(json.dumps({"version": "1.0", "added_tokens": [],
+                                                "model": model})).model
     last: dict[str, int] = {}
     for token in vocabulary:
         if len(token) == 1:
             last[token] = -1
             continue
-        if len(plain.model.tokenize(token)) != 1:
+        if len(only_model.tokenize(token)) != 1:
             return f"its token {token!r} is not reached by its merges"
         last[token] = makers[token][0] if len(makers[token]) == 1 else _last_merge(token, rank)
     return sorted(vocabulary, key=lambda token: (last[token], vocabulary[token]))
 
 
 def _last_merge(token: str, rank: dict[tuple, int]) -> int:
-    """Which merge comes last when `token` alone is merged: the definition of byte-pair encoding."""
+    """Which merge comes last when `token` alone is merged, by plain byte-pair encoding."""
     parts, used = list(token), -1
     while len(parts) > 1:
         found = [rank.get(pair, len(rank)) for pair in itertools.pairwise(parts)]
@@ -173,10 +172,3 @@ def _last_merge(token: str, rank: dict[tuple, int]) -> int:
         at = found.index(used)
         parts[at:at + 2] = [parts[at] + parts[at + 1]]
     return used
-
-
-def _bare(vocabulary: dict[str, int], pairs: list) -> str:
-    model = {"type": "BPE", "vocab": vocabulary, "merges": pairs}
-    return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None,
-                       "pre_tokenizer": None, "post_processor": None, "decoder": None,
-                       "truncation": None, "padding": None, "model": model})
