@@ -1,7 +1,9 @@
 """Chat messages as ids, in ChatML: <|im_start|>ROLE newline TEXT <|im_end|> newline.
 
 The name of a special token inside a message stays ordinary text, so no message can end its own chat
-turn. The ids of a conversation begin with the ids of each of its beginnings.
+turn. The ids of the first messages of a conversation are the beginning of the ids of all of it, and
+so are those of the prompt for a reply, unless the reply begins with whitespace: as in every ChatML
+renderer, byte-pair encoding may join that with the newline before it.
 """
 from __future__ import annotations
 

@@ -112,7 +112,11 @@ def byte_of_char() -> dict[str, int]:
 def build(description: dict[str, Any]) -> tuple[FastEncoder | None, str]:
     """The fast encoder of a tokenizer.json, or None and the reason why there is none."""
     model, pattern = description["model"], pattern_of(description)
-    if reason := _obstacle(description, pattern):
+    reason = cut_obstacle(description)
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            reason = f"its model uses {name}"
+    if reason:
         return None, reason
     assert pattern is not None
     special = {token["content"] for token in description["added_tokens"]}
@@ -128,17 +132,14 @@ def build(description: dict[str, Any]) -> tuple[FastEncoder | None, str]:
     return FastEncoder(encoding, None if equal else ids), ""
 
 
-def _obstacle(description: dict[str, Any], pattern: str | None) -> str:
-    model = description["model"]
-    if pattern not in PATTERNS:
+def cut_obstacle(description: dict[str, Any]) -> str:
+    """Why text cannot be cut at `safe_cut` without changing ids; "" if it can."""
+    if pattern_of(description) not in PATTERNS:
         return "its pre-tokenizer is not one of " + ", ".join(PATTERNS.values())
     if description.get("normalizer"):
         return "it has a normalizer"
     if any(not token["special"] for token in description["added_tokens"]):
         return "it has added tokens that ordinary text may contain"
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(name):
-            return f"its model uses {name}"
     return ""
 
 

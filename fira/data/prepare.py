@@ -78,7 +78,8 @@ def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
     folder, screen = Path(folder), screen or Console(quiet=True)
     with _one_line_errors(folder):
         if (folder / MANIFEST).exists():
-            manifest = _finished(folder, recipe)
+            _check_same(folder, read_manifest(folder), recipe)
+            remove(folder / JOURNAL)  # still there if a kill came between the last two steps
         else:
             _check_ours(folder, tokenizer)
             if tokenizer.slow_reason:
@@ -87,7 +88,7 @@ def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
             with runtime.claim(folder), _shown("data", screen) as progress:
                 job = _Job(folder, recipe, given, tokenizer)
                 job.run(_workers(workers, given), progress)
-            manifest = read_manifest(folder)
+    manifest = read_manifest(folder)
     for split, facts in manifest["splits"].items():
         screen.print(f"{split}: {facts['documents']:,} documents, {facts['bytes'] / 1e6:.1f} MB, "
                      f"{facts['tokens']:,} tokens")
@@ -116,13 +117,6 @@ def _recipe(given: list[Input], train_inputs: int, validation_every: int, shard_
             "shard_tokens": shard_tokens, "dtype": dtype_for(tokenizer.vocab_size),
             "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash,
             "end_of_text": tokenizer.end_of_text}
-
-
-def _finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    manifest = read_manifest(folder)
-    _check_same(folder, manifest, recipe)
-    remove(folder / JOURNAL)  # still there if a kill came between the last two steps
-    return manifest
 
 
 def _check_same(folder: Path, found: dict[str, Any], recipe: dict[str, Any]) -> None:

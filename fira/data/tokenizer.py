@@ -130,9 +130,7 @@ class Tokenizer:
     @functools.cached_property
     def can_cut(self) -> bool:
         """Whether text can be cut at `safe_cut` without changing ids."""
-        return (encoder.pattern_of(self.description) in encoder.PATTERNS
-                and not self.description.get("normalizer")
-                and all(token["special"] for token in self.description["added_tokens"]))
+        return not encoder.cut_obstacle(self.description)
 
     @property
     def slow_reason(self) -> str:
