@@ -13,9 +13,11 @@ tiktoken is used only where the two provably agree, which takes two conditions:
 """
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +32,11 @@ LLAMA3 = rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PATTERNS = {QWEN2: "qwen2", LLAMA3: "llama-bpe", GPT2: "gpt-2"}  # pattern -> llama.cpp's name
 
+CHUNK = 1 << 22        # characters of a long text that are encoded at once; at most twice as many
 LONG_TEXT = 1 << 23    # characters; from here on ids come as a buffer, slower but 9 times smaller
 LONG_BLANK = 100_000   # whitespace characters in a row; both regex engines fail near a million
 _BLANK = r"\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s but \r, \n
+_CUT = re.compile(r"(?<=[^\W_])[ \n](?=[^\W_])")  # one space or newline between letters or digits
 
 
 class FastEncoder(NamedTuple):
@@ -76,6 +80,40 @@ class FastEncoder(NamedTuple):
             word += short[begin:end]
             ranks += self.encoding._core_bpe.encode_single_piece(word.encode())
         return np.array(ranks, np.uint32)
+
+
+def safe_cut(text: str) -> int:
+    """The last place where every supported pre-tokenizer splits `text`, whatever surrounds it.
+
+    That is before a space, or after a newline, between two letters or digits. 0 if there is none.
+    """
+    for start in (max(0, len(text) - 4096), max(0, len(text) - CHUNK)):
+        found = collections.deque(_CUT.finditer(text, start), maxlen=1)
+        if found:
+            return found[0].end() - (found[0][0] == " ")
+    return 0
+
+
+def chunks(text: str) -> Iterator[str]:
+    """`text` in chunks of about CHUNK characters, cut at safe places as far as there are any."""
+    start = 0
+    while len(text) - start > 2 * CHUNK:
+        cut = safe_cut(text[start:start + CHUNK])
+        if not cut:
+            break
+        yield text[start:start + cut]
+        start += cut
+    yield text[start:]
+
+
+def to_utf8(text: str, where: str = "text") -> bytes:
+    """`text` as UTF-8. Raises ValueError, naming `where`, for half of a surrogate pair."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: character {error.start} is half of a surrogate pair "
+                         f"(\\u{ord(text[error.start]):04x}), which UTF-8 cannot hold; remove it "
+                         "or write both halves") from None
 
 
 def long_blanks(text: str, newlines: bool = True) -> list[tuple[int, int]]:

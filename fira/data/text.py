@@ -8,13 +8,11 @@ tokens as the whole.
 from __future__ import annotations
 
 import codecs
-import collections
 import contextlib
 import gzip
 import io
 import json
 import lzma
-import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -22,9 +20,10 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from fira.data import encoder
+from fira.data.encoder import safe_cut, to_utf8
 from fira.data.sources import Input, inputs
 
-BLOCK = 1 << 22  # bytes read at a time from a text file; a part has between one and two blocks
 Progress = Callable[[int, "int | None"], None]  # called with bytes of input read, and their total
 Reader = Iterator[tuple[str, bool, int]]  # text, whether it ends its document, bytes of input read
 
@@ -70,43 +69,6 @@ def total_bytes(given: list[Input]) -> int | None:
     return None if None in sizes else sum(size for size in sizes if size)
 
 
-def safe_cut(text: str) -> int:
-    """The last place where every supported pre-tokenizer splits `text`, whatever surrounds it.
-
-    That is before a space, or after a newline, between two letters or digits. 0 if there is none.
-    """
-    for start in (max(0, len(text) - 4096), max(0, len(text) - BLOCK)):
-        found = collections.deque(_CUT.finditer(text, start), maxlen=1)
-        if found:
-            return found[0].end() - (found[0][0] == " ")
-    return 0
-
-
-_CUT = re.compile(r"(?<=[^\W_])[ \n](?=[^\W_])")
-
-
-def chunks(text: str) -> Iterator[str]:
-    """`text` in chunks of about BLOCK characters, cut at safe places as far as there are any."""
-    start = 0
-    while len(text) - start > 2 * BLOCK:
-        cut = safe_cut(text[start:start + BLOCK])
-        if not cut:
-            break
-        yield text[start:start + cut]
-        start += cut
-    yield text[start:]
-
-
-def to_utf8(text: str, where: str = "text") -> bytes:
-    """`text` as UTF-8. Raises ValueError, naming `where`, for half of a surrogate pair."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: character {error.start} is half of a surrogate pair "
-                         f"(\\u{ord(text[error.start]):04x}), which UTF-8 cannot hold; remove it "
-                         "or write both halves") from None
-
-
 def _read(place: Input) -> Reader:
     if place.ending == "hub":
         return _hub(place)
@@ -120,10 +82,10 @@ def _whole(place: Input) -> Reader:
     decoder = codecs.getincrementaldecoder("utf-8")()
     text, seen = "", 0
     with _opened(place) as (stream, position):
-        while block := stream.read(BLOCK):
+        while block := stream.read(encoder.CHUNK):
             text += _decode(place, decoder, block, seen)
             seen += len(block)
-            if len(text) >= BLOCK and (cut := safe_cut(text)):
+            if len(text) >= encoder.CHUNK and (cut := safe_cut(text)):
                 yield text[:cut], False, position()
                 text = text[cut:]
         yield text + _decode(place, decoder, b"", seen), True, position()
@@ -221,8 +183,8 @@ def _opened(place: Input) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """The uncompressed bytes of a file without a byte order mark, and how much of it was read."""
     try:
         with open(place.path, "rb", buffering=0) as file:
-            buffered = io.BufferedReader(file, BLOCK)
-            stream = io.BufferedReader(_uncompress(place.ending, buffered), BLOCK)
+            buffered = io.BufferedReader(file, encoder.CHUNK)
+            stream = io.BufferedReader(_uncompress(place.ending, buffered), encoder.CHUNK)
             if stream.peek(3)[:3] == codecs.BOM_UTF8:
                 stream.read(3)
             yield stream, file.tell

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Reference
 
 from fira.data import encoder
-from fira.data.text import chunks, to_utf8
+from fira.data.encoder import chunks, to_utf8
 from fira.files import write_json, write_text
 
 END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"

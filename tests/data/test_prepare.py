@@ -148,7 +148,7 @@ def test_a_kill_between_manifest_and_journal_leaves_no_trace(tokenizer, source, 
 
 def test_long_text_file_resumes_inside_the_document(tokenizer, speeches, tmp_path, monkeypatch,
                                                     small_commits):
-    monkeypatch.setattr("fira.data.text.BLOCK", 5000)
+    monkeypatch.setattr("fira.data.encoder.CHUNK", 5000)
     text = "".join(speeches[:5])
     (tmp_path / "long.txt").write_text(text)
     arguments = ([str(tmp_path / "long.txt")], tmp_path / "data", tokenizer)

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-from fira.data import text as text_module
-from fira.data.encoder import PATTERNS
+from fira.data import encoder
+from fira.data.encoder import PATTERNS, safe_cut
 from fira.data.sources import inputs
-from fira.data.text import items, safe_cut, texts
+from fira.data.text import items, texts
 
 DOCUMENTS = ["one\r\ntwo\n", "Straße, naïve – 東京 🎉", "x" * 3000]
 
@@ -92,7 +92,7 @@ def test_hub_data_set_is_streamed(monkeypatch):
 
 
 def test_reading_can_begin_at_any_item(tmp_path, jsonl, monkeypatch):
-    monkeypatch.setattr(text_module, "BLOCK", 64)
+    monkeypatch.setattr(encoder, "CHUNK", 64)
     (tmp_path / "long.txt").write_text("some words " * 50)
     sources = inputs([jsonl(DOCUMENTS), str(tmp_path / "long.txt"), jsonl(["end"], "z.jsonl")])
     whole = list(items(sources))
@@ -102,7 +102,7 @@ def test_reading_can_begin_at_any_item(tmp_path, jsonl, monkeypatch):
 
 
 def test_parts_of_a_text_file_make_up_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "BLOCK", 101)  # cuts inside characters
+    monkeypatch.setattr(encoder, "CHUNK", 101)  # cuts inside characters
     whole = "naïve words – 東京\n\n  and 1 2 3\nmore  of it 🎉🎉 " * 40
     (tmp_path / "a.txt").write_text(whole)
     parts = list(items(inputs([str(tmp_path / "a.txt")])))

@@ -106,7 +106,7 @@ def test_long_text_in_chunks_has_the_ids_of_the_whole(tokenizer, speeches, monke
     text = "\n".join(speeches[:8]) + "x" * 3000 + "   " + speeches[9]
     whole = tokenizer.encode(text)
     for block in (700, 4096):
-        monkeypatch.setattr("fira.data.text.BLOCK", block)
+        monkeypatch.setattr("fira.data.encoder.CHUNK", block)
         assert tokenizer.encode(text) == whole
 
 
