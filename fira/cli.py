@@ -85,10 +85,10 @@ def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_by
     \b
     Example: fira tokenizer train sotu --vocab-size 4096 --out out/tok
     """
+    from fira.data.prepare import learn_tokenizer
     from fira.runlog import console
-    from fira.stages.prepare import learn_tokenizer
 
-    learn_tokenizer(list(sources), out, vocab_size, max_bytes, console())
+    learn_tokenizer(sources, out, vocab_size, max_bytes, console())
 
 
 @fira.command()
@@ -113,11 +113,12 @@ def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_e
     \b
     Example: fira data hub:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer tok --out data/edu
     """
+    from fira.data.prepare import prepare
+    from fira.data.tokenizer import Tokenizer
     from fira.runlog import console
-    from fira.stages.prepare import prepare_data
 
-    prepare_data(list(sources), out, tokenizer_path, validation_every, list(validation), workers,
-                 console())
+    prepare(sources, out, Tokenizer.load(tokenizer_path), validation_every=validation_every,
+            validation_sources=validation, workers=workers, screen=console())
 
 
 @fira.command(epilog=PRESETS)

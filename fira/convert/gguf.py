@@ -18,7 +18,7 @@ from torch import Tensor
 from fira.convert import qwen3
 from fira.convert.files import load_run
 from fira.convert.hf import check_router
-from fira.data.fast import PATTERNS, pattern_of
+from fira.data.encoder import PATTERNS, pattern_of
 from fira.data.tokenizer import PAD, TURN_END, Tokenizer
 from fira.files import check_new, new_target, write_text
 from fira.model.generate import window_length

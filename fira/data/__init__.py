@@ -1,1 +1,1 @@
-"""Text becomes tokens becomes batches."""
+"""Text becomes tokens, and tokens become training batches."""

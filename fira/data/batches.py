@@ -1,9 +1,10 @@
-"""Ids become training batches: windows of a fixed length in a seeded order that needs no memory.
+"""Token ids become training batches: windows of a fixed length in a seeded random order.
 
-Window i predicts positions i*T+1 .. i*T+T from the ones before, so over an epoch each position
-is a target at most once. The order is a permutation computed per index (a Feistel network with
-cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), another one for
-every epoch and seed, so any step's batch is computed directly, for any number of windows.
+Window i predicts positions i*T+1 .. i*T+T from the ones before, so in an epoch each position is a
+target at most once. The order is a permutation that is computed for each index alone (a Feistel
+network with cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), so any
+batch of any number of windows is computed directly, without memory. Every epoch and seed has a
+permutation of its own.
 """
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+
+IGNORED = -100  # the target that is not scored, as in torch's cross_entropy
 
 
 class Tokens(Protocol):
@@ -22,22 +25,22 @@ class Tokens(Protocol):
 
 
 class Batch(NamedTuple):
-    """Ids and, at each place, the id that follows (-100: not scored): int64, [B, T] both."""
+    """Token ids and, at each position, the id to predict there: int64 [B, T] both."""
 
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor
 
     @property
     def weight(self) -> int:
-        """The number of scored targets: what the mean loss of this batch counts for."""
-        return int((self.targets_BT != -100).sum())
+        """Number of scored targets."""
+        return int((self.targets_BT != IGNORED).sum())
 
 
 class Batches:
-    """Shuffled batches of `batch_size` windows; `batch(index)` depends on nothing but the index.
+    """Windows in random order; each depends on nothing but its number in the endless order.
 
-    Windows follow each other from epoch to epoch without a gap, so a batch may hold the last
-    windows of one epoch and the first of the next.
+    Epochs follow each other without a gap, so a batch may hold the last windows of one epoch and
+    the first of the next.
     """
 
     def __init__(self, tokens: Tokens, sequence_length: int, batch_size: int, seed: int = 0):
@@ -49,26 +52,26 @@ class Batches:
                              f"{sequence_length} (and the token after it); give more text, or a "
                              "shorter sequence")
 
-    @property
-    def per_epoch(self) -> int:
-        """Whole batches in one pass over the windows; at least 1."""
-        return max(1, self.windows // self.batch_size)
-
-    def batch(self, index: int, rows: slice = slice(None)) -> Batch:
-        """Batch number `index`, from 0; of its rows only `rows`, as a rank of many wants."""
-        drawn = index * self.batch_size + np.arange(self.batch_size)[rows]
-        epochs, places = np.divmod(drawn, self.windows)
+    def windows_at(self, first: int, count: int) -> Batch:
+        """`count` windows of the endless order, from number `first` on, whatever the batch size."""
+        epochs, places = np.divmod(first + np.arange(count), self.windows)
         chosen = np.empty_like(places)
         for epoch in np.unique(epochs):
-            of_epoch = epochs == epoch
-            chosen[of_epoch] = permute(places[of_epoch], self.windows, self.seed, int(epoch))
+            inside = epochs == epoch
+            chosen[inside] = permute(places[inside], self.windows, self.seed, int(epoch))
         return _gather(self.tokens, chosen * self.sequence_length, self.sequence_length)
+
+    def batch(self, index: int, rows: slice = slice(None)) -> Batch:
+        """Batch number `index`, counted from 0, or only the range `rows` of its rows."""
+        start, stop, step = rows.indices(self.batch_size)
+        assert step == 1, step
+        return self.windows_at(index * self.batch_size + start, stop - start)
 
 
 def sequential(tokens: Tokens, sequence_length: int, batch_size: int) -> Iterator[Batch]:
-    """Every window in order, each position that has one before it a target exactly once.
+    """Every window in order; every position but the first is a target exactly once.
 
-    The last batch may have fewer rows, and a remainder shorter than a window comes last, alone.
+    The last batch may have fewer rows. A remainder shorter than a window is a batch of its own.
     """
     windows, rest = divmod(len(tokens) - 1, sequence_length)
     if len(tokens) < 2:
@@ -82,20 +85,20 @@ def sequential(tokens: Tokens, sequence_length: int, batch_size: int) -> Iterato
 
 
 def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each of `places` (0 .. size-1) goes in the permutation named by `seed` and `epoch`."""
+    """What the permutation of 0 .. size-1 for `seed` and `epoch` has at each of `places`."""
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = np.random.Generator(np.random.Philox(key=[seed, epoch])).integers(
         0, 1 << 63, size=6, dtype=np.uint64)
     result = places.astype(np.uint64)
     outside = np.ones(len(result), bool)
-    while outside.any():  # walk on until inside; at most 4 * size values, so 4 turns on average
+    while outside.any():  # cycle walking: the domain is at most 4 * size, so 4 rounds on average
         result[outside] = _feistel(result[outside], np.uint64(half), keys)
         outside = result >= size
     return result.astype(np.int64)
 
 
 def _feistel(values: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
-    """A bijection of 2*half-bit numbers, whatever the function of the rounds."""
+    """A Feistel network: a bijection of 2*half-bit numbers, whatever function is mixed in."""
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
     for key in keys:
@@ -104,7 +107,7 @@ def _feistel(values: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarra
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """Spread every bit over all (the finalizer of MurmurHash3, 64 bits)."""
+    """Let every bit of the input affect every bit of the result (MurmurHash3's finalizer)."""
     values = (values ^ values >> np.uint64(33)) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ values >> np.uint64(33)) * np.uint64(0xC4CEB9FE1A85EC53)
     return values ^ values >> np.uint64(33)

@@ -1,6 +1,9 @@
-"""Chat turns as ids, in ChatML: <|im_start|>ROLE newline TEXT <|im_end|> newline.
+"""Chat messages as ids, in ChatML: <|im_start|>ROLE newline TEXT <|im_end|> newline.
 
-Text stays text: a special token's name inside a message is never read as that token.
+The name of a special token inside a message stays ordinary text, so no message can end its own chat
+turn. The ids of the first messages of a conversation are the beginning of the ids of all of it, and
+so are those of the prompt for a reply, unless the reply begins with whitespace: as in every ChatML
+renderer, byte-pair encoding may join that with the newline before it.
 """
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ ROLES = ("system", "user", "assistant")
 
 def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]],
            add_generation_prompt: bool = True) -> list[int]:
-    """Ids of `messages` ({"role", "content"}), ending where the assistant is to go on.
+    """Ids of `messages` ({"role", "content"}), with the head of an assistant's turn at their end.
 
-    Raises ValueError for an unknown role, a message without text, or a tokenizer without turns.
+    Raises ValueError for an unknown role, a message without text, or a tokenizer without ChatML.
     """
     start, end = tokenizer.special(TURN_START), tokenizer.special(TURN_END)
     newline = tokenizer.encode("\n")

@@ -1,28 +1,25 @@
 """A data folder: token ids in memory-mapped shards, described by a manifest with checksums.
 
-Each split is one long stream of ids, every document followed by end-of-text, cut every
-`shard_tokens` ids: position p lies in shard p // shard_tokens.
+Each split is one long stream of ids, with end-of-text after every document. The stream is cut into
+files of `shard_tokens` ids, so position p is in shard p // shard_tokens.
 """
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-MANIFEST = "manifest.json"
+from fira.files import MANIFEST, sha256
+
 SPLITS = ("train", "validation")
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The smallest of the two unsigned types that holds every id."""
+    """The smaller of the two unsigned types that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:05d}.bin"
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -45,28 +42,27 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 class Shards:
     """One split of a data folder as a sequence of ids: `len(shards)`, `shards[start:stop]`."""
 
-    def __init__(self, folder: str | Path, split: str, manifest: dict[str, Any]):
-        self.folder, self.split, self.manifest = Path(folder), split, manifest
-        self.tokenizer_hash: str = manifest["tokenizer_hash"]
+    def __init__(self, folder: Path, split: str, manifest: dict[str, Any]):
+        self.folder, self.dtype = folder, np.dtype(manifest["dtype"])
         self.shard_tokens: int = manifest["shard_tokens"]
-        self.described: list[dict[str, Any]] = manifest["splits"][split]["shards"]
         self.length: int = manifest["splits"][split]["tokens"]
+        self.described: list[dict[str, Any]] = manifest["splits"][split]["shards"]
         self.shards = [self._map(shard) for shard in self.described]
 
     @classmethod
     def open(cls, folder: str | Path, split: str = "train") -> Shards:
-        """Map a split. Raises ValueError at once for a missing or truncated shard."""
+        """Map a split. Raises ValueError for a missing or truncated shard."""
         manifest = read_manifest(folder)
         if split not in manifest["splits"]:
             raise ValueError(f"{folder} has no split {split!r}; it has: "
                              f"{', '.join(manifest['splits'])}")
-        return cls(folder, split, manifest)
+        return cls(Path(folder), split, manifest)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """Ids of a range of positions; a view into the map unless it spans shards."""
+        """Ids of a range of positions: a view into the map unless the range spans shards."""
         start, stop, step = where.indices(self.length)
         assert step == 1, step
         parts = []
@@ -75,38 +71,98 @@ class Shards:
             parts.append(self.shards[number][offset:offset + stop - start])
             start += len(parts[-1])
         if not parts:
-            return np.empty(0, self.manifest["dtype"])
+            return np.empty(0, self.dtype)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    @property
-    def documents(self) -> int:
-        return self.manifest["splits"][self.split]["documents"]
-
-    @property
-    def text_bytes(self) -> int:
-        """UTF-8 bytes of the text behind the split."""
-        return self.manifest["splits"][self.split]["bytes"]
-
     def verify(self) -> None:
-        """Read every shard against its checksum. Raises ValueError for one that was altered."""
+        """Compare every shard with its checksum. Raises ValueError for one that was altered."""
         for shard in self.described:
-            if file_digest(self.folder / shard["file"]) != shard["sha256"]:
+            if sha256(self.folder / shard["file"]) != shard["sha256"]:
                 raise ValueError(f"{self.folder / shard['file']} was altered (its sha256 is not "
                                  f"the manifest's); delete {self.folder} and prepare it again")
 
     def _map(self, shard: dict[str, Any]) -> np.ndarray:
-        file, dtype = self.folder / shard["file"], np.dtype(self.manifest["dtype"])
-        size, due = file.stat().st_size if file.is_file() else 0, shard["tokens"] * dtype.itemsize
+        file, due = self.folder / shard["file"], shard["tokens"] * self.dtype.itemsize
+        size = file.stat().st_size if file.is_file() else None
         if size != due:
-            what = f"is truncated: {size:,} bytes, not" if file.is_file() else "is missing, of"
+            what = "is missing, of" if size is None else f"is truncated: {size:,} bytes, not"
             raise ValueError(f"{file} {what} {due:,}; delete {self.folder} and prepare it again")
-        return np.memmap(file, dtype, mode="r")
+        return np.memmap(file, self.dtype, mode="r")
 
 
-def file_digest(file: Path) -> str:
-    """Hex sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+class ShardWriter:
+    """Appends the ids of one split to NAME.partial, which is renamed to NAME when it is full.
+
+    With a `state` that `sync` returned, the files are first brought back to that moment, whatever
+    was written after it.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int,
+                 state: dict[str, Any] | None = None):
+        self.folder, self.split, self.dtype = folder, split, np.dtype(dtype)
+        self.shard_tokens = shard_tokens
+        state = state or {"documents": 0, "bytes": 0, "shards": [], "open_tokens": 0}
+        self.documents, self.bytes = state["documents"], state["bytes"]
+        self.shards: list[dict[str, Any]] = list(state["shards"])
+        self.tokens = state["open_tokens"]  # in the open shard
+        self.stream = self._reopen()
+
+    def add(self, ids: np.ndarray, text_bytes: int, ends: bool) -> None:
+        """Append the ids of a document, or of a part of one."""
+        self.bytes += text_bytes
+        self.documents += ends
+        while len(ids):
+            head, ids = np.split(ids, [self.shard_tokens - self.tokens])
+            self.stream.write(head.astype(self.dtype, copy=False).tobytes())
+            self.tokens += len(head)
+            if self.tokens == self.shard_tokens:
+                self._close_shard()
+                self.stream = open(self._partial, "ab")
+
+    def sync(self) -> dict[str, Any]:
+        """Push all that was added to the disk and return the state to come back to."""
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        return {"documents": self.documents, "bytes": self.bytes, "shards": list(self.shards),
+                "open_tokens": self.tokens}
+
+    def finish(self) -> dict[str, Any]:
+        """Close the last shard and return what the manifest says about the split."""
+        if self.tokens:
+            self._close_shard()
+        else:
+            self.stream.close()
+            self._partial.unlink()
+        return {"tokens": sum(shard["tokens"] for shard in self.shards),
+                "documents": self.documents, "bytes": self.bytes, "shards": self.shards}
+
+    @property
+    def _final(self) -> Path:
+        return self.folder / f"{self.split}-{len(self.shards):05d}.bin"
+
+    @property
+    def _partial(self) -> Path:
+        return self._final.with_name(self._final.name + ".partial")
+
+    def _close_shard(self) -> None:
+        self.sync()
+        self.stream.close()
+        digest = sha256(self._partial)
+        os.replace(self._partial, self._final)
+        self.shards.append({"file": self._final.name, "tokens": self.tokens, "sha256": digest})
+        self.tokens = 0
+
+    def _reopen(self) -> BinaryIO:
+        """Open the state's last shard, cut to the state's length; delete what came after it."""
+        if self._final.exists() and not self._partial.exists():
+            os.replace(self._final, self._partial)
+        known = {self._partial.name, *(shard["file"] for shard in self.shards)}
+        for file in self.folder.glob(f"{self.split}-*.bin*"):
+            if file.name not in known:
+                file.unlink()
+        stream, size = open(self._partial, "ab"), self.tokens * self.dtype.itemsize
+        if stream.tell() < size:
+            raise ValueError(f"{self._partial} is truncated: {stream.tell():,} bytes, not {size:,};"
+                             f" delete {self.folder} and prepare it again")
+        stream.truncate(size)
+        return stream

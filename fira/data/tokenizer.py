@@ -1,7 +1,7 @@
 """Byte-level BPE: text to ids and back without loss, kept in the standard tokenizer.json.
 
-Vocabulary, in order of ids: the 256 bytes, the merges as they were learned, then the special
-tokens (SPECIAL) as the last ids, so that ordinary ids do not move when special ones are added.
+The vocabulary, in order of ids, is: the 256 bytes, the merges as they were learned, and the special
+tokens (SPECIAL). Special tokens are last so that adding some does not change ordinary ids.
 The pre-tokenizer is Qwen2's, which llama.cpp implements under the name "qwen2".
 """
 from __future__ import annotations
@@ -19,8 +19,9 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Reference
 
-from fira.data import fast
-from fira.data.text import pieces
+from fira.data import encoder
+from fira.data.encoder import chunks, to_utf8
+from fira.files import write_json, write_text
 
 END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END_OF_TEXT, PAD, TURN_START, TURN_END, "<think>", "</think>", "<tool_call>",
@@ -29,13 +30,13 @@ SPECIAL = (END_OF_TEXT, PAD, TURN_START, TURN_END, "<think>", "</think>", "<tool
 CHAT_TEMPLATE = (  # ChatML; fira/data/chat.py gives the same ids
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>")  # of tokenizers made elsewhere
-WORD = 10_000  # characters
-_ENDLESS = re.compile(rf"\S{{{WORD},}}|\s{{{WORD},}}")
+_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>")  # names that other tokenizers use
+LONGEST_WORD = 10_000  # characters; the trainer's time for a word grows with its length squared
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}")
 
 
 class Tokenizer:
-    """A tokenizer.json and what FIRA asks of it."""
+    """A byte-level BPE tokenizer.json with the settings that transformers keeps beside it."""
 
     def __init__(self, reference: Reference, settings: dict[str, Any] | None = None):
         reference.no_padding()
@@ -48,7 +49,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a folder that holds tokenizer.json, or from such a file."""
+        """Read a tokenizer.json, or the one in a folder. Raises ValueError if it is unusable."""
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(f"{file} does not exist; train one with: fira tokenizer train "
@@ -58,38 +59,31 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{file} is not a tokenizer.json ({str(error).splitlines()[0]}); "
                              "give one written by fira or the tokenizers library") from None
-        config = file.with_name("tokenizer_config.json")
-        settings = _read_settings(config) if config.is_file() else None
+        settings = _read_settings(file.with_name("tokenizer_config.json"))
         try:
             return cls(reference, settings)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers reads them."""
+        """Write tokenizer.json and tokenizer_config.json in the form that transformers reads."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        files = {"tokenizer.json": self.reference.to_str(pretty=True),
-                 "tokenizer_config.json": json.dumps(self.settings, indent=2, ensure_ascii=False)}
-        for name, text in files.items():
-            (Path(folder) / name).write_text(text + "\n", encoding="utf-8")
+        write_text(Path(folder) / "tokenizer.json", self.reference.to_str(pretty=True) + "\n")
+        write_json(Path(folder) / "tokenizer_config.json", self.settings)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of `text`. Special tokens' names in it count as ordinary text, unless allowed."""
+        """Ids of `text`. Names of special tokens in it are ordinary text unless allowed."""
         if not allow_special:
             return self.encode_array(text).tolist()
-        _check_text(text)
+        to_utf8(text)
         return self.reference.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
-
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as a uint32 array; long texts in pieces, so that memory stays near theirs."""
-        _check_text(text)
-        if not self.cuts:
-            return self._encode_piece(text)
-        return np.concatenate([self._encode_piece(piece) for piece in pieces(text)])
+        """`encode` as a uint32 array; a long text is cut into chunks, which bounds the memory."""
+        to_utf8(text)
+        if not self.can_cut:
+            return self._encode_chunk(text)
+        return np.concatenate([self._encode_chunk(chunk) for chunk in chunks(text)])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD."""
@@ -115,57 +109,55 @@ class Tokenizer:
                          f"{END_OF_TEXT} to its added_tokens")
 
     def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for; b"" for special tokens and unused ids."""
-        chars = fast.byte_of_char()
+        """The bytes that each id stands for; b"" for special tokens and unused ids."""
+        byte_of_char = encoder.byte_of_char()
         found = [b""] * self.vocab_size
         for token, id in self.description["model"]["vocab"].items():
-            if all(char in chars for char in token):
-                found[id] = bytes(chars[char] for char in token)
+            if byte_of_char.keys() >= set(token):
+                found[id] = bytes(byte_of_char[char] for char in token)
         for token in self.description["added_tokens"]:
             found[token["id"]] = b"" if token["special"] else token["content"].encode()
         return found
 
     @functools.cached_property
     def hash(self) -> str:
-        """Hex digest of all that decides which ids a text gets, however the file is written."""
+        """Hex digest of everything that decides the ids of a text, however the file is written."""
         described = {key: self.description.get(key)
                      for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
         text = json.dumps(_significant(described), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @functools.cached_property
-    def cuts(self) -> bool:
-        """May text be cut at `safe_cut` without changing ids?"""
-        known = fast.pattern_of(self.description) in fast.PATTERNS
-        return known and not self.description.get("normalizer") and all(
-            token["special"] for token in self.description["added_tokens"])
+    def can_cut(self) -> bool:
+        """Whether text can be cut at `safe_cut` without changing ids."""
+        return not encoder.cut_obstacle(self.description)
 
     @property
-    def fast_reason(self) -> str:
-        """Why ids come from `tokenizers`, not from the faster tiktoken; "" if they do not."""
+    def slow_reason(self) -> str:
+        """Why ids come from `tokenizers` and not from the faster tiktoken; "" if they do not."""
         return self._fast[1]
 
+    def added_names(self) -> set[str]:
+        """Names of the tokens outside the vocabulary, special tokens among them."""
+        return {token["content"] for token in self.description["added_tokens"]}
+
     @functools.cached_property
-    def _fast(self) -> tuple[fast.Fast | None, str]:
-        return fast.build(self.description)
+    def _fast(self) -> tuple[encoder.FastEncoder | None, str]:
+        return encoder.build(self.description)
 
     @functools.cached_property
     def _plain(self) -> Reference:
-        """The reference, knowing no special tokens: their names are text like any other."""
+        """The reference without special tokens: their names are ordinary text to it."""
         bare = copy.deepcopy(self.description)
         bare["added_tokens"] = [token for token in bare["added_tokens"] if not token["special"]]
         bare["post_processor"] = None
         return Reference.from_str(json.dumps(bare))
 
-    def _encode_piece(self, text: str) -> np.ndarray:
-        quick = self._fast[0]
-        if quick:
-            return quick.encode(text)
+    def _encode_chunk(self, text: str) -> np.ndarray:
+        fast = self._fast[0]
+        if fast:
+            return fast.encode(text)
         return np.array(self._plain.encode(text, add_special_tokens=False).ids, np.uint32)
-
-    def added_names(self) -> set[str]:
-        """Names of the tokens beside the vocabulary, the special ones among them."""
-        return {token["content"] for token in self.description["added_tokens"]}
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int = 50304,
@@ -179,11 +171,15 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int = 50304,
     if vocab_size < smallest:
         raise ValueError(f"vocabulary of {vocab_size} is too small: 256 bytes and {len(SPECIAL)} "
                          f"special tokens need {smallest}; give {smallest} or more")
-    reference = _untrained()
+    reference = Reference(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    reference.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(encoder.QWEN2), "isolated"), byte_level])
+    reference.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
                                   min_frequency=2,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    text = _Taken(documents, max_bytes)
+    text = _TrainingText(documents, max_bytes)
     reference.train_from_iterator(text, trainer)
     if not text.bytes:
         raise ValueError("the sources hold no text to learn a tokenizer from; give files with text")
@@ -196,80 +192,66 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int = 50304,
     return Tokenizer(reference)
 
 
-class _Taken:
-    """Iterate over documents until `max_bytes` of text, counting them."""
+class _TrainingText:
+    """Iterates over documents until `max_bytes` of text and counts their bytes."""
 
     def __init__(self, documents: Iterable[str], max_bytes: int | None):
         self.documents, self.max_bytes, self.bytes = documents, max_bytes, 0
 
     def __iter__(self) -> Iterator[str]:
         for text in self.documents:
-            self.bytes += len(_check_text(text))
-            for piece in pieces(text):
-                yield from _short_words(piece)
+            self.bytes += len(to_utf8(text))
+            for chunk in chunks(text):
+                yield from _cut_long_words(chunk)
             if self.max_bytes is not None and self.bytes >= self.max_bytes:
                 return
 
 
-def _short_words(text: str) -> Iterator[str]:
-    """`text`, rows of letters or of blanks without end cut up: the trainer's time for a word grows
-    with the square of its length."""
+def _cut_long_words(text: str) -> Iterator[str]:
+    """`text` in parts such that no run of whitespace, or of anything else, is a very long word."""
     start = 0
-    for found in _ENDLESS.finditer(text):
+    for found in _LONG_WORD.finditer(text):
         yield text[start:found.start()]
-        for start in range(found.start(), found.end(), WORD):
-            yield text[start:min(start + WORD, found.end())]
+        for start in range(found.start(), found.end(), LONGEST_WORD):
+            yield text[start:min(start + LONGEST_WORD, found.end())]
         start = found.end()
     yield text[start:]
 
 
-def _untrained() -> Reference:
-    reference = Reference(models.BPE())
-    split = pre_tokenizers.Split(Regex(fast.QWEN2), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    reference.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    reference.decoder = decoders.ByteLevel()
-    return reference
-
-
-def _check_text(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is half of a surrogate pair "
-                         f"(\\u{ord(text[error.start]):04x}) and no text; remove it") from None
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings in a tokenizer_config.json; None if there is no such file."""
+    if not path.is_file():
+        return None
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is not valid JSON of settings; copy it again, or delete it to "
-                         "take FIRA's own") from None
+                         "use the settings that fira writes")
     return settings
 
 
-def _check_byte_level(description: dict[str, Any]) -> None:
-    model = description["model"]
-    if model.get("type", "BPE") != "BPE" or not set(fast.byte_of_char()) <= set(model["vocab"]):
-        raise ValueError(f"{model.get('type')} model without a token for each of the 256 bytes; "
-                         "FIRA needs byte-level BPE, like GPT-2's or one trained by fira")
-
-
 def _settings(names: set[str]) -> dict[str, Any]:
+    """The settings for transformers of a tokenizer that has none, by its special tokens."""
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast",
-                                "clean_up_tokenization_spaces": False}
-    for key, name in (("bos_token", None), ("eos_token", END_OF_TEXT), ("pad_token", PAD)):
-        settings[key] = name if name in names else None
+                                "clean_up_tokenization_spaces": False, "bos_token": None,
+                                "eos_token": END_OF_TEXT if END_OF_TEXT in names else None,
+                                "pad_token": PAD if PAD in names else None}
     if TURN_START in names:
         settings["chat_template"] = CHAT_TEMPLATE
     return settings
 
 
+def _check_byte_level(description: dict[str, Any]) -> None:
+    kind, vocabulary = description["model"].get("type", "BPE"), description["model"]["vocab"]
+    if kind != "BPE" or not set(encoder.byte_of_char()) <= set(vocabulary):
+        raise ValueError(f"{kind} model without a token for each of the 256 bytes; "
+                         "FIRA needs byte-level BPE, like GPT-2's or one trained by fira")
+
+
 def _significant(value: Any) -> Any:
-    """Without what is off or absent: a key that a later library version adds changes no hash."""
+    """`value` without unset keys, so that a key added by a later library changes no hash."""
     if isinstance(value, dict):
         kept = {key: _significant(inner) for key, inner in value.items() if key != "trim_offsets"}
         return {key: inner for key, inner in kept.items()

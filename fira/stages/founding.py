@@ -1,27 +1,30 @@
-"""The founding document's way to data: what lies in one search folder becomes a data folder.
+"""Finds the data and the tokenizer for training_with_MoE.py, the founding document's script.
 
-A step folder, a data folder and a tokenizer may all lie below the search folder. What was found is
-printed, and where two things could be meant the user is asked, never guessed for.
+Step folders, a data folder, text files and a tokenizer may all be somewhere below one search folder
+(/kaggle/input). What was found is printed. If two things could be meant, the user is asked.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from fira.config import load_preset
-from fira.data.shards import MANIFEST, read_manifest
-from fira.data.sources import ENDINGS, SUPPORTED
+from fira.data.prepare import learn_tokenizer, prepare
+from fira.data.shards import read_manifest
+from fira.data.sources import SUPPORTED, text_files
 from fira.data.tokenizer import Tokenizer
-from fira.stages.prepare import learn_tokenizer, prepare_data
-from fira.stages.pretrain import check_vocabulary, configure
+from fira.files import MANIFEST
+from fira.stages.pretrain import PRETRAIN
+from fira.stages.run import check_vocabulary, configure
 
-BESIDE = ("merges.txt", "vocab.txt", "readme.md", "license.txt", "license.md")  # no training text
+NO_TEXT = ("merges.txt", "vocab.txt", "readme.md", "license.txt", "license.md")  # in lower case
 LEARN_BYTES = 1_000_000_000
 
 
 def find_tokenizer(search: Path, run: Path) -> Path | None:
-    """In the current folder, else with the run, else below `search`; None if there is none.
+    """The tokenizer.json of the current folder, else of the run, else below `search`, or None.
 
     Raises ValueError if `search` holds several that differ.
     """
@@ -40,19 +43,19 @@ def find_tokenizer(search: Path, run: Path) -> Path | None:
 def find_data(search: Path, run: Path) -> list[str]:
     """The run's prepared data, else a data folder below `search`, else the text files there.
 
-    Parquet goes before jsonl and jsonl before plain text, which is seldom part of a data set that
-    has them. Raises ValueError if there is nothing, or more than one data folder.
+    Parquet files are preferred to jsonl files, and those to plain text, because plain text beside
+    them is seldom part of a data set. Raises ValueError if there is nothing, or more than one data
+    folder.
     """
-    prepared = [run / "data"] if is_prepared(run / "data") else sorted(
-        path.parent for path in search.rglob(MANIFEST) if is_prepared(path.parent))
+    if _is_prepared(run / "data"):
+        return [str(run / "data")]
+    prepared = sorted(file.parent for file in search.rglob(MANIFEST) if _is_prepared(file.parent))
     if len(prepared) > 1:
         raise ValueError(f"{search} holds several data folders ({_names(prepared)}); "
                          "choose one with --data FOLDER")
     if prepared:
         return [str(prepared[0])]
-    text = [path for path in sorted(search.rglob("*")) if path.is_file()
-            and path.name.lower().endswith(ENDINGS) and path.name.lower() not in BESIDE
-            and not any(part.startswith(".") for part in path.relative_to(search).parts)]
+    text = [path for path in text_files(search) if path.name.lower() not in NO_TEXT]
     for kind in (".parquet", ".jsonl", ""):
         if chosen := [str(path) for path in text if kind in path.name.lower()]:
             return chosen
@@ -62,45 +65,45 @@ def find_data(search: Path, run: Path) -> list[str]:
                      "FILE_OR_FOLDER")
 
 
-def is_prepared(folder: Path) -> bool:
-    """Is it a finished data folder?"""
-    return (folder / MANIFEST).is_file() and any(folder.glob("train-*.bin"))
-
-
-def data_folder(search: Path, run: Path, sources: list[str], tokenizer: Path | None,
-                validation: list[str], preset: str, settings: list[str], screen: Console) -> Path:
+def data_folder(search: Path, run: Path, sources: Sequence[str], tokenizer: Path | None,
+                validation: Sequence[str], preset: str, settings: list[str],
+                screen: Console) -> Path:
     """The data folder to train `preset` on: a prepared one as it is, else made in `run`/data.
 
-    Text without a tokenizer gets one of the model's vocabulary size. Raises ValueError as its parts
-    do, before any long work where the settings or the tokenizer do not fit.
+    Without a tokenizer, one of the model's vocabulary size is learned from the text. Raises
+    ValueError, before any long work, if the settings or the tokenizer do not fit.
     """
-    config = configure(load_preset(preset), settings)
+    config = configure(PRETRAIN, load_preset(preset), settings)
     if not sources:
         sources = [config.data.folder] if config.data.folder else find_data(search, run)
     screen.print(f"data: {_names(sources)}", soft_wrap=True)
-    if len(sources) == 1 and is_prepared(Path(sources[0])):
-        _refuse_other_tokenizer(Path(sources[0]), tokenizer)
+    if len(sources) == 1 and _is_prepared(Path(sources[0])):
+        _check_made_with(tokenizer, Path(sources[0]))
         return Path(sources[0])
     path = tokenizer or find_tokenizer(search, run)
-    if path is None:
+    if path:
+        screen.print(f"tokenizer: {path}", soft_wrap=True)
+        chosen = Tokenizer.load(path)
+    else:
         screen.print("no tokenizer.json found; learning one from the data")
         chosen = learn_tokenizer(sources, run / "tokenizer", config.model.vocab_size, LEARN_BYTES,
                                  screen)
-    else:
-        screen.print(f"tokenizer: {path}", soft_wrap=True)
-        chosen = Tokenizer.load(path)
-    check_vocabulary(chosen, config)
-    prepare_data(sources, run / "data", chosen, 20, validation, None, screen)
+    check_vocabulary(chosen, config.model)
+    prepare(sources, run / "data", chosen, validation_sources=validation, screen=screen)
     return run / "data"
 
 
-def _refuse_other_tokenizer(data: Path, tokenizer: Path | None) -> None:
+def _is_prepared(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() and any(folder.glob("train-*.bin"))
+
+
+def _check_made_with(tokenizer: Path | None, data: Path) -> None:
     made_with = read_manifest(data)["tokenizer_hash"]
     if tokenizer and (given := Tokenizer.load(tokenizer).hash) != made_with:
         raise ValueError(f"{data} was made with tokenizer {made_with[:12]}, not with {tokenizer} "
                          f"({given[:12]}); leave out --tokenizer, or give the text with --data")
 
 
-def _names(paths: list[Path] | list[str]) -> str:
+def _names(paths: Sequence[Path | str]) -> str:
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(map(str, paths[:3])) + more

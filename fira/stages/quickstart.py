@@ -1,4 +1,4 @@
-"""The whole path on real text: learn a tokenizer, tokenize, train `tiny`, let it speak."""
+"""The whole path on real text: train a tokenizer, tokenize, train `tiny`, print samples."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.text import Text
 
 from fira.config import load_preset
+from fira.data.prepare import learn_tokenizer, prepare
 from fira.infer.load import load
 from fira.infer.text import complete
 from fira.runlog import RunLog
-from fira.stages.prepare import learn_tokenizer, prepare_data
 from fira.stages.pretrain import PRETRAIN, pretrain
 from fira.stages.run import configure
 
@@ -30,14 +30,14 @@ def quickstart(out: Path, settings: Iterable[str], screen: Console) -> Path:
         screen.print(f"using the tokenizer and data already in {out}")
     else:
         learned = learn_tokenizer([CORPUS], out / "tokenizer", vocab_size, 1 << 30, screen)
-        prepare_data([CORPUS], out / "data", learned, 20, [], None, screen)
+        prepare([CORPUS], out / "data", learned, screen=screen)
     run = out / "run"
     pretrain("tiny", settings, run, "auto", (run / "config.json").exists(), screen)
-    _speak(run, screen)
+    _print_samples(run, screen)
     return run
 
 
-def _speak(run: Path, screen: Console) -> None:
+def _print_samples(run: Path, screen: Console) -> None:
     """Print three samples and put them on record."""
     loaded = load(run)
     step = int(loaded.folder.name.partition("-")[2])

@@ -28,6 +28,13 @@ def tokenizer_folder(tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def auto(tokenizer_folder):
+    """The saved tokenizer as transformers reads it."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
 @pytest.fixture
 def jsonl(tmp_path):
     """Write documents to a .jsonl file and return its path."""

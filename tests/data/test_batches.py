@@ -1,13 +1,11 @@
-"""Every window once an epoch, in an order that depends on seed, epoch and index alone."""
+"""Every window once an epoch, in an order that depends on seed, epoch and number alone."""
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
 
-from fira.data.batches import Batches, permute, sequential
-from fira.data.prepare import prepare
-from fira.data.shards import Shards
+from fira.data.batches import IGNORED, Batch, Batches, permute, sequential
 
 
 def windows_of(batches: Batches, first: int, count: int) -> list[int]:
@@ -31,6 +29,11 @@ def test_order_looks_random():
     assert abs(int((np.diff(order) > 0).sum()) - 5000) < 150
 
 
+def test_order_never_changes():
+    """A resumed run must see the data in the order in which it began."""
+    assert permute(np.arange(12), 12, 3, 1).tolist() == [9, 7, 1, 6, 11, 2, 0, 4, 10, 5, 8, 3]
+
+
 def test_order_of_ten_billion_places_is_computed_for_one_alone():
     size = 10**10
     places = np.array([0, 5, size - 1])
@@ -41,7 +44,6 @@ def test_order_of_ten_billion_places_is_computed_for_one_alone():
 
 def test_each_window_comes_once_an_epoch_in_an_order_of_its_own():
     batches = Batches(np.arange(10 * 12 + 1), 10, 4, seed=3)
-    assert batches.per_epoch == 3
     first, second = windows_of(batches, 0, 3), windows_of(batches, 3, 3)
     assert sorted(first) == sorted(second) == list(range(12))
     assert first != second
@@ -54,17 +56,23 @@ def test_epochs_follow_each_other_inside_a_batch():
     assert [sorted(drawn[start:start + 7]) for start in (0, 7, 14)] == [list(range(7))] * 3
 
 
-def test_targets_are_the_tokens_that_follow():
-    batch = Batches(np.arange(1000, dtype=np.uint16), 9, 5).batch(4)
-    assert batch.tokens_BT.shape == batch.targets_BT.shape == (5, 9)
-    assert batch.tokens_BT.dtype == batch.targets_BT.dtype == torch.int64
-    assert torch.equal(batch.targets_BT, batch.tokens_BT + 1)
-
-
-def test_no_position_is_a_target_twice_in_an_epoch():
-    batches = Batches(np.arange(103), 10, 2)
-    targets = torch.cat([batches.batch(index).targets_BT.flatten() for index in range(5)])
+def test_targets_are_the_tokens_that_follow_and_no_position_is_one_twice():
+    batches = Batches(np.arange(103, dtype=np.uint16), 10, 2)
+    parts = [batches.batch(index) for index in range(5)]
+    for part in parts:
+        assert part.tokens_BT.shape == part.targets_BT.shape == (2, 10)
+        assert part.tokens_BT.dtype == part.targets_BT.dtype == torch.int64
+        assert torch.equal(part.targets_BT, part.tokens_BT + 1)
+    targets = torch.cat([part.targets_BT.flatten() for part in parts])
     assert sorted(targets.tolist()) == list(range(1, 101))
+
+
+def test_weight_counts_the_scored_targets():
+    tokens = torch.arange(12).view(3, 4)
+    assert Batch(tokens, tokens + 1).weight == 12
+    masked = torch.where(tokens % 3 == 0, tokens, IGNORED)
+    assert Batch(tokens, masked).weight == 4
+    assert Batch(tokens, torch.full_like(tokens, IGNORED)).weight == 0
 
 
 def test_any_batch_and_any_rows_are_computed_alone():
@@ -76,14 +84,12 @@ def test_any_batch_and_any_rows_are_computed_alone():
         assert torch.equal(torch.cat([rank.targets_BT for rank in ranks]), whole.targets_BT)
 
 
-def test_shards_give_the_batches_of_the_whole_stream(tokenizer, speeches, jsonl, tmp_path):
-    prepare([jsonl(speeches[:4])], tmp_path / "data", tokenizer, validation_every=0,
-            shard_tokens=777)
-    shards = Shards.open(tmp_path / "data")
-    for index in range(5):
-        ours, plain = (Batches(tokens, 64, 8, seed=1).batch(index)
-                       for tokens in (shards, shards[:].copy()))
-        assert torch.equal(ours.tokens_BT, plain.tokens_BT)
+def test_the_order_of_windows_does_not_depend_on_the_batch_size():
+    """A run may change its batch size and continue with the next window."""
+    small, large = (Batches(np.arange(500), 10, size, seed=2) for size in (4, 6))
+    drawn = torch.cat([small.batch(index).tokens_BT for index in range(45)])  # several epochs
+    assert torch.equal(torch.cat([large.batch(index).tokens_BT for index in range(30)]), drawn)
+    assert torch.equal(large.windows_at(44, 13).tokens_BT, drawn[44:57])
 
 
 @pytest.mark.parametrize("length", [2, 30, 31, 32, 61, 64])

@@ -1,4 +1,4 @@
-"""Chat turns become the ids that the saved template gives elsewhere, and text stays text."""
+"""Chat messages become the ids that the saved template gives elsewhere, and text stays text."""
 from __future__ import annotations
 
 import pytest
@@ -13,18 +13,22 @@ MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(ROLES), "cont
                     min_size=1, max_size=5)
 
 
-@pytest.fixture(scope="session")
-def auto(tokenizer_folder):
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
-
-
 @settings(max_examples=150, deadline=None)
 @given(messages=MESSAGES, prompt=st.booleans())
 def test_ids_equal_those_of_the_saved_template(tokenizer, auto, messages, prompt):
     theirs = auto.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True,
                                       return_dict=True)["input_ids"]
     assert render(tokenizer, messages, prompt) == theirs
+
+
+@settings(max_examples=50, deadline=None)
+@given(messages=MESSAGES)
+def test_ids_begin_with_those_of_every_shorter_conversation(tokenizer, messages):
+    whole = render(tokenizer, messages, add_generation_prompt=False)
+    for count, message in enumerate(messages):
+        replies = message["role"] == "assistant" and not message["content"][:1].isspace()
+        before = render(tokenizer, messages[:count], add_generation_prompt=replies)
+        assert whole[:len(before)] == before
 
 
 @pytest.mark.parametrize("name", SPECIAL)

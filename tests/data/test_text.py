@@ -7,7 +7,6 @@ import lzma
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-from fira.data import text as text_module
-from fira.data.fast import PATTERNS
+from fira.data import encoder
+from fira.data.encoder import PATTERNS, safe_cut
 from fira.data.sources import inputs
-from fira.data.text import items, safe_cut, texts
+from fira.data.text import items, texts
 
 DOCUMENTS = ["one\r\ntwo\n", "Straße, naïve – 東京 🎉", "x" * 3000]
 
@@ -34,52 +33,27 @@ PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
 @pytest.mark.parametrize("packed", PACKERS)
-def test_jsonl_gives_a_document_a_line_however_compressed(tmp_path, packed):
-    lines = [json.dumps({"id": n, "text": text}) for n, text in enumerate(DOCUMENTS)]
-    file = tmp_path / f"corpus.jsonl{packed}"
-    file.write_bytes(PACKERS[packed]("\n\n".join(lines).encode()))
-    assert list(texts([str(file)])) == DOCUMENTS
-
-
-@pytest.mark.parametrize("packed", PACKERS)
-def test_text_file_is_one_document_byte_for_byte(tmp_path, packed):
-    file = tmp_path / f"corpus.txt{packed}"
-    file.write_bytes(PACKERS[packed](DOCUMENTS[0].encode() + DOCUMENTS[1].encode()))
-    assert list(texts([str(file)])) == [DOCUMENTS[0] + DOCUMENTS[1]]
-
-
-def test_compressed_streams_may_be_concatenated(tmp_path):
-    for packed in (".gz", ".xz", ".zst"):
-        pack = PACKERS[packed]
-        file = tmp_path / f"corpus.txt{packed}"
-        file.write_bytes(pack(b"first ") + pack(b"second"))
-        assert list(texts([str(file)])) == ["first second"], packed
-
-
-def fineweb_edu(documents: list[str]) -> pyarrow.Table:
-    """A table of exactly FineWeb-Edu's schema."""
-    count = len(documents)
-    return pyarrow.table({
-        "text": documents,
-        "id": [f"<urn:uuid:{n}>" for n in range(count)],
-        "dump": ["CC-MAIN-2013-20"] * count,
-        "url": [f"https://example.org/{n}" for n in range(count)],
-        "file_path": ["s3://bucket/segment.warc.gz"] * count,
-        "language": ["en"] * count,
-        "language_score": np.linspace(0.6, 0.99, count),
-        "token_count": pyarrow.array([len(text) // 4 for text in documents], pyarrow.int64()),
-        "score": np.linspace(2.5, 5.0, count),
-        "int_score": pyarrow.array([3] * count, pyarrow.int64()),
-    })
+def test_files_give_their_documents_however_compressed(tmp_path, packed):
+    lines = [json.dumps({"id": n, "text": text}) for n, text in enumerate([*DOCUMENTS, ""])]
+    rows, text = (tmp_path / f"corpus{form}{packed}" for form in (".jsonl", ".txt"))
+    rows.write_bytes(PACKERS[packed]("\n\n".join(lines).encode()))
+    text.write_bytes(b"".join(PACKERS[packed](part.encode()) for part in DOCUMENTS[:2]))
+    found = list(items(inputs([str(rows), str(text)])))
+    assert [item.text for item in found] == [*DOCUMENTS, DOCUMENTS[0] + DOCUMENTS[1]]
+    assert found[-1].done == rows.stat().st_size + text.stat().st_size
 
 
 def test_parquet_of_fineweb_edu_gives_a_document_a_row(tmp_path):
     documents = [f"{text} {n}" for n in range(400) for text in DOCUMENTS[:2]]
+    other = {"id": "a", "dump": "CC-MAIN-2013-20", "url": "https://example.org/", "file_path": "s3",
+             "language": "en", "language_score": 0.6, "token_count": 7, "score": 2.5,
+             "int_score": 3}  # FineWeb-Edu's columns
+    rows = [{"text": text, **other} for text in [*documents, None]]
     file = tmp_path / "000_00000.parquet"
-    pyarrow.parquet.write_table(fineweb_edu(documents), file, row_group_size=100)
-    assert list(texts([str(file)])) == documents
-    resumed = [item.text for item in items(inputs([str(file)]), 0, 555)]
-    assert resumed == documents[555:]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=100)
+    found = list(items(inputs([str(file)])))
+    assert [item.text for item in found] == documents
+    assert list(items(inputs([str(file)]), 0, 555)) == found[555:]
 
 
 def test_folders_and_globs_are_read_in_sorted_order(tmp_path):
@@ -108,18 +82,17 @@ def test_hub_data_set_is_streamed(monkeypatch):
         return iter([{"text": text, "id": "x"} for text in DOCUMENTS])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert list(texts(["hub:HuggingFaceFW/fineweb-edu:sample-10BT"])) == DOCUMENTS
+    found = list(items(inputs(["hub:HuggingFaceFW/fineweb-edu:sample-10BT"])))
+    assert [item.text for item in found] == DOCUMENTS
+    assert found[-1].done == sum(len(text.encode()) for text in DOCUMENTS)
     assert asked == [("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", True)]
-
-
-def test_hub_without_its_library_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'fira-moe\[hub\]'"):
         next(texts(["hub:owner/name"]))
 
 
 def test_reading_can_begin_at_any_item(tmp_path, jsonl, monkeypatch):
-    monkeypatch.setattr(text_module, "BLOCK", 64)
+    monkeypatch.setattr(encoder, "CHUNK", 64)
     (tmp_path / "long.txt").write_text("some words " * 50)
     sources = inputs([jsonl(DOCUMENTS), str(tmp_path / "long.txt"), jsonl(["end"], "z.jsonl")])
     whole = list(items(sources))
@@ -129,7 +102,7 @@ def test_reading_can_begin_at_any_item(tmp_path, jsonl, monkeypatch):
 
 
 def test_parts_of_a_text_file_make_up_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "BLOCK", 101)  # cuts inside characters
+    monkeypatch.setattr(encoder, "CHUNK", 101)  # cuts inside characters
     whole = "naïve words – 東京\n\n  and 1 2 3\nmore  of it 🎉🎉 " * 40
     (tmp_path / "a.txt").write_text(whole)
     parts = list(items(inputs([str(tmp_path / "a.txt")])))
@@ -144,9 +117,9 @@ def test_every_pattern_splits_at_a_safe_cut(text):
     cut = safe_cut(text)
     for pattern in PATTERNS:
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
-        pieces = [piece for part in (text[:cut], text[cut:])
-                  for piece, _ in split.pre_tokenize_str(part)]
-        assert pieces == [piece for piece, _ in split.pre_tokenize_str(text)]
+        words = [word for part in (text[:cut], text[cut:])
+                 for word, _ in split.pre_tokenize_str(part)]
+        assert words == [word for word, _ in split.pre_tokenize_str(text)]
 
 
 def test_safe_cut_finds_the_last_place():
@@ -164,7 +137,7 @@ BAD = {
     "other.jsonl": (b'{"content": "x"}', r"other.jsonl:1: no string under the key text \(keys: co"),
     "list.jsonl": (b"[1]", r"list.jsonl:1: no string .*not an object"),
     "broken.jsonl": (b'{"text": "ok"}\n{"text": ', r"broken.jsonl:2: not valid JSON"),
-    "half.jsonl": (b'{"text": "\\ud800"}', r"half.jsonl:1: half of a surrogate pair"),
+    "half.jsonl": (b'{"text": "\\ud800"}', r"half.jsonl:1: character 0 is half of a surrogate"),
     "not.parquet": (b"PAR1 no", r"not.parquet cannot be read as parquet"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "abc"}')[:-9], r"cut.jsonl.gz cannot be read to its"),
     "no.txt.xz": (b"not xz", r"no.txt.xz cannot be read to its end"),
@@ -205,13 +178,10 @@ def test_bad_source_is_one_line(sources, line):
         inputs(sources)
 
 
-def test_unreadable_file_is_one_line(tmp_path, monkeypatch):
+def test_unreadable_file_and_empty_folder_are_one_line(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="holds no text"):
+        inputs([str(tmp_path)])
     (tmp_path / "a.txt").write_text("x")
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(ValueError, match=r"permission denied.*chmod"):
         inputs([str(tmp_path / "a.txt")])
-
-
-def test_folder_without_text_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="holds no text"):
-        inputs([str(tmp_path)])
