@@ -12,8 +12,8 @@ where it stopped; --report only writes the report of the finished runs.
 it ends where the others end after all of them. --wider 2 also trains a dense model twice as wide as
 the baseline, to check that the baseline is not weak because it is narrow. --only names the arms to
 train now. With --nanogpt and --nanochat these programs train on the same text with their own
-recipes (quickstart_quality.py and
-training_peers.py). Of several --nanochat-settings the best one of shorter runs is taken:
+recipes (quickstart_quality.py and training_peers.py). Of several --nanochat-settings the best one
+of shorter runs is taken:
 
     --nanochat PATH --nanochat-settings depth=6 --nanochat-settings \\
         depth=4,device-batch-size=4,total-batch-size=2048

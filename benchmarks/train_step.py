@@ -221,10 +221,12 @@ def main() -> None:
                      f"{options.batch}; choose a divisor")
     peak = peak_flops(pick_device(options.device))
     print(f"{machine()}; matrix product {peak / 1e9:,.0f} GFLOP/s; {options.batch} x "
-          f"{options.sequence} tokens a step in {options.micro_batches} micro-batches")
+          f"{options.sequence} tokens per step, {options.micro_batches} micro-batches")
     for group in options.group or GROUPS:
         sides = GROUPS[group](SMALL if options.small else {})
-        rows = compare([side for side in sides if side[1].startswith("fira") or not options.ours], options)
+        if options.ours:
+            sides = [side for side in sides if side[1].startswith("fira")]
+        rows = compare(sides, options)
         print(f"\n{group:26}{'tokens/s':>10}{'ratio':>7}{'of peak':>9}{'peak GB':>9}"
               f"{'active M':>10}{'total M':>9}")
         for name, row in rows.items():
@@ -234,8 +236,8 @@ def main() -> None:
         if options.json:
             append(options.json, {"benchmark": "train_step", "group": group, "peak_flops": peak,
                                   "small": options.small, "batch": options.batch,
-                                  "micro_batches": options.micro_batches, "sequence": options.sequence,
-                                  "sides": rows})
+                                  "micro_batches": options.micro_batches,
+                                  "sequence": options.sequence, "sides": rows})
 
 
 if __name__ == "__main__":
