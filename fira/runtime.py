@@ -82,7 +82,7 @@ def keep_large_blocks() -> bool:
 
     By default glibc maps every large tensor anew and returns it when freed, so each training step
     faults its whole working set in again. The setting lives and dies with this process and touches
-    no environment variable. Measured in benchmarks/allocator.py.
+    no environment variable. Measured by benchmarks/train_step.py --group allocation.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False

@@ -1,1 +1,1 @@
-"""From a run folder to tables, pictures and a page. Reads files only."""
+"""Tables, pictures and a page from a run folder. This package only reads what training wrote."""

@@ -1,256 +1,212 @@
-"""training_progress.png: how a run went, on one page.
+"""training_progress.png: loss, validation score, learning rate, speed and metrics of a run.
 
-Figures are plain `Figure` objects (no pyplot, so no global state and no display), and a picture
-appears by one rename, so that a viewer never meets half a file.
+Figures are plain `Figure` objects, without pyplot, so that there is no global state and no display.
 """
 from __future__ import annotations
 
+import io
 import math
-import os
-from collections.abc import Sequence
-from itertools import accumulate
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fira.report.read import Run, Step, Validation, read_run
+from fira.files import replacing
+from fira.report.read import Run, numbers, read_run
 
 PICTURE = "training_progress.png"
-# Hues that stay apart for color-blind readers (Okabe & Ito 2008), lighter ones on dark paper.
-LIGHT = {"paper": "#ffffff", "ink": "#1c2024", "quiet": "#6b7280", "grid": "#e5e7eb",
-         "train": "#0072b2", "validation": "#d55e00", "other": "#44546a"}
-DARK = {"paper": "#15181c", "ink": "#e6e8eb", "quiet": "#9aa3ad", "grid": "#2b3038",
-        "train": "#56b4e9", "validation": "#f0a04b", "other": "#aab7c8"}
-FEW = 12  # up to here points are shown one by one and nothing is smoothed
+BASE_KEYS = {"kind", "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds",
+             "imbalance", "dead", "skipped"}  # of a step row; every other number is a metric
+# Colors that color-blind readers can tell apart (Okabe & Ito 2008).
+INK, QUIET, GRID = "#1c2024", "#626b77", "#e5e7eb"
+TRAINING, VALIDATION, OTHER = "#0072b2", "#d55e00", "#44546a"
+STYLE: dict[Any, Any] = {
+    "text.color": INK, "axes.labelcolor": QUIET, "axes.edgecolor": GRID, "xtick.color": QUIET,
+    "ytick.color": QUIET, "grid.color": GRID, "xtick.labelsize": 9, "ytick.labelsize": 9,
+    "axes.labelsize": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left",
+    "axes.titlepad": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "xtick.major.size": 0, "ytick.major.size": 0, "axes.grid": True, "axes.axisbelow": True,
+    "legend.frameon": False, "legend.fontsize": 9.5, "font.sans-serif": ["DejaVu Sans"]}
+FEW = 12  # up to this many points have markers and are not smoothed
 
 
 def save_progress(folder: str | Path) -> Path:
-    """Draw `folder`'s training_progress.png anew; returns its path."""
+    """Draw training_progress.png of the run in `folder`; returns its path."""
     run = read_run(folder)
-    return save(progress_figure(run), run.path / PICTURE)
-
-
-def progress_figure(run: Run, dark: bool = False) -> Figure:
-    """Loss and bits per byte on top; learning rate, speed and (with experts) imbalance below."""
-    colors = DARK if dark else LIGHT
-    routed = [row for row in run.steps if row.imbalance is not None]
-    with rc_context(style(colors)):
-        spaces = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.04,
-                                         rect=(0, 0, 1, 0.88))
-        figure = Figure(figsize=(11, 6.4), dpi=150, layout=spaces)
-        figure.text(0.012, 0.975, run.name, va="top", fontsize=15, fontweight="bold",
-                    parse_math=False)
-        figure.text(0.012, 0.918, facts(run), va="top", fontsize=9.5, color=colors["quiet"],
-                    parse_math=False)
-        below = 3 if routed else 2
-        grid = figure.add_gridspec(2, 6, height_ratios=[1.6, 1])
-        _loss(figure.add_subplot(grid[0, :3]), run, colors)
-        _bits(figure.add_subplot(grid[0, 3:]), run, colors)
-        width = 6 // below
-        panels = [figure.add_subplot(grid[1, width * i:width * (i + 1)]) for i in range(below)]
-        _small(panels[0], "learning rate", run.steps, [row.lr for row in run.steps], colors)
-        _small(panels[1], "tokens per second", run.steps,
-               [row.tokens_per_second for row in run.steps], colors, smoothed=True)
-        if routed:
-            _small(panels[2], "expert imbalance (CV of load; 0 is even)", routed,
-                   [row.imbalance for row in routed], colors, smoothed=True)
-    return figure
+    return save(draw_progress(run), run.path / PICTURE)
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write a figure as PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    return write(path, content.getvalue())
+
+
+def write(path: Path, content: bytes) -> Path:
+    """Replace the file `path` as a whole. Raises ValueError, one line, if that is impossible."""
     try:
-        FigureCanvasAgg(figure)
-        figure.savefig(partial, format="png", facecolor=figure.get_facecolor())
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise ValueError(f"cannot write {path} ({error.strerror or error}); make the folder "
                          "writable and free some space") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
-def style(colors: dict[str, str]) -> dict[Any, Any]:
-    """matplotlib settings shared by every picture of a report."""
-    return {"figure.facecolor": colors["paper"], "axes.facecolor": colors["paper"],
-            "text.color": colors["ink"], "axes.labelcolor": colors["quiet"],
-            "axes.titlecolor": colors["ink"], "axes.edgecolor": colors["grid"],
-            "xtick.color": colors["quiet"], "ytick.color": colors["quiet"],
-            "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.labelsize": 9.5,
-            "axes.titlesize": 10.5, "axes.titlelocation": "left",
-            "axes.titlepad": 9, "axes.spines.top": False, "axes.spines.right": False,
-            "xtick.major.size": 0, "ytick.major.size": 0, "axes.grid": True,
-            "grid.color": colors["grid"], "grid.linewidth": 0.8, "axes.axisbelow": True,
-            "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"]}
+def summary(run: Run) -> list[tuple[str, str]]:
+    """The figures that describe a run, as (label, value), the most important first."""
+    facts, best, about = [], run.best, run.about
+    if best:
+        facts += [(f"best {words(run.score)}", f"{best[run.score]:.4f}"),
+                  ("at step", f"{best['step']:,}")]
+    if run.steps:
+        last = run.steps[-1]
+        facts += [("steps", f"{last['step']:,}"), ("tokens", short(last["tokens"])),
+                  ("training time", str(timedelta(seconds=round(last["seconds"]))))]
+    if total := run.parameters.get("total"):
+        facts += [("parameters", short(total)),
+                  ("active per token", short(run.parameters.get("active", total)))]
+    if run.steps:
+        losses = numbers(run.steps, "loss")
+        losses = losses[np.isfinite(losses)]
+        recent = losses[-1 - len(losses) // 50:]  # the loss of one batch is too noisy
+        facts += [("training loss (nats per token)", f"{recent.mean():.4f}" if len(recent) else ""),
+                  ("tokens per second", short(last["tokens"] / (last["seconds"] or math.nan))),
+                  ("skipped steps", str(last.get("skipped") or ""))]
+    if run.routings:
+        cv, dead = run.routings[-1]["cv"], run.routings[-1]["dead"]
+        facts += [("expert imbalance (CV)", f"{sum(cv) / len(cv):.2f}"),
+                  ("dead experts", str(sum(dead)))]
+    facts += [(name, str(about.get(name) or "")) for name in ("preset", "commit")]
+    return [(label, value) for label, value in facts if value] or [("steps", "none yet")]
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a centered window of about a fortieth of the run, narrower at both ends.
+def draw_progress(run: Run) -> Figure:
+    """Loss and validation score in the first row, below a small panel for every other number."""
+    panels = {"lr": "learning rate", "tokens_per_second": "tokens per second"}
+    if np.isfinite(numbers(run.steps, "imbalance")).any():
+        panels["imbalance"] = "expert imbalance (CV of load; 0 is even)"
+    panels |= {name: words(name) for row in run.steps for name, value in row.items()
+               if name not in BASE_KEYS and isinstance(value, int | float)}
+    columns = min(3, len(panels))
+    rows, width = math.ceil(len(panels) / columns), 6 // columns
+    height = 4.25 + 2.15 * rows  # inches, of which the two lines of text take 0.8
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, height), layout=ConstrainedLayoutEngine(
+            w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.04, rect=(0, 0, 1, 1 - 0.8 / height)))
+        subtitle = "  ·  ".join(f"{label} {value}" for label, value in summary(run)[:7])
+        figure.text(0.012, 1 - 0.16 / height, run.name, va="top", fontsize=15, weight="bold",
+                    parse_math=False)
+        figure.text(0.012, 1 - 0.53 / height, subtitle, va="top", fontsize=9.5, color=QUIET)
+        grid = figure.add_gridspec(1 + rows, 6, height_ratios=[1.6] + [1] * rows)
+        _draw_loss(figure.add_subplot(grid[0, :3]), run)
+        _draw_score(figure.add_subplot(grid[0, 3:]), run)
+        for number, (key, title) in enumerate(panels.items()):
+            row, left = 1 + number // columns, number % columns * width
+            _draw_metric(figure.add_subplot(grid[row, left:left + width]), run, key, title)
+    return figure
 
-    Centered, so that the line does not lag behind a falling loss. Values that are not finite are
-    passed over.
-    """
-    finite = [math.isfinite(value) for value in values]
-    sums = [0.0, *accumulate(value if math.isfinite(value) else 0.0 for value in values)]
-    counts = [0, *accumulate(finite)]
-    result = []
-    for i in range(len(values)):
-        half = min(len(values) // 80, i)
-        end = min(i + half + 1, len(values))
-        count, total = counts[end] - counts[i - half], sums[end] - sums[i - half]
-        result.append(total / count if count else math.nan)
-    return result
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of about 1/40 of the values, centered so that the line does not lag behind
+    a falling loss."""
+    window = np.ones(2 * (len(values) // 80) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def facts(run: Run) -> str:
-    """One line: preset, parameters, how far the run went, its best validation."""
-    counts, steps = run.parameters, run.steps
-    parts = [f"preset {Path(run.about['preset']).name}"] if run.about.get("preset") else []
-    if counts.get("total"):
-        parts.append(f"{short(counts['total'])} parameters")
-    if counts.get("active", counts.get("total")) != counts.get("total"):
-        parts.append(f"{short(counts['active'])} active")
-    if steps:
-        parts.append(f"{steps[-1].step:,} step{'s' * (steps[-1].step != 1)}")
-        parts += [f"{short(steps[-1].tokens)} tokens", duration(steps[-1].seconds)]
-    if run.best:
-        parts.append(f"best validation {run.best.bits_per_byte:.4f} bits per byte")
-    return "  ·  ".join(parts) or "no steps yet"
+def words(name: str) -> str:
+    """A metric's name as text: bits_per_byte becomes "bits per byte"."""
+    return name.replace("_", " ")
 
 
 def short(number: float) -> str:
-    """A count in at most four figures: 950, 12.3k, 4.1M, 2B."""
+    """A number in three figures and a unit: 950, 12.3k, 4.1M, 2B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= 0.9995 * size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 
 
-def duration(seconds: float) -> str:
-    """A length of time in its two largest units: 45 s, 4 min 50 s, 3 h 20 min, 2 d 4 h."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    first = next((i for i, (count, _) in enumerate(parts) if count), len(parts) - 1)
-    return " ".join(f"{count} {unit}" for count, unit in parts[first:first + 2] if count) or "0 s"
-
-
-def _loss(axes: Axes, run: Run, colors: dict[str, str]) -> None:
-    """Loss in nats per token against tokens seen."""
+def _draw_loss(axes: Axes, run: Run) -> None:
+    """Loss of training and validation against tokens."""
     axes.set_title("loss (nats per token)")
-    tokens = [row.tokens for row in run.steps]
-    losses = [row.loss for row in run.steps]
-    marker = _marker(run.steps)
-    if len(losses) > FEW:
-        axes.plot(tokens, losses, color=colors["train"], alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, smooth(losses), color=colors["train"], linewidth=1.8, label="training",
-              **marker)
-    axes.plot([row.tokens for row in run.validations], [row.loss for row in run.validations],
-              color=colors["validation"], linewidth=1.6, label="validation",
-              **_dots(run.validations))
-    _frame_loss(axes, losses, [row.loss for row in run.validations])
-    _tokens_axis(axes)
-    if len(run.steps) == 1:
-        _around(axes, tokens[0], losses[0])
-    if run.steps or run.validations:
-        axes.legend(frameon=False, fontsize=9.5, loc="upper right", labelcolor=colors["ink"])
-    else:
-        _empty(axes, "no steps yet", colors)
+    losses, validation = numbers(run.steps, "loss"), numbers(run.validations, "loss")
+    _draw_line(axes, run, losses, TRAINING)
+    finite = np.concatenate([losses, validation])
+    finite = finite[np.isfinite(finite)]
+    if np.isfinite(validation).any():
+        axes.plot(numbers(run.validations, "tokens"), validation, color=VALIDATION,
+                  label="validation", **_markers(validation, 40))
+    if len(set(finite)) > 1:  # show every value, but cut off a spike that would flatten the curve
+        low, start = min(finite), max(finite[:max(3, len(finite) // 50)])
+        high = min(max(finite), 1.5 * start)
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    if run.steps:
+        axes.legend(loc="best")
 
 
-def _bits(axes: Axes, run: Run, colors: dict[str, str]) -> None:
-    """Validation bits per byte against wall clock: the number that compares across tokenizers."""
-    axes.set_title("validation bits per byte")
-    rows = run.validations
-    longest = max([row.seconds for row in rows], default=0.0)
+def _draw_score(axes: Axes, run: Run) -> None:
+    """Validation score against wall-clock time."""
+    direction = "lower" if run.lower_is_better else "higher"
+    axes.set_title(f"validation {words(run.score)} ({direction} is better)", parse_math=False)
+    best, seconds = run.best, numbers(run.validations, "seconds")
+    if best is None:
+        _say(axes, "no validation yet")
+        return
     units = ((3600, "hours", 5400), (60, "minutes", 90), (1, "seconds", -1))
-    size, unit = next((size, unit) for size, unit, above in units if longest > above)
+    size, unit = next((size, unit) for size, unit, above in units if max(seconds) > above)
     axes.set_xlabel(f"training time ({unit})")
-    axes.plot([row.seconds / size for row in rows], [row.bits_per_byte for row in rows],
-              color=colors["validation"], linewidth=1.8, **_dots(rows))
-    axes.margins(y=0.16)
-    if len(rows) == 1:
-        _around(axes, rows[0].seconds / size, rows[0].bits_per_byte)
-    elif rows:
-        axes.set_xlim(left=0, right=longest / size * 1.06 or 1)
-    if run.best is None:
-        _empty(axes, "no validation yet", colors)
+    axes.plot(seconds / size, numbers(run.validations, run.score), color=VALIDATION,
+              **_markers(seconds, 40))
+    axes.margins(y=0.16)  # room for the number
+    axes.set_xlim(0, max(seconds) / size * 1.06 or 1)
+    axes.annotate(f"{best[run.score]:.3f}", (best["seconds"] / size, best[run.score]),
+                  xytext=(0, -8 if run.lower_is_better else 8), textcoords="offset points",
+                  ha="center", va="top" if run.lower_is_better else "bottom", weight="bold",
+                  color=VALIDATION)
+
+
+def _draw_metric(axes: Axes, run: Run, key: str, title: str) -> None:
+    """One number of the step rows against tokens."""
+    axes.set_title(title, parse_math=False)
+    values = numbers(run.steps, key)
+    _draw_line(axes, run, values, OTHER, smoothed=key != "lr")  # the schedule has no noise
+    finite = values[np.isfinite(values)]
+    if len(finite):
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        if min(finite) >= 0:
+            axes.set_ylim(0, max(finite) * 1.15 or 1)
+
+
+def _draw_line(axes: Axes, run: Run, values: np.ndarray, color: str, smoothed: bool = True) -> None:
+    """Values of the steps against tokens: each value pale, their moving average strong."""
+    finite = np.isfinite(values)
+    if not finite.any():
+        _say(axes, "no steps yet")
         return
-    best = run.best
-    axes.annotate(f"{best.bits_per_byte:.3f}", (best.seconds / size, best.bits_per_byte),
-                  xytext=(0, -8), textcoords="offset points", ha="center", va="top", fontsize=10,
-                  fontweight="bold", color=colors["validation"])
-
-
-def _small(axes: Axes, title: str, steps: Sequence[Step], values: Sequence[float | None],
-           colors: dict[str, str], smoothed: bool = False) -> None:
-    axes.set_title(title)
-    tokens = [row.tokens for row in steps]
-    numbers = [math.nan if value is None else value for value in values]
-    if smoothed and len(numbers) > FEW:
-        axes.plot(tokens, numbers, color=colors["other"], alpha=0.25, linewidth=0.7)
-        numbers = smooth(numbers)
-    axes.plot(tokens, numbers, color=colors["other"], linewidth=1.5, **_marker(steps))
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    if len(steps) == 1:
-        _around(axes, tokens[0], numbers[0])
-    finite = [number for number in numbers if math.isfinite(number)]
-    if finite:
-        axes.set_ylim(bottom=0, top=max(finite) * 1.15 or 1)
-    _tokens_axis(axes)
-    if not finite:
-        _empty(axes, "nothing yet", colors)
-
-
-def _frame_loss(axes: Axes, losses: Sequence[float], validation: Sequence[float]) -> None:
-    """Room for every value, unless a spike would flatten the curve: then the spike is cut off."""
-    finite = [value for value in [*losses, *validation] if math.isfinite(value)]
-    if len(finite) < 2 or min(finite) == max(finite):
-        return
-    low, high = min(finite), max(finite)
-    start = max(value for value in finite[:max(3, len(finite) // 50)])
-    if high > 1.5 * start:
-        high = 1.5 * start
-    room = 0.06 * (high - low)
-    axes.set_ylim(low - room, high + room)
-
-
-def _tokens_axis(axes: Axes) -> None:
+    values, tokens = values[finite], numbers(run.steps, "tokens")[finite]
+    if smoothed and len(values) > FEW:
+        axes.plot(tokens, values, color=color, alpha=0.25, linewidth=0.8)
+        values = smooth(values)
+    axes.plot(tokens, values, color=color, label="training", **_markers(values, FEW))
     axes.set_xlabel("tokens")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
-def _marker(rows: Sequence[Step]) -> dict[str, Any]:
-    return {"marker": "o", "markersize": 4.5} if len(rows) <= FEW else {}
+def _markers(values: np.ndarray, most: int) -> dict[str, Any]:
+    return {"marker": "o", "markersize": 4.5} if len(values) <= most else {}
 
 
-def _dots(rows: Sequence[Validation]) -> dict[str, Any]:
-    return {"marker": "o", "markersize": 4.5 if len(rows) <= 40 else 0}
-
-
-def _around(axes: Axes, x: float, y: float) -> None:
-    """A single point in the middle of readable limits, not of microscopic ones."""
-    if math.isfinite(x) and math.isfinite(y):
-        axes.set_xlim(0, 2 * x or 1)
-        axes.set_ylim(0, 2 * y or 1)
-
-
-def _empty(axes: Axes, text: str, colors: dict[str, str]) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center",
-              color=colors["quiet"], fontsize=11)
+def _say(axes: Axes, text: str) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=QUIET)

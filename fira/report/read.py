@@ -1,130 +1,111 @@
-"""A run folder read back: the rows that training wrote, typed, and nothing else.
+"""Reads a run folder: config.json and the rows of metrics.jsonl, which stay plain dicts.
 
-Reports read and never hook: whatever a report shows stands in config.json and metrics.jsonl, so any
-run can be drawn again later, on another machine, while it trains or after it died in mid-line.
+Training never calls this package. Everything that a report shows is read from these two files, so
+that any run can be drawn later, on another machine, while it trains, or after it was killed.
 """
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fira.config import ConfigError, load_preset
+from fira.runlog import METRICS, Row, read_rows
 
-NAN = math.nan
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step. `loss` is in nats per token, `tokens` and `seconds` are totals so far."""
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    tokens_per_second: float
-    seconds: float
-    imbalance: float | None  # CV of expert load, mean over layers; None when dense
-    dead: int
-    skipped: int
-
-
-@dataclass(frozen=True)
-class Validation:
-    step: int
-    loss: float
-    bits_per_byte: float
-    seconds: float
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Routing:
-    """The router's health at one step; lists run over layers, `load[layer][expert]` sums to 1."""
-
-    step: int
-    load: list[list[float]]
-    cv: list[float]
-    max_mean: list[float]
-    entropy: list[float]
-    dead: list[int]
-
-
-@dataclass(frozen=True)
-class Sample:
-    step: int
-    prompt: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Event:
-    step: int
-    text: str
+CONFIG = "config.json"
+# The fields that a report needs of each kind of row; it leaves out rows of other kinds.
+NEEDED = {"step": ("step", "loss", "lr", "tokens", "tokens_per_second", "seconds"),
+          "validation": ("step", "tokens", "seconds"),
+          "routing": ("step", "load", "cv", "max_mean", "entropy", "dead"),
+          "sample": ("step", "prompt", "text"),
+          "event": ("step", "text")}
 
 
 @dataclass
 class Run:
-    """Everything a report needs. `notes` are things the reader of the report should be told."""
+    """A run folder as read."""
 
     path: Path
     about: dict[str, Any]  # config.json: config, preset, argv, versions, commit, ...
-    steps: list[Step] = field(default_factory=list)
-    validations: list[Validation] = field(default_factory=list)
-    routings: list[Routing] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]  # warnings for the reader of the report
+    steps: list[Row]
+    validations: list[Row]
+    routings: list[Row]
+    samples: list[Row]
+    events: list[Row]
 
     @property
     def name(self) -> str:
         return self.path.resolve().name
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The resolved configuration, dotted key -> value."""
+        return _flatten(self.about.get("config") or {})
+
+    @property
     def parameters(self) -> dict[str, int]:
-        """Parameter counts, `total` and `active`, where the run wrote them down; else empty."""
+        """`total` and `active`, the parameters that one token uses; empty if not recorded."""
         return self.about.get("parameters") or {}
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The resolved configuration, dotted key -> value."""
-        return _flat(self.about.get("config") or {})
+    def score(self) -> str:
+        """The name of the validation score."""
+        return _score(self.validations[-1]) if self.validations else "bits_per_byte"
 
     @property
-    def best(self) -> Validation | None:
-        finite = [row for row in self.validations if math.isfinite(row.bits_per_byte)]
-        return min(finite, key=lambda row: row.bits_per_byte, default=None)
+    def lower_is_better(self) -> bool:
+        return not self.validations or self.validations[-1].get("lower_is_better", True)
+
+    @property
+    def best(self) -> Row | None:
+        """The validation row with the best finite score."""
+        scores = numbers(self.validations, self.score) * (1 if self.lower_is_better else -1)
+        finite = np.isfinite(scores)
+        return self.validations[np.where(finite, scores, np.inf).argmin()] if any(finite) else None
+
+
+def numbers(rows: list[Row], key: str) -> np.ndarray:
+    """The values of `key` in `rows`; NaN where it is null (not finite) or missing."""
+    return np.array([row.get(key) for row in rows], dtype=float)
 
 
 def read_run(folder: str | Path) -> Run:
     """Read `folder`. Raises ValueError, one line, if it is not a run or a row inside is damaged."""
     folder = Path(folder)
-    _refuse_other_folders(folder)
-    run = Run(folder, _read_about(folder / "config.json"))
-    rows: dict[Any, tuple[list[Any], Any]] = {
-            "step": (run.steps, _step), "validation": (run.validations, _validation),
-            "routing": (run.routings, _routing), "sample": (run.samples, _sample),
-            "event": (run.events, _event)}
-    for number, row in _read_lines(folder / "metrics.jsonl", run.notes):
-        if row.get("kind") in rows:  # other kinds belong to stages this report does not draw
-            place, make = rows[row["kind"]]
-            place.append(_typed(make, row, folder / "metrics.jsonl", number))
-    return run
+    _check_folder(folder)
+    path, rows = folder / METRICS, []
+    try:
+        about = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} holds no JSON object ({error}); restore it from a "
+                         "backup or train the run again") from None
+    try:
+        for row in read_rows(folder):
+            _check_row(row)
+            rows.append(row)
+    except ValueError as error:
+        raise ValueError(f"{path} line {len(rows) + 1} is damaged ({error}); "
+                         "remove that line to read the rest") from None
+    whole = path.stat().st_size == 0 or path.read_bytes().endswith(b"\n")
+    notes = [] if whole else [f"the last line of {METRICS} is incomplete and left out: the run was "
+                              "stopped while writing it"]
+    return Run(folder, about, notes,
+               *([row for row in rows if row["kind"] == kind] for kind in NEEDED))
 
 
 def differences(run: Run) -> list[tuple[str, Any, Any]]:
-    """(key, preset's value, this run's value) for every setting in which the run left its preset.
+    """(key, value in the preset, value in this run) for every setting that differs.
 
-    Where the preset left a key to its default and the command line set it, its value there is None.
+    A setting of the command line that the preset does not name has None as the preset's value.
     """
     given = {word.partition("=")[0] for word in run.about.get("argv") or [] if "=" in word}
     preset = run.about.get("preset")
     try:
-        base = _flat(load_preset(preset)) if preset else {}
+        base = _flatten(load_preset(preset)) if preset else {}
     except ConfigError as error:
         run.notes.append(f"settings are not compared with the preset: {error}")
         base = {}
@@ -132,107 +113,36 @@ def differences(run: Run) -> list[tuple[str, Any, Any]]:
             if (key in base and base[key] != value) or (key in given and key not in base)]
 
 
-def _refuse_other_folders(folder: Path) -> None:
-    if not folder.is_dir():
-        what = "is a file, not a run folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{folder} {what}; give a folder that `fira train` wrote, "
-                         "for example out/tiny")
-    missing = [name for name in ("config.json", "metrics.jsonl") if not (folder / name).is_file()]
-    if missing and folder.resolve().name.startswith("step-"):
-        raise ValueError(f"{folder} is a step folder, a report needs the whole run; "
-                         f"give {folder.resolve().parent}")
+def _check_folder(folder: Path) -> None:
+    missing = [name for name in (CONFIG, METRICS) if not (folder / name).is_file()]
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{METRICS}"))
+    remedy = "give a folder that `fira train` wrote, for example out/tiny"
+    if inside:
+        remedy = f"give one of the runs inside: {', '.join(inside[:5])}"
+    elif folder.resolve().name.startswith("step-"):
+        remedy = f"give the whole run: {folder.resolve().parent}"
     if missing:
-        inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
-        remedy = f"; give one of the runs inside: {', '.join(inside[:5])}" if inside else \
-            "; give a folder that `fira train` wrote, for example out/tiny"
-        raise ValueError(f"{folder} is not a run folder (no {' and no '.join(missing)}){remedy}")
+        raise ValueError(f"{folder} is not a run folder (no {' and no '.join(missing)}); {remedy}")
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); restore it from a backup "
-                         "or train the run again") from None
-    if not isinstance(about, dict):
-        raise ValueError(f"{path} holds no JSON object; restore it from a backup "
-                         "or train the run again")
-    return about
+def _check_row(row: Any) -> None:
+    if not isinstance(row, dict) or "kind" not in row:
+        raise ValueError("not a JSON object with a kind")
+    needed = {*NEEDED.get(row["kind"], ()), *([_score(row)] * (row["kind"] == "validation"))}
+    if missing := sorted(needed - row.keys()):
+        raise ValueError(f"a {row['kind']} row needs {', '.join(missing)}")
 
 
-def _read_lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """Numbered rows; a last line cut short is left out and noted, another is an error."""
-    lines = path.read_bytes().splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
-            rows.append((number, row))
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            if number < len(lines):
-                raise ValueError(f"{path} line {number} is damaged ({error}); "
-                                 "remove that line to read the rest") from None
-            notes.append(f"the last line of {path.name} ({number}) is torn and left out: "
-                         "the run was stopped while writing it")
-    return rows
+def _score(validation: Row) -> str:
+    """The name of its score; rows of older versions name none and hold bits per byte."""
+    return str(validation.get("score", "bits_per_byte"))
 
 
-def _typed(make: Callable[[dict[str, Any]], Any], row: dict[str, Any], path: Path,
-           number: int) -> Any:
-    try:
-        return make(row)
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} line {number}: a {row['kind']} row needs other fields ({what}); "
-                         "remove that line to read the rest") from None
-
-
-def _number(value: Any) -> float:
-    """A float; what JSON cannot say of a number that is not finite is written as null."""
-    return NAN if value is None else float(value)
-
-
-def _step(row: dict[str, Any]) -> Step:
-    imbalance = row.get("imbalance")
-    return Step(int(row["step"]), _number(row["loss"]), _number(row["lr"]),
-                _number(row["grad_norm"]), int(row["tokens"]),
-                _number(row["tokens_per_second"]), _number(row["seconds"]),
-                None if imbalance is None else float(imbalance),
-                int(row.get("dead") or 0), int(row.get("skipped") or 0))
-
-
-def _validation(row: dict[str, Any]) -> Validation:
-    return Validation(int(row["step"]), _number(row["loss"]), _number(row["bits_per_byte"]),
-                      _number(row["seconds"]), int(row["tokens"]))
-
-
-def _routing(row: dict[str, Any]) -> Routing:
-    load = [[float(share) for share in layer] for layer in row["load"]]
-    routing = Routing(int(row["step"]), load, [_number(v) for v in row["cv"]],
-                      [_number(v) for v in row["max_mean"]], [_number(v) for v in row["entropy"]],
-                      [int(v) for v in row["dead"]])
-    lengths = {len(routing.load), len(routing.cv), len(routing.max_mean), len(routing.entropy),
-               len(routing.dead)}
-    if len(lengths) != 1 or len({len(layer) for layer in load}) > 1:
-        raise ValueError("its lists differ in length")
-    return routing
-
-
-def _sample(row: dict[str, Any]) -> Sample:
-    return Sample(int(row["step"]), str(row["prompt"]), str(row["text"]))
-
-
-def _event(row: dict[str, Any]) -> Event:
-    return Event(int(row["step"]), str(row["text"]))
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(_flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat

