@@ -10,7 +10,7 @@ LAYERS = [
     {"train", "infer"},
     {"eval"},
     {"stages", "serve"},
-    {"cli", "cli_exchange", "cli_talk", "command", "report", "__main__", "__init__"},
+    {"cli", "report", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FILES_ONLY = {"config", "runtime", "runlog", "files", "report"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from fira.data.tokenizer import TURN_END, Tokenizer
 from fira.infer.chat import prompt_ids
@@ -75,21 +75,25 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Generation:
-    """One checked request: what the engine is to generate and what the response shows of it."""
+    """What the engine is to generate for one request, and what the response needs to know."""
 
-    kind: Literal["chat", "text"]
+    request: GenerationRequest
     choices: list[tuple[list[int], SamplingParams]]  # prompt ids and parameters, by choice index
     echoes: list[str]  # for each choice, the prompt text to repeat before the generated text
     hidden_tokens: int  # leading prompt ids that are not part of the caller's text
     prompt_tokens: int
-    stream: bool
-    include_usage: bool
-    logprobs: bool
-    experts: bool
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.request, ChatRequest)
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether they are wanted; a completion may want them of the chosen tokens alone: 0."""
+        return self.choices[0][1].logprobs is not None
 
 
 def chat(request: ChatRequest, model: ServedModel) -> Generation:
-    check_model(request.model, model)
     if request.top_logprobs is not None and not request.logprobs:
         raise APIError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     limit, other = request.max_completion_tokens, request.max_tokens
@@ -105,11 +109,10 @@ def chat(request: ChatRequest, model: ServedModel) -> Generation:
     params = _params(request, model, room, room if limit is None else limit, logprobs)
     if model.chat_tuned:
         params = replace(params, stop_ids=(model.tokenizer.special(TURN_END),))
-    return _generation("chat", request, [(ids, params)], [""], 0)
+    return _generation(request, [(ids, params)], [""], 0)
 
 
 def complete(request: CompletionRequest, model: ServedModel) -> Generation:
-    check_model(request.model, model)
     if request.stream and request.echo and request.logprobs is not None:
         raise APIError(400, "echo with logprobs cannot stream: a prompt's log-probabilities come "
                        "at the end; leave out stream", "stream")
@@ -128,11 +131,10 @@ def complete(request: CompletionRequest, model: ServedModel) -> Generation:
         text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
         echoes.append(text if request.echo else "")
     hidden = 1 if isinstance(prompts[0], str) else 0  # the end of text before a text prompt
-    return _generation("text", request, work, echoes, hidden)
+    return _generation(request, work, echoes, hidden)
 
 
 def tokenize(request: TokenizeRequest, model: ServedModel) -> Tokens:
-    check_model(request.model, model)
     if (request.prompt is None) == (request.messages is None):
         raise APIError(400, "give either prompt or messages", "prompt")
     if request.messages is not None:
@@ -145,7 +147,6 @@ def tokenize(request: TokenizeRequest, model: ServedModel) -> Tokens:
 
 
 def detokenize(request: DetokenizeRequest, model: ServedModel) -> Detokenized:
-    check_model(request.model, model)
     _check_ids(request.tokens, model.tokenizer.vocab_size, "tokens")
     return {"prompt": model.tokenizer.decode(request.tokens)}
 
@@ -220,21 +221,17 @@ def _logit_bias(request: GenerationRequest, model: ServedModel) -> dict[int, flo
     return bias
 
 
-def _generation(kind: Literal["chat", "text"], request: GenerationRequest,
-                work: list[tuple[list[int], SamplingParams]], echoes: list[str],
-                hidden_tokens: int) -> Generation:
+def _generation(request: GenerationRequest, prompts: list[tuple[list[int], SamplingParams]],
+                echoes: list[str], hidden_tokens: int) -> Generation:
     n, choices = request.n or 1, []
-    for ids, params in work:
+    for ids, params in prompts:
         for number in range(n):  # each choice has its own seed, so that they differ and repeat
             seed = params.seed
             if seed is not None:
                 seed = (seed + number + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT
             choices.append((ids, replace(params, seed=seed)))
-    options = request.stream_options
-    return Generation(kind, choices, [echo for echo in echoes for _ in range(n)], hidden_tokens,
-                      sum(len(ids) for ids, _ in work), bool(request.stream),
-                      bool(options and options.include_usage), work[0][1].logprobs is not None,
-                      bool(request.experts))
+    return Generation(request, choices, [echo for echo in echoes for _ in range(n)],
+                      hidden_tokens, sum(len(ids) for ids, _ in prompts))
 
 
 def _room(ids: Sequence[int], model: ServedModel, param: str) -> int:

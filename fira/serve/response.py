@@ -52,9 +52,11 @@ class ResponseBuilder:
     def __init__(self, generation: Generation, model: ServedModel) -> None:
         self.generation, self.model = generation, model
         self.choices = [ChoiceState() for _ in generation.choices]
-        self.is_chat = generation.kind == "chat"
+        self.request, self.is_chat = generation.request, generation.is_chat
+        options = self.request.stream_options
+        self.include_usage = bool(options and options.include_usage)
         kind = "chat.completion" if self.is_chat else "text_completion"
-        chunk = ".chunk" if self.is_chat and generation.stream else ""
+        chunk = ".chunk" if self.is_chat and self.request.stream else ""
         self.head: Head = {
             "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": kind + chunk, "created": int(time.time()), "model": model.name}
@@ -96,7 +98,7 @@ class ResponseBuilder:
 
     def last_chunks(self) -> Iterator[bytes]:
         """The chunks after every choice has ended."""
-        if self.generation.include_usage:
+        if self.include_usage:
             yield sse({**self.head, "choices": [], "usage": self.usage()})
         yield DONE
 
@@ -122,7 +124,7 @@ class ResponseBuilder:
         built: ChatChoice = {
             "index": index, "message": {"role": "assistant", "content": choice.text},
             "finish_reason": choice.end.reason, "logprobs": self._chat_logprobs(choice.tokens)}
-        if self.generation.experts:
+        if self.request.experts:
             built["experts"] = [token.experts or () for token in choice.tokens]
         return built
 
@@ -133,7 +135,7 @@ class ResponseBuilder:
             "index": index, "text": self.generation.echoes[index] + choice.text,
             "finish_reason": choice.end.reason,
             "logprobs": self._text_logprobs(index, choice.tokens, choice.offsets)}
-        if self.generation.experts:
+        if self.request.experts:
             built["experts"] = [token.experts or () for token in choice.tokens]
         return built
 
@@ -148,9 +150,9 @@ class ResponseBuilder:
         if tokens:
             choice["logprobs"] = (self._chat_logprobs(tokens) if self.is_chat else
                                   self._text_logprobs(index, tokens, offsets))
-            if self.generation.experts:
+            if self.request.experts:
                 choice["experts"] = [token.experts or () for token in tokens]
-        usage = {"usage": None} if self.generation.include_usage else {}
+        usage = {"usage": None} if self.include_usage else {}
         return sse({**self.head, "choices": [choice], **usage})
 
     def _chat_logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:

@@ -260,9 +260,6 @@ class Health(TypedDict):
     status: str
 
 
-# The description of all of it
-
-
 class Operation(NamedTuple):
     summary: str
     response: Any
@@ -292,19 +289,18 @@ REF = "#/components/schemas/{model}"
 @functools.cache
 def openapi(keys: bool) -> dict[str, Any]:
     """The OpenAPI description. `keys` says whether the server requires an API key."""
-    requests = [operation.request for operation in OPERATIONS.values() if operation.request]
-    responses = [Error, *(operation.response for operation in OPERATIONS.values())]
-    _, schemas = TypeAdapter.json_schemas(
-        [*((type.__name__, "validation", TypeAdapter(type)) for type in requests),
-         *((type.__name__, "serialization", TypeAdapter(type)) for type in responses)],
-        ref_template=REF)
+    types: list[tuple[Any, Any]] = [
+        *((operation.request, "validation") for operation in OPERATIONS.values()),
+        *((operation.response, "serialization") for operation in OPERATIONS.values()),
+        (Error, "serialization")]
+    _, schemas = TypeAdapter.json_schemas([(type.__name__, mode, TypeAdapter(type))
+                                           for type, mode in types if type], ref_template=REF)
     key = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if keys else {}
     return {"openapi": "3.1.0",
             "info": {"title": "FIRA", "version": __version__,
                      "description": "An OpenAI-compatible server of one FIRA model."},
-            "paths": {path: {"post" if operation.request else "get":
-                             _describe(path, operation, keys)}
-                      for path, operation in OPERATIONS.items()},
+            "paths": {path: {"post" if one.request else "get": _describe(path, one, keys)}
+                      for path, one in OPERATIONS.items()},
             "components": {"schemas": schemas["$defs"], **key}}
 
 

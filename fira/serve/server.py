@@ -113,12 +113,13 @@ class Server:
         """Parse the body and call `function`, which returns a response or what to generate."""
         service = self.ready()
         body = parse(schema, await read_body(request))
+        api.check_model(body.model, service.model)
         result = await asyncio.to_thread(function, body, service.model)
         if not isinstance(result, api.Generation):
             return JSONResponse(result)
         start = time.monotonic()
         builder, events = ResponseBuilder(result, service.model), Events(service.engine, result)
-        if result.stream:
+        if body.stream:
             return EventStream(self.stream(request, builder, events, start), events)
         collecting = asyncio.create_task(self.collect(builder, events, start))
         leaving = asyncio.create_task(_disconnected(request))

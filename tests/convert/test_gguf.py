@@ -23,7 +23,7 @@ from tests.convert.conftest import HARD
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
-from fira.cli_exchange import TYPES  # noqa: E402
+from fira.cli.move import GGUF_TYPES as TYPES  # noqa: E402
 from fira.convert.gguf import MIXES  # noqa: E402
 from fira.infer.edge import Edge  # noqa: E402
 
