@@ -13,8 +13,14 @@ from typing import Any
 
 import click
 
-from fira.cli import trained
-from fira.command import FOLDER, OUT, device_option, run_command, settings_argument
+from fira.cli.command import (
+    EXISTING,
+    NEW_FOLDER,
+    device_option,
+    run_command,
+    settings_argument,
+)
+from fira.cli.training import run_training
 from fira.data.tokenizer import Tokenizer
 
 SEARCH = Path("/kaggle/input")
@@ -66,9 +72,9 @@ def create_pipeline_model(model: Any, num_stages: int = 2, devices: list[Any] | 
               help="Text as fira data takes it, or a folder it made.  [default: in /kaggle/input]")
 @click.option("--validation", multiple=True, metavar="SOURCE",
               help="Hold out this text.  [default: every 20th document]")
-@click.option("--tokenizer", type=FOLDER,
+@click.option("--tokenizer", type=EXISTING,
               help="tokenizer.json or its folder.  [default: found, or learned from the data]")
-@click.option("--out", type=OUT, default=RUN, show_default=True, help="Run folder.")
+@click.option("--out", type=NEW_FOLDER, default=RUN, show_default=True, help="Run folder.")
 @click.option("--preset", default="fira-334m", show_default=True, help="As in fira train.")
 @click.option("--resume", is_flag=True, help="Continue from the run's newest checkpoint.")
 @device_option
@@ -92,7 +98,7 @@ def train(sources: tuple[str, ...], validation: tuple[str, ...], tokenizer: Path
         pretrain(preset, [*settings, f"data.folder={json.dumps(str(data))}"], out, device, resume,
                  screen)
 
-    trained(work, out)
+    run_training(work, out)
     for name in ("training_log.csv", "training_progress.png"):
         screen.print(f"{name}: {(out / name).resolve()}", soft_wrap=True, markup=False)
     screen.print(f'model: FIRA.from_pretrained("{out}")', soft_wrap=True, markup=False)

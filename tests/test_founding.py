@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import training_with_MoE
 from Fira import FIRA
-from fira.command import run_command
+from fira.cli.command import run_command
 from fira.data.text import texts
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.stages.founding import find_tokenizer

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fira"
 # Bottom to top. A room may import rooms before it, and itself; never one after it.
 ORDER = ["files", "runtime", "config", "runlog", "data", "model", "loss", "convert", "infer",
-         "parallel", "checkpoint", "train", "eval", "stages", "serve", "report", "command", "cli",
+         "parallel", "checkpoint", "train", "eval", "stages", "serve", "report", "cli",
          "__init__", "__main__"]
 STRANGERS = [{"data", "model", "loss"}, {"eval", "train"}, {"stages", "serve"}]
 FILES_ONLY = {"files", "runtime", "config", "runlog"}  # all that report may import

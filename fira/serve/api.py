@@ -1,269 +1,275 @@
-"""Requests become work for the engine: prompt ids and sampling parameters. No input or output."""
+"""Each API request becomes prompt ids and sampling parameters for the engine. No input or output.
+
+Functions raise APIError for a request that cannot be fulfilled as it is; nothing is adjusted.
+"""
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fira.data.tokenizer import TURN_END, Tokenizer
 from fira.infer.chat import prompt_ids
 from fira.infer.request import SamplingParams
 from fira.serve.schema import (
     MAX_CHOICES,
-    SEED,
+    SEED_LIMIT,
+    APIError,
+    Architecture,
     ChatRequest,
     CompletionRequest,
+    Detokenized,
     DetokenizeRequest,
+    GenerationRequest,
     Message,
-    Refused,
-    Sampling,
+    Model,
+    Models,
     TokenizeRequest,
+    Tokens,
 )
 
 COMPLETION_TOKENS = 16  # OpenAI's default for a completion; a chat's default is what fits
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+                   "presence_penalty", "frequency_penalty", "seed")
 
 
-@dataclass(frozen=True)
-class Served:
-    """What requests are read against: the model's name, words and limits."""
+@dataclass
+class ServedModel:
+    """The facts about the served model against which requests are checked."""
 
     name: str
     tokenizer: Tokenizer
-    window: int  # tokens the model reads at once, prompt and answer together
-    vocab_size: int  # rows of its head
-    tuned: bool  # whether it has seen chat turns
+    window: int  # tokens that the model can read: the prompt and the generated ones together
+    vocab_size: int  # rows of the language-model head
+    chat_tuned: bool  # whether the model was trained on chat turns
     created: int = 0  # seconds since 1970
-    facts: dict[str, Any] = field(default_factory=dict)  # shown in /v1/models
-    texts: list[bytes] = field(init=False, repr=False)  # the bytes of each token
-    names: dict[int, str] = field(init=False, repr=False)  # of special tokens
-    longest: int = field(init=False)  # bytes a token can have
+    architecture: Architecture | None = None  # shown in /v1/models
 
     def __post_init__(self) -> None:
-        texts = self.tokenizer.token_bytes()
         added = self.tokenizer.description["added_tokens"]
-        object.__setattr__(self, "texts", texts)
-        object.__setattr__(self, "names", {token["id"]: token["content"] for token in added})
-        object.__setattr__(self, "longest", max(map(len, texts)))
+        self.token_bytes = self.tokenizer.token_bytes()
+        self.special_tokens: dict[int, str] = {token["id"]: token["content"] for token in added}
+        self.longest_token = max(map(len, self.token_bytes))  # bytes
 
     def bytes_of(self, id: int) -> bytes:
-        """What a token stands for; a special token's name."""
-        return self.names[id].encode() if id in self.names else (
-            self.texts[id] if id < len(self.texts) else b"")
+        """The bytes of a token; for a special token, its name."""
+        if id in self.special_tokens:
+            return self.special_tokens[id].encode()
+        return self.token_bytes[id] if id < len(self.token_bytes) else b""
 
     def name_of(self, id: int) -> str:
-        """A token as a string; one that is no whole text is written as OpenAI does, in bytes."""
+        """A token as a string; one that is not valid UTF-8 is written as OpenAI does, in bytes."""
         data = self.bytes_of(id)
         try:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
+    def describe(self) -> Model:
+        entry: Model = {"id": self.name, "object": "model", "created": self.created,
+                        "owned_by": "fira", "max_model_len": self.window,
+                        "chat_tuned": self.chat_tuned}
+        return {**entry, "fira": self.architecture} if self.architecture else entry
+
 
 @dataclass(frozen=True)
-class Job:
-    """One request, read: its answers in order of their index."""
+class Generation:
+    """What the engine is to generate for one request, and what the response needs to know."""
 
-    kind: Literal["chat", "text"]
-    choices: list[tuple[list[int], SamplingParams]]
-    echoes: list[str]  # per choice, the prompt to repeat before the answer
-    begun: int  # leading prompt ids that are not in the caller's text
+    request: GenerationRequest
+    choices: list[tuple[list[int], SamplingParams]]  # prompt ids and parameters, by choice index
+    echoes: list[str]  # for each choice, the prompt text to repeat before the generated text
+    hidden_tokens: int  # leading prompt ids that are not part of the caller's text
     prompt_tokens: int
-    stream: bool
-    include_usage: bool
-    logprobs: bool
-    experts: bool
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.request, ChatRequest)
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether they are wanted; a completion may want them of the chosen tokens alone: 0."""
+        return self.choices[0][1].logprobs is not None
 
 
-def chat_job(request: ChatRequest, served: Served) -> Job:
-    """Raises Refused for what cannot be honoured."""
-    check_model(request.model, served)
+def chat(request: ChatRequest, model: ServedModel) -> Generation:
     if request.top_logprobs is not None and not request.logprobs:
-        raise Refused(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+        raise APIError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     limit, other = request.max_completion_tokens, request.max_tokens
-    if None not in (limit, other) and limit != other:
-        raise Refused(400, f"max_tokens={other} and max_completion_tokens={limit} differ; "
-                      "give one of them", "max_tokens")
-    ids = chat_ids(request.messages, served)
-    room = _room(ids, served, "messages")
+    if limit is not None and other is not None and limit != other:
+        raise APIError(400, f"max_tokens={other} and max_completion_tokens={limit} differ; "
+                       "give one of them", "max_tokens")
+    ids = _chat_ids(request.messages, model)
+    room = _room(ids, model, "messages")
     if room == 0:
-        raise _too_long(f"{len(ids)} tokens, with one for an answer,", served, "messages")
+        raise _too_long(f"{len(ids)} tokens, with one generated token,", model, "messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     limit = limit if limit is not None else other
-    params = _params(request, served, room, room if limit is None else limit, logprobs)
-    if served.tuned:
-        params = replace(params, stop_ids=(served.tokenizer.special(TURN_END),))
-    return _job("chat", request, [(ids, params)], [""], 0)
+    params = _params(request, model, room, room if limit is None else limit, logprobs)
+    if model.chat_tuned:
+        params = replace(params, stop_ids=(model.tokenizer.special(TURN_END),))
+    return _generation(request, [(ids, params)], [""], 0)
 
 
-def completion_job(request: CompletionRequest, served: Served) -> Job:
-    """Raises Refused for what cannot be honoured."""
-    check_model(request.model, served)
+def complete(request: CompletionRequest, model: ServedModel) -> Generation:
     if request.stream and request.echo and request.logprobs is not None:
-        raise Refused(400, "echo with logprobs cannot stream: a prompt's log-probabilities come "
-                      "at the end; leave out stream", "stream")
-    prompts = _prompts(request, served)
-    begun = 1 if isinstance(prompts[0], str) else 0
+        raise APIError(400, "echo with logprobs cannot stream: a prompt's log-probabilities come "
+                       "at the end; leave out stream", "stream")
+    prompts = _prompts(request, model)
     work, echoes = [], []
     for prompt in prompts:
-        ids = text_ids(prompt, served) if isinstance(prompt, str) else list(prompt)
-        room = _room(ids, served, "prompt")
-        wanted = request.max_tokens
-        params = _params(request, served, room,
-                         min(room, COMPLETION_TOKENS) if wanted is None else wanted,
+        ids = _text_ids(prompt, model) if isinstance(prompt, str) else list(prompt)
+        room = _room(ids, model, "prompt")
+        limit = request.max_tokens
+        params = _params(request, model, room,
+                         min(room, COMPLETION_TOKENS) if limit is None else limit,
                          request.logprobs)
         if request.echo and request.logprobs is not None:
             params = replace(params, prompt_logprobs=request.logprobs)
         work.append((ids, params))
-        text = prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt)
+        text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
         echoes.append(text if request.echo else "")
-    return _job("text", request, work, echoes, begun)
+    hidden = 1 if isinstance(prompts[0], str) else 0  # the end of text before a text prompt
+    return _generation(request, work, echoes, hidden)
 
 
-def text_ids(text: str, served: Served) -> list[int]:
-    """A text prompt as the model reads it: after an end of text, as in training."""
-    _check_size([text], served, "prompt")
-    return [served.tokenizer.end_of_text, *_encode(text, served, "prompt")]
-
-
-def chat_ids(messages: Sequence[Message], served: Served) -> list[int]:
-    """Messages as the model reads them. An untuned model continues their text."""
-    turns = [{"role": "system" if message.role == "developer" else message.role,
-              "content": _text(message)} for message in messages]
-    _check_size([turn["content"] for turn in turns], served, "messages")
-    try:
-        return prompt_ids(served.tokenizer, turns, served.tuned)
-    except ValueError as error:
-        raise Refused(400, str(error), "messages") from None
-
-
-def tokenize(request: TokenizeRequest, served: Served) -> dict[str, Any]:
-    check_model(request.model, served)
+def tokenize(request: TokenizeRequest, model: ServedModel) -> Tokens:
     if (request.prompt is None) == (request.messages is None):
-        raise Refused(400, "give either prompt or messages", "prompt")
+        raise APIError(400, "give either prompt or messages", "prompt")
     if request.messages is not None:
-        ids = chat_ids(request.messages, served)
+        ids = _chat_ids(request.messages, model)
     else:
-        ids = _encode(request.prompt or "", served, "prompt")
+        ids = _encode(request.prompt or "", model)
         if request.add_special_tokens is not False:
-            ids = [served.tokenizer.end_of_text, *ids]
-    return {"tokens": ids, "count": len(ids), "max_model_len": served.window}
+            ids = [model.tokenizer.end_of_text, *ids]
+    return {"tokens": ids, "count": len(ids), "max_model_len": model.window}
 
 
-def detokenize(request: DetokenizeRequest, served: Served) -> dict[str, Any]:
-    check_model(request.model, served)
-    _check_ids(request.tokens, served.tokenizer.vocab_size, "tokens")
-    return {"prompt": served.tokenizer.decode(request.tokens)}
+def detokenize(request: DetokenizeRequest, model: ServedModel) -> Detokenized:
+    _check_ids(request.tokens, model.tokenizer.vocab_size, "tokens")
+    return {"prompt": model.tokenizer.decode(request.tokens)}
 
 
-def model_entry(served: Served) -> dict[str, Any]:
-    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "fira",
-            "max_model_len": served.window, "chat_tuned": served.tuned, **served.facts}
+def list_models(model: ServedModel) -> Models:
+    return {"object": "list", "data": [model.describe()]}
 
 
-def check_model(name: str | None, served: Served) -> None:
-    if name is not None and name != served.name:
-        raise Refused(404, f"there is no model {name[:60]!r} here; use {served.name!r}", "model",
-                      "model_not_found")
+def check_model(name: str | None, model: ServedModel) -> None:
+    if name is not None and name != model.name:
+        raise APIError(404, f"there is no model {name[:60]!r} here; use {model.name!r}", "model",
+                       "model_not_found")
 
 
-def _prompts(request: CompletionRequest, served: Served) -> list[str] | list[list[int]]:
+def _prompts(request: CompletionRequest, model: ServedModel) -> list[str] | list[list[int]]:
     prompt = request.prompt
     prompts: Any = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     if len(prompts) * (request.n or 1) > MAX_CHOICES:
-        raise Refused(400, f"{len(prompts)} prompts with n={request.n} are more than {MAX_CHOICES} "
-                      "answers; send several requests", "n")
+        raise APIError(400, f"{len(prompts)} prompts with n={request.n} are more than "
+                       f"{MAX_CHOICES} answers; send several requests", "n")
     for ids in prompts:
         if not isinstance(ids, str):
-            _check_ids(ids, served.vocab_size, "prompt")
+            _check_ids(ids, model.vocab_size, "prompt")
     return prompts
 
 
-def _params(request: Sampling, served: Served, room: int, limit: int,
+def _text_ids(text: str, model: ServedModel) -> list[int]:
+    """A text prompt follows an end of text, as every document did in training."""
+    _check_size([text], model, "prompt")
+    return [model.tokenizer.end_of_text, *_encode(text, model)]
+
+
+def _chat_ids(messages: Sequence[Message], model: ServedModel) -> list[int]:
+    """Messages as chat turns, or as plain text for a model that was not tuned for chat."""
+    turns = [{"role": "system" if message.role == "developer" else message.role,
+              "content": _text(message)} for message in messages]
+    _check_size([turn["content"] for turn in turns], model, "messages")
+    try:
+        return prompt_ids(model.tokenizer, turns, model.chat_tuned)
+    except ValueError as error:
+        raise APIError(400, str(error), "messages") from None
+
+
+def _params(request: GenerationRequest, model: ServedModel, room: int, limit: int,
             logprobs: int | None) -> SamplingParams:
     if limit > room:
-        raise Refused(400, f"max_tokens={limit} beside a prompt of {served.window - room} tokens "
-                      f"is more than the model's window of {served.window}; ask for at most {room} "
-                      "or shorten the prompt", "max_tokens", "context_length_exceeded")
+        raise APIError(400, f"max_tokens={limit} and a prompt of {model.window - room} tokens "
+                       f"are more than the model's window of {model.window}; ask for at most "
+                       f"{room} or shorten the prompt", "max_tokens", "context_length_exceeded")
     if request.stream_options and not request.stream:
-        raise Refused(400, "stream_options needs stream to be true", "stream_options")
-    given = {name: value for name in ("temperature", "top_p", "top_k", "min_p",
-                                      "repetition_penalty", "presence_penalty",
-                                      "frequency_penalty", "seed")
+        raise APIError(400, "stream_options needs stream to be true", "stream_options")
+    given = {name: value for name in SAMPLING_FIELDS
              if (value := getattr(request, name)) is not None}
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     try:
         return SamplingParams(max_new_tokens=limit, stop=stop, logprobs=logprobs,
-                              logit_bias=_bias(request, served),
+                              logit_bias=_logit_bias(request, model),
                               ignore_end=bool(request.ignore_eos), experts=bool(request.experts),
                               **given)
     except ValueError as error:
-        raise Refused(400, str(error), str(error).partition("=")[0]) from None
+        raise APIError(400, str(error), str(error).partition("=")[0]) from None
 
 
-def _bias(request: Sampling, served: Served) -> dict[int, float]:
+def _logit_bias(request: GenerationRequest, model: ServedModel) -> dict[int, float]:
     bias = {}
     for key, value in (request.logit_bias or {}).items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise Refused(400, f"logit_bias has the key {key[:30]!r}; keys are token ids, as "
-                          "/tokenize gives them", "logit_bias")
+            raise APIError(400, f"logit_bias has the key {key[:30]!r}; keys are token ids, as "
+                           "/tokenize gives them", "logit_bias")
         bias[int(key)] = value
-    _check_ids(list(bias), served.vocab_size, "logit_bias")
+    _check_ids(list(bias), model.vocab_size, "logit_bias")
     return bias
 
 
-def _job(kind: Literal["chat", "text"], request: Sampling,
-         work: list[tuple[list[int], SamplingParams]], echoes: list[str], begun: int) -> Job:
+def _generation(request: GenerationRequest, prompts: list[tuple[list[int], SamplingParams]],
+                echoes: list[str], hidden_tokens: int) -> Generation:
     n, choices = request.n or 1, []
-    for ids, params in work:
-        for number in range(n):  # answers with a seed differ from each other, and repeat
+    for ids, params in prompts:
+        for number in range(n):  # each choice has its own seed, so that they differ and repeat
             seed = params.seed
             if seed is not None:
-                seed = (seed + number + SEED) % (2 * SEED) - SEED
+                seed = (seed + number + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT
             choices.append((ids, replace(params, seed=seed)))
-    options = request.stream_options
-    return Job(kind, choices, [echo for echo in echoes for _ in range(n)], begun,
-               sum(len(ids) for ids, _ in work), bool(request.stream),
-               bool(options and options.include_usage), work[0][1].logprobs is not None,
-               bool(request.experts))
+    return Generation(request, choices, [echo for echo in echoes for _ in range(n)],
+                      hidden_tokens, sum(len(ids) for ids, _ in prompts))
 
 
-def _room(ids: Sequence[int], served: Served, param: str) -> int:
-    """Tokens that fit behind a prompt."""
-    room = served.window - len(ids)
+def _room(ids: Sequence[int], model: ServedModel, param: str) -> int:
+    """The number of tokens that fit into the window after the prompt."""
+    room = model.window - len(ids)
     if room < 0 or not ids:
-        raise _too_long(f"{len(ids)} tokens", served, param)
+        raise _too_long(f"{len(ids)} tokens", model, param)
     return room
 
 
-def _check_size(texts: Sequence[str], served: Served, param: str) -> None:
-    """Refuse what cannot fit whatever its tokens are, before the work of finding them."""
+def _check_size(texts: Sequence[str], model: ServedModel, param: str) -> None:
+    """Refuse texts that exceed the window whatever their tokens are, before tokenizing them."""
     size = sum(len(text) for text in texts)
-    if size > served.window * served.longest:
-        raise _too_long(f"{size} characters, over {math.ceil(size / served.longest)} tokens,",
-                        served, param)
+    if size > model.window * model.longest_token:
+        at_least = math.ceil(size / model.longest_token)
+        raise _too_long(f"{size} characters, over {at_least} tokens,", model, param)
 
 
-def _too_long(what: str, served: Served, param: str) -> Refused:
-    return Refused(400, f"the prompt of {what} is longer than the model's window of "
-                   f"{served.window}; shorten it", param, "context_length_exceeded")
+def _too_long(prompt: str, model: ServedModel, param: str) -> APIError:
+    return APIError(400, f"the prompt of {prompt} is longer than the model's window of "
+                    f"{model.window}; shorten it", param, "context_length_exceeded")
 
 
 def _check_ids(ids: Sequence[int], size: int, param: str) -> None:
-    worst = max(ids, default=0)
-    if worst >= size:
-        raise Refused(400, f"token id {worst} is outside the vocabulary of {size}; use /tokenize",
-                      param, "invalid_value")
+    largest = max(ids, default=0)
+    if largest >= size:
+        raise APIError(400, f"token id {largest} is outside the vocabulary of {size}; use "
+                       "/tokenize", param, "invalid_value")
 
 
-def _encode(text: str, served: Served, param: str) -> list[int]:
+def _encode(text: str, model: ServedModel) -> list[int]:
     try:
-        return served.tokenizer.encode(text)
-    except ValueError as error:  # half a surrogate pair
-        raise Refused(400, str(error), param, "invalid_value") from None
+        return model.tokenizer.encode(text)
+    except ValueError as error:  # half of a surrogate pair
+        raise APIError(400, str(error), "prompt", "invalid_value") from None
 
 
 def _text(message: Message) -> str:
-    """Text parts stand on lines of their own."""
+    """The text of a message; several parts are joined by newlines."""
     content = message.content
     return content if isinstance(content, str) else "\n".join(part.text for part in content)

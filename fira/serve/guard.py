@@ -1,82 +1,115 @@
-"""Who may ask, and how much: keys, host names, body sizes."""
+"""The checks that a request passes before the server acts on it: key, host name, size, fields.
+
+Each check raises APIError with one line that names the value, the rule and the remedy.
+"""
 from __future__ import annotations
 
 import asyncio
+import difflib
 import hashlib
 import hmac
+import json
 import re
 from pathlib import Path
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
-from fira.serve.address import LOOPBACK
-from fira.serve.schema import Refused
+from fira.serve.schema import APIError
 
-MAX_BODY = 4 * 2**20  # bytes; far above any model's window here
-MAX_DISCARDED = 16 * MAX_BODY  # so much of a body too large is read, that the refusal is heard
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+OPEN_PATHS = ("/", "/health", "/openapi.json")  # these need no key
+MAX_BODY = 4 * 2**20  # bytes; the prompt of any model here is far smaller
+MAX_DISCARDED = 16 * MAX_BODY  # bytes of a too large body that are read, so that the client,
+# which sends before it listens, receives the error instead of a closed connection
 BODY_SECONDS = 60
-_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:]+)(:\d+)?")  # name or address, and the port
-OPEN = ("/", "/health", "/openapi.json")  # need no key
+MAX_ERRORS = 1000  # wrong fields in one request; more are only counted
+UNSUPPORTED = {  # fields of OpenAI's API for which this server has no function
+    "best_of": "answers are not ranked; ask for n answers and choose",
+    "suffix": "text is only continued, not filled in",
+    "tools": "the model calls no tools", "tool_choice": "the model calls no tools",
+    "parallel_tool_calls": "the model calls no tools", "functions": "the model calls no functions",
+    "function_call": "the model calls no functions", "audio": "the model has no voice",
+    "modalities": "the model writes text only", "store": "the server stores nothing",
+    "metadata": "the server stores nothing", "prediction": "predicted outputs are not used",
+    "reasoning_effort": "the model's effort cannot be set",
+    "web_search_options": "the server reaches no network",
+    "moderation": "nothing is moderated", "service_tier": "there is one tier",
+    "verbosity": "the model's verbosity cannot be set",
+    "safety_identifier": "give the label as user",
+    "prompt_cache_key": "prompts are cached without it",
+    "prompt_cache_options": "prompts are cached without them",
+    "prompt_cache_retention": "prompts stay cached while there is room",
+}
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:]+)(:\d+)?")  # a name or an address, and the port
+_PYDANTIC_SUBJECT = re.compile(r"^(Input|List|Dictionary|String|Value) should ")
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class Keys:
-    """Accepted keys, as digests."""
+    """The accepted API keys. Only their digests are kept."""
 
     def __init__(self, keys: list[str]) -> None:
         self.digests = [_digest(key) for key in keys]
 
     @classmethod
     def load(cls, path: Path) -> Keys:
-        """One key a line; blank lines and those that begin with # are no keys."""
+        """Read one key per line. Blank lines and lines that begin with # are skipped."""
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
-            raise ValueError(f"{path} is not UTF-8 text; give a file with one key a line") from None
-        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            raise ValueError(f"{path} is not UTF-8 text; give a file with one key per line"
+                             ) from None
+        keys = {number: line.strip() for number, line in enumerate(lines, 1)
+                if line.strip() and not line.startswith("#")}
         if not keys:
-            raise ValueError(f"{path} holds no key; write one a line")
-        odd = next((number for number, line in enumerate(lines, 1) if line in keys and (
-            not line.isascii() or " " in line.strip())), None)
-        if odd:
-            raise ValueError(f"{path}:{odd} is no key: it has blanks or letters outside ASCII; "
-                             "write one key a line")
-        return cls(keys)
+            raise ValueError(f"{path} has no key; write one key per line")
+        for number, key in keys.items():
+            if not key.isascii() or " " in key:
+                raise ValueError(f"{path}:{number} is not a key, because it has spaces or letters "
+                                 "outside ASCII; write one key per line")
+        return cls(list(keys.values()))
 
     def check(self, request: Request) -> None:
-        """Raises Refused(401) without a known bearer key, after equally long for any key."""
+        """Raise APIError(401) without a known bearer key; the time does not depend on the key."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip())
         found = sum([hmac.compare_digest(digest, known) for known in self.digests])
         if scheme.lower() != "bearer" or not found:
-            raise Refused(401, "the API key is missing or unknown; send a header Authorization: "
-                          "Bearer KEY", code="invalid_api_key",
-                          headers={"WWW-Authenticate": "Bearer"})
+            raise APIError(401, "the API key is missing or unknown; send a header Authorization: "
+                           "Bearer KEY", code="invalid_api_key",
+                           headers={"WWW-Authenticate": "Bearer"})
 
 
 def check_host(request: Request) -> None:
-    """Without keys, a server on loopback answers to loopback's names alone.
+    """Raise APIError(403) unless the Host header names this machine's loopback address.
 
-    Else a web page elsewhere could reach it through a name that it points to 127.0.0.1.
+    Without this check a web page could reach a server on loopback through a host name of its own
+    that resolves to 127.0.0.1 (DNS rebinding).
     """
     host = request.headers.get("host")
-    if host is None:  # no browser leaves it out
+    if host is None:  # every browser sends it
         return
-    named = _HOST.fullmatch(host.lower())
-    if not named or named[1].strip("[]") not in LOOPBACK:
-        raise Refused(403, f"host {host[:60]!r} is not this machine's; use 127.0.0.1, "
-                      "or start the server with --keys", code="unknown_host")
+    name = _HOST.fullmatch(host.lower())
+    if not name or name[1].strip("[]") not in LOOPBACK:
+        raise APIError(403, f"host {host[:60]!r} is not this machine's; use 127.0.0.1, "
+                       "or start the server with --keys", code="unknown_host")
 
 
 async def read_body(request: Request) -> bytes:
-    """The JSON body. Raises Refused for another type (415), a large (413) or slow one (408)."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refused(415, f"content type {kind[:60]!r} is not application/json; send a header "
-                      "Content-Type: application/json")
+    """Return the JSON body. Raises APIError if it has another type (415), is too large (413) or
+    too slow (408)."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise APIError(415, f"content type {content_type[:60]!r} is not application/json; send a "
+                       "header Content-Type: application/json")
     try:
         return await asyncio.wait_for(_read(request), BODY_SECONDS)
     except asyncio.TimeoutError:
-        raise Refused(408, f"the body took longer than {BODY_SECONDS} s; send it faster") from None
+        raise APIError(408, f"the body took longer than {BODY_SECONDS} s; send it faster"
+                       ) from None
 
 
 async def _read(request: Request) -> bytes:
@@ -88,8 +121,73 @@ async def _read(request: Request) -> bytes:
         elif size > MAX_DISCARDED:
             break
     if size > MAX_BODY:
-        raise Refused(413, f"the body is larger than {MAX_BODY} bytes; send less")
+        raise APIError(413, f"the body is larger than {MAX_BODY} bytes; send less")
     return bytes(body)
+
+
+def parse(schema: type[Schema], body: bytes) -> Schema:
+    """Return the request in `body`. Raises APIError(400) with one line about its first error."""
+    try:
+        return schema.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(schema, error) from None
+
+
+def _explain(schema: type[BaseModel], invalid: ValidationError) -> APIError:
+    if invalid.error_count() > MAX_ERRORS:
+        return APIError(400, f"the request has {invalid.error_count()} errors; /openapi.json lists "
+                        "the fields", code="invalid_value")
+    errors = invalid.errors(include_url=False)
+    if errors[0]["type"] == "json_invalid":
+        reason = errors[0]["ctx"]["error"]
+        return APIError(400, f"the body is not valid JSON ({reason}); send one JSON object",
+                        code="invalid_json")
+    if not errors[0]["loc"]:
+        return APIError(400, "the body must be one JSON object, such as {\"model\": ...}")
+    # a union reports an error per member; the member that got deepest is what the caller meant
+    error = max(errors, key=lambda error: len(error["loc"]))
+    path = _path(error)
+    param = _clip(".".join(path))
+    if error["type"] == "extra_forbidden":
+        return APIError(400, _unknown_field(schema, param, path), param, "unknown_field")
+    if error["type"] == "missing":
+        return APIError(400, f"{param} is missing; give it", param, "missing_field")
+    rule = _PYDANTIC_SUBJECT.sub("must ", error["msg"].partition(" after validation")[0])
+    rule = rule.replace("a valid integer", "an integer").replace("a valid array", "a list")
+    rule = rule.replace("a valid", "a")
+    field = schema.model_fields.get(path[0])
+    tried = {str(other["loc"]) for other in errors if other["loc"][0] == error["loc"][0]}
+    if len(tried) > 1 and field and field.description and len(path) <= 2:
+        rule = f"must be {field.description}"
+    return APIError(400, f"{param}={_shorten(error['input'])} {rule}", param, "invalid_value")
+
+
+def _unknown_field(schema: type[BaseModel], param: str, path: list[str]) -> str:
+    name, top_level = path[-1], len(path) == 1
+    if top_level and name in UNSUPPORTED:
+        return f"{name} is not supported: {UNSUPPORTED[name]}; leave it out"
+    near = difflib.get_close_matches(name[:60], schema.model_fields, 1) if top_level else []
+    hint = f"did you mean {near[0]}?" if near else "leave it out; /openapi.json lists the fields"
+    return f"{_shorten(param)} is not a field of this request; {hint}"
+
+
+def _path(error: ErrorDetails) -> list[str]:
+    """The field names that lead to an error, without the names pydantic gives to union members."""
+    first, *rest = error["loc"]
+    # the last part of an unknown field is the caller's own word and may look like such a name
+    last = [rest.pop()] if rest and error["type"] == "extra_forbidden" else []
+    members = ("str", "int", "constrained-str", "constrained-int")
+    return [str(part) for part in (first, *(
+        part for part in rest
+        if isinstance(part, int) or not (part in members or "[" in part)), *last)]
+
+
+def _shorten(value: Any) -> str:
+    return _clip(json.dumps(value, default=str))
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _digest(key: str) -> bytes:

@@ -1,4 +1,5 @@
-"""`fira serve RUN`: the process. It listens at once, loads the model, serves, drains at SIGTERM."""
+"""The process of `fira serve`: it listens at once, loads the model, serves, and ends at a signal
+after the requests in progress are finished."""
 from __future__ import annotations
 
 import signal
@@ -10,27 +11,28 @@ from typing import Any
 import uvicorn
 from rich.text import Text
 
-from fira.infer.chat import BASE, knows_chat
+from fira.infer.chat import knows_chat
+from fira.infer.engine import Engine
 from fira.infer.fused import open_step
 from fira.infer.load import load
 from fira.model.files import WEIGHTS, find_model
 from fira.model.generate import window_length
 from fira.runlog import console
-from fira.serve.address import LOOPBACK, listen, url
-from fira.serve.api import Served
-from fira.serve.guard import Keys
+from fira.serve.api import ServedModel
+from fira.serve.guard import LOOPBACK, Keys
+from fira.serve.schema import Architecture
 from fira.serve.server import Server, Service
 
-DRAIN_SECONDS = 30  # for answers under way when the process is told to end
+DRAIN_SECONDS = 30  # time to finish the requests in progress after a signal
 
 
 def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, slots: int,
           queue: int, device: str, precision: str) -> None:
-    """Serve until a signal. Raises ValueError or OSError, one line, if that cannot begin."""
+    """Serve until a signal. Raises ValueError or OSError, one line, if the server cannot start."""
     accepted = Keys.load(keys) if keys else None
     folder = find_model(run)
     listener = listen(host, port)
-    address = url(listener, host)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     notes = console()
     if host not in LOOPBACK and not accepted:
         notes.print(Text(f"Anyone who reaches {address} may use the model: there are no --keys.",
@@ -38,63 +40,76 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
     notes.print(f"loading {folder}, listening at {address}", soft_wrap=True)
 
     def load_service() -> Service:
-        service = open_service(run, name or _name(run), slots, queue, device,
-                               precision)
-        notes.print(f"serving {service.served.name}: chat page at {address}, API at {address}/v1",
+        service = open_service(run, name or _name(run), slots, queue, device, precision)
+        notes.print(f"serving {service.model.name}: chat page at {address}, API at {address}/v1",
                     soft_wrap=True)
-        if not service.served.tuned:
-            notes.print(Text(BASE, style="yellow"), soft_wrap=True)
+        if not service.model.chat_tuned:
+            notes.print(Text("This model was not tuned for chat: it continues the text of the "
+                             "messages.", style="yellow"), soft_wrap=True)
         return service
 
     run_until_signal(load_service, accepted, host in LOOPBACK, listener)
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Return a bound socket. Raises ValueError if the address is not this machine's or in use."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"the server cannot listen at {host}:{port} ({reason}); give another "
+                         "--host or --port") from None
+    # Accepted connections inherit TCP_NODELAY. asyncio sets it only on sockets that it creates;
+    # without it each small write waits up to 40 ms for the client's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
 def run_until_signal(load_service: Callable[[], Service], keys: Keys | None, loopback: bool,
                      listener: socket.socket) -> None:
-    """Run the server; raises what loading raised."""
-    faults: list[Exception] = []
+    """Run the server. Raises the exception that loading raised."""
+    errors: list[Exception] = []
 
     def failed(error: Exception) -> None:
-        faults.append(error)
+        errors.append(error)
         process.should_exit = True
 
     app = Server(load_service, keys, loopback, failed).app()
     process = uvicorn.Server(uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="on", server_header=False,
         timeout_graceful_shutdown=DRAIN_SECONDS))
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again once it has drained
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after draining
         signal.signal(number, lambda *_: None)
     process.run(sockets=[listener])
-    if faults:
-        raise faults[0]
+    if errors:
+        raise errors[0]
 
 
 def open_service(run: Path, name: str, slots: int, queue: int, device: str,
                  precision: str) -> Service:
-    """The model of a run in a started engine."""
-    from fira.infer.engine import Engine
-
+    """Load the model of a run and start an engine for it."""
     loaded = load(run, device)
     engine = Engine(loaded.model, loaded.tokenizer, slots=slots, max_waiting=queue)
     fused = open_step(loaded.model, precision, console().print)
     if fused is not None:
         engine.decode_step = fused.decode
     engine.start()
-    served = Served(name, loaded.tokenizer, window_length(loaded.model),
-                    loaded.model.spec.vocab_size, knows_chat(loaded.folder),
-                    int((loaded.folder / WEIGHTS).stat().st_mtime), facts(loaded.model))
-    return Service(served, engine)
+    created = int((loaded.folder / WEIGHTS).stat().st_mtime)
+    return Service(ServedModel(name, loaded.tokenizer, window_length(loaded.model),
+                               loaded.model.spec.vocab_size, knows_chat(loaded.folder), created,
+                               architecture(loaded.model)), engine)
 
 
-def facts(model: Any) -> dict[str, Any]:
-    """What the page shows of a model."""
+def architecture(model: Any) -> Architecture:
+    """The numbers that the chat page shows of a model."""
     spec = model.spec
-    return {"fira": {"architecture": spec.architecture, "layers": spec.num_layers,
-                     "num_experts": spec.num_experts, "top_k": min(spec.top_k, spec.num_experts),
-                     "parameters": sum(weight.numel() for weight in model.parameters())}}
+    return {"architecture": spec.architecture, "layers": spec.num_layers,
+            "num_experts": spec.num_experts, "top_k": min(spec.top_k, spec.num_experts),
+            "parameters": sum(weight.numel() for weight in model.parameters())}
 
 
 def _name(run: Path) -> str:
-    """A run is called after its folder; a step folder after the run it belongs to."""
+    """The name of the run folder, also when `run` is a step folder in it."""
     folder = run.resolve()
     return folder.parent.name if folder.name.startswith("step-") else folder.name

@@ -1,46 +1,30 @@
-"""What a request may say, strictly typed. What is not declared here is refused, never ignored.
+"""What the server receives and what it sends: one definition of each, also for /openapi.json.
 
-Names, ranges and defaults are OpenAI's; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and
-`experts` are extensions. Null means left out. Descriptions are nouns: they stand in error messages
-and in /openapi.json. Lists fail fast: a fault for each of a million entries would take minutes.
+Requests are strict: a field that is not declared here is refused, never ignored. Names, ranges and
+defaults are OpenAI's; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and `experts` are
+extensions. Null means that a field is left out. Descriptions are nouns, because error messages
+quote them after "must be". Lists fail at their first error: a message for each of a million entries
+would take minutes. Responses are plain dicts whose keys mypy checks against the types below.
 """
 from __future__ import annotations
 
-import difflib
-import json
+import functools
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from typing_extensions import NotRequired, TypedDict
 
-MAX_CHOICES = 64  # answers one request may ask for, over all its prompts
-MAX_FAULTS = 1000  # more are not looked at one by one
-MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH, MAX_RIVALS = 1024, 16, 256, 20
-SEED = 2**63
-_WORDS = re.compile(r"^(Input|List|Dictionary|String|Value) should ")
+from fira import __version__
 
-REFUSED = {  # fields of OpenAI's API that ask for what this server does not do
-    "best_of": "answers are not ranked; ask for n answers and choose",
-    "suffix": "text is only continued, not filled in",
-    "tools": "the model calls no tools", "tool_choice": "the model calls no tools",
-    "parallel_tool_calls": "the model calls no tools", "functions": "the model calls no functions",
-    "function_call": "the model calls no functions", "audio": "the model has no voice",
-    "modalities": "the model writes text only", "store": "the server stores nothing",
-    "metadata": "the server stores nothing", "prediction": "predicted outputs are not used",
-    "reasoning_effort": "the model's effort cannot be set",
-    "web_search_options": "the server reaches no network",
-    "moderation": "nothing is moderated", "service_tier": "there is one tier",
-    "verbosity": "the model's verbosity cannot be set",
-    "safety_identifier": "give the label as user",
-    "prompt_cache_key": "prompts are cached without it",
-    "prompt_cache_options": "prompts are cached without them",
-    "prompt_cache_retention": "prompts stay cached while there is room",
-}
+MAX_CHOICES = 64  # choices that one request may ask for, over all its prompts
+MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 1024, 16, 256, 20
+SEED_LIMIT = 2**63
 
 
-class Refused(Exception):
-    """An answer with the true status: what is wrong, with which field, and what to do."""
+class APIError(Exception):
+    """A request that fails: HTTP status, one line for the caller, the field that caused it."""
 
     def __init__(self, status: int, message: str, param: str | None = None,
                  code: str | None = None, headers: dict[str, str] | None = None) -> None:
@@ -49,11 +33,14 @@ class Refused(Exception):
         self.headers = headers or {}
 
     @property
-    def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 429: "rate_limit_error", 404: "not_found_error"}
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kinds.get(self.status, kind),
+    def body(self) -> Error:
+        types = {401: "authentication_error", 429: "rate_limit_error", 404: "not_found_error"}
+        other = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": types.get(self.status, other),
                           "param": self.param, "code": self.code}}
+
+
+# Requests
 
 
 class Strict(BaseModel):
@@ -86,8 +73,8 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES,
 Several = Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
 
 
-class Sampling(Strict):
-    """What both kinds of completion take."""
+class GenerationRequest(Strict):
+    """The fields that chats and text completions share."""
 
     model: str | None = Field(None, description="the served model's id; null is that one")
     max_tokens: int | None = Field(None, ge=0)
@@ -103,34 +90,36 @@ class Sampling(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = Field(
         None, description=f"a string or at most {MAX_STOPS} strings, each of 1 to "
                           f"{MAX_STOP_LENGTH} characters")
-    seed: int | None = Field(None, ge=-SEED, lt=SEED)
+    seed: int | None = Field(None, ge=-SEED_LIMIT, lt=SEED_LIMIT)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = Field(None, description="whether to go on after the end of text")
-    experts: bool | None = Field(None, description="whether to tell each token's experts")
-    user: str | None = Field(None, description="the caller's own label; it changes nothing")
+    ignore_eos: bool | None = Field(
+        None, description="whether generation continues after the end of text")
+    experts: bool | None = Field(
+        None, description="whether the response lists the experts that processed each token")
+    user: str | None = Field(None, description="the caller's own label, which has no effect")
 
 
-class ChatRequest(Sampling):
+class ChatRequest(GenerationRequest):
     messages: Messages
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_RIVALS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = Field(None, description="text, the only format")
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(GenerationRequest):
     prompt: (str | Annotated[list[str], Several] | TokenIds
              | Annotated[list[TokenIds], Several]) = Field(
         description="a string, a list of token ids, or a list of at most "
                     f"{MAX_CHOICES} strings or lists of token ids, none of them empty")
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_RIVALS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
 
 class TokenizeRequest(Strict):
-    """Text as it is, or messages as a chat would read them."""
+    """Either a text, or messages, which are rendered as a chat prompt."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [
         {"required": [given], "properties": {given: {"not": {"type": "null"}},
@@ -140,7 +129,7 @@ class TokenizeRequest(Strict):
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(
-        None, description="whether to begin with the end of text, as a completion's prompt does")
+        None, description="whether the ids begin with the end of text, as in a completion")
 
 
 class DetokenizeRequest(Strict):
@@ -148,69 +137,194 @@ class DetokenizeRequest(Strict):
     tokens: list[TokenId] = Field(fail_fast=True)
 
 
-Schema = TypeVar("Schema", bound=BaseModel)
+# Responses
 
 
-def parse(schema: type[Schema], body: bytes) -> Schema:
-    """The request in `body`. Raises Refused(400), one line about its first fault."""
-    try:
-        return schema.model_validate_json(body)
-    except ValidationError as error:
-        raise _refusal(schema, error) from None
+class ErrorDetail(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
 
 
-def _refusal(schema: type[BaseModel], error: ValidationError) -> Refused:
-    if error.error_count() > MAX_FAULTS:
-        return Refused(400, f"the request has {error.error_count()} faults; /openapi.json lists "
-                       "the fields", code="invalid_value")
-    faults = error.errors(include_url=False)
-    if faults[0]["type"] == "json_invalid":
-        why = faults[0]["ctx"]["error"]
-        return Refused(400, f"the body is not valid JSON ({why}); send one JSON object",
-                       code="invalid_json")
-    if not faults[0]["loc"]:
-        return Refused(400, "the body must be one JSON object, such as {\"model\": ...}")
-    fault = max(faults, key=lambda fault: len(fault["loc"]))  # the branch that came furthest
-    path = _path(fault)
-    param, name = _clipped(".".join(path)), path[-1]
-    if fault["type"] == "extra_forbidden":
-        return Refused(400, _unknown(schema, param, name, len(path)), param, "unknown_field")
-    if fault["type"] == "missing":
-        return Refused(400, f"{param} is missing; give it", param, "missing_field")
-    rule = _WORDS.sub("must ", fault["msg"].partition(" after validation")[0])
-    rule = rule.replace("a valid integer", "an integer").replace("a valid array", "a list")
-    rule = rule.replace("a valid", "a")
-    field = schema.model_fields.get(path[0])
-    if len({str(other["loc"]) for other in faults if other["loc"][0] == fault["loc"][0]}) > 1 \
-            and field and field.description and len(path) <= 2:
-        rule = f"must be {field.description}"
-    return Refused(400, f"{param}={_short(fault['input'])} {rule}", param, "invalid_value")
+class Error(TypedDict):
+    error: ErrorDetail
 
 
-def _unknown(schema: type[BaseModel], param: str, name: str, depth: int) -> str:
-    if depth == 1 and name in REFUSED:
-        return f"{name} is not supported: {REFUSED[name]}; leave it out"
-    near = difflib.get_close_matches(name[:60], schema.model_fields, 1) if depth == 1 else []
-    hint = f"did you mean {near[0]}?" if near else "leave it out; /openapi.json lists the fields"
-    return f"{_short(param)} is no field of this request; {hint}"
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
 
 
-def _path(fault: ErrorDetails) -> list[str]:
-    """The names on the way to a fault, without those that Pydantic gives to a union's members."""
-    first, *rest = fault["loc"]
-    last = [rest.pop()] if rest and fault["type"] == "extra_forbidden" else []  # the caller's word
-    return [str(part) for part in (first, *(part for part in rest if not _is_branch(part)), *last)]
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
-def _is_branch(part: int | str) -> bool:
-    """'str', 'constrained-str', 'list[...]': the member of a union that was tried."""
-    return isinstance(part, str) and (part in ("str", "int", "constrained-str", "constrained-int")
-                                      or "[" in part)
+class TokenLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
 
 
-def _short(value: Any) -> str:
-    return _clipped(json.dumps(value, default=str))
+class ChatTokenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
 
 
-def _clipped(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+class ChatLogprobs(TypedDict):
+    content: list[ChatTokenLogprob]
+
+
+class TextLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class AssistantMessage(TypedDict):
+    role: str
+    content: str
+
+
+class Choice(TypedDict):
+    index: int
+    finish_reason: str
+    experts: NotRequired[Sequence[Sequence[Sequence[int]]]]  # [token][layer][rank by weight]
+
+
+class ChatChoice(Choice):
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+
+
+class TextChoice(Choice):
+    text: str
+    logprobs: TextLogprobs | None
+
+
+class Head(TypedDict):
+    """The fields that a response and every chunk of a stream begin with."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+
+class ChatCompletion(Head):
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class TextCompletion(Head):
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class Architecture(TypedDict):
+    architecture: str
+    layers: int
+    num_experts: int
+    top_k: int
+    parameters: int
+
+
+class Model(TypedDict):
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    max_model_len: int
+    chat_tuned: bool
+    fira: NotRequired[Architecture]
+
+
+class Models(TypedDict):
+    object: str
+    data: list[Model]
+
+
+class Tokens(TypedDict):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Detokenized(TypedDict):
+    prompt: str
+
+
+class Health(TypedDict):
+    status: str
+
+
+class Operation(NamedTuple):
+    summary: str
+    response: Any
+    request: type[BaseModel] | None = None  # a POST has one, a GET has none
+    streams: bool = False
+
+
+OPERATIONS = {
+    "/v1/chat/completions": Operation("Answer a chat", ChatCompletion, ChatRequest, streams=True),
+    "/v1/completions": Operation("Continue a text", TextCompletion, CompletionRequest,
+                                 streams=True),
+    "/tokenize": Operation("Convert text to token ids", Tokens, TokenizeRequest),
+    "/detokenize": Operation("Convert token ids to text", Detokenized, DetokenizeRequest),
+    "/v1/models": Operation("List the served model", Models),
+    "/v1/models/{model}": Operation("Describe one model", Model),
+    "/health": Operation("Whether the model is loaded", Health),
+}
+ERRORS = {"400": "A field of the request is wrong", "401": "The API key is missing or unknown",
+          "404": "The named model is not the served one", "413": "The body is too large",
+          "415": "The body is not JSON", "429": "The queue is full; see Retry-After",
+          "503": "The model is loading; see Retry-After"}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {
+    "type": "string", "description": "a chunk or an error in JSON; the last one is [DONE]"}}}
+REF = "#/components/schemas/{model}"
+
+
+@functools.cache
+def openapi(keys: bool) -> dict[str, Any]:
+    """The OpenAPI description. `keys` says whether the server requires an API key."""
+    types: list[tuple[Any, Any]] = [
+        *((operation.request, "validation") for operation in OPERATIONS.values()),
+        *((operation.response, "serialization") for operation in OPERATIONS.values()),
+        (Error, "serialization")]
+    _, schemas = TypeAdapter.json_schemas([(type.__name__, mode, TypeAdapter(type))
+                                           for type, mode in types if type], ref_template=REF)
+    key = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if keys else {}
+    return {"openapi": "3.1.0",
+            "info": {"title": "FIRA", "version": __version__,
+                     "description": "An OpenAI-compatible server of one FIRA model."},
+            "paths": {path: {"post" if one.request else "get": _describe(path, one, keys)}
+                      for path, one in OPERATIONS.items()},
+            "components": {"schemas": schemas["$defs"], **key}}
+
+
+def _describe(path: str, operation: Operation, keys: bool) -> dict[str, Any]:
+    named = "{" in path
+    statuses = set(ERRORS) if operation.request else {"401", "503", *(["404"] if named else [])}
+    errors = {status: {"description": words, "content": _json(Error)}
+              for status, words in ERRORS.items()
+              if status in statuses and (keys or status != "401")}
+    content = _json(operation.response)
+    if operation.streams:
+        content["text/event-stream"] = {"schema": EVENT}
+    described: dict[str, Any] = {
+        "summary": operation.summary, "operationId": re.sub(r"\W+", "_", path).strip("_"),
+        "responses": {"200": {"description": operation.summary, "content": content}, **errors}}
+    if operation.request:
+        described["requestBody"] = {"required": True, "content": _json(operation.request)}
+    if named:
+        described["parameters"] = [{"name": "model", "in": "path", "required": True,
+                                    "schema": {"type": "string"}}]
+    if keys and path != "/health":
+        described["security"] = [{"key": []}]
+    return described
+
+
+def _json(model: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": REF.format(model=model.__name__)}}}

@@ -1,4 +1,5 @@
-"""The HTTP application: routes, streams, refusals. It runs in one event loop beside the engine."""
+"""The HTTP application: routes, event streams, errors. It runs in one event loop; the engine has
+a thread of its own."""
 from __future__ import annotations
 
 import asyncio
@@ -7,7 +8,8 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,48 +20,33 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from fira.serve.answer import KEEPALIVE, Answer, sse
-from fira.serve.api import (
-    Job,
-    Served,
-    chat_job,
-    check_model,
-    completion_job,
-    detokenize,
-    model_entry,
-    tokenize,
-)
-from fira.serve.guard import OPEN, Keys, check_host, read_body
+from fira.infer.request import End, QueueFull
+from fira.serve import api
+from fira.serve.guard import OPEN_PATHS, Keys, check_host, parse, read_body
 from fira.serve.metrics import Metrics
-from fira.serve.openapi import document
-from fira.serve.running import Running
-from fira.serve.schema import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    Refused,
-    TokenizeRequest,
-    parse,
-)
+from fira.serve.response import KEEPALIVE, Event, ResponseBuilder, sse
+from fira.serve.schema import OPERATIONS, APIError, openapi
 
 PAGE = Path(__file__).with_name("page.html")
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+KEEPALIVE_SECONDS = 10  # proxies close connections that are silent for longer, often for 60 s
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Service(NamedTuple):
-    """What answers: the model's description and its engine, started."""
+    """A loaded model: its description, and its started engine."""
 
-    served: Served
+    model: api.ServedModel
     engine: Any
 
 
 class Server:
-    """The application's state: `load` brings the service while the server already listens."""
+    """The application's state. The server listens while `load` is still loading the model."""
 
     def __init__(self, load: Callable[[], Service], keys: Keys | None = None,
                  loopback: bool = False, failed: Callable[[Exception], None] | None = None) -> None:
-        """`loopback`: only this machine is meant to ask. `failed` hears why `load` did not."""
+        """`loopback`: the server listens on a loopback address, so that only programs on this
+        machine may use it. `failed` is called with the exception if `load` raises one."""
         self.load, self.keys, self.loopback, self.failed = load, keys, loopback, failed
         self.service: Service | None = None
         self.metrics = Metrics(lambda: self.service and self.service.engine)
@@ -67,16 +54,18 @@ class Server:
         self.page_headers = page_headers(self.page)
 
     def app(self) -> Starlette:
-        posts = {"/v1/chat/completions": self.chat_completions, "/v1/completions": self.completions,
-                 "/tokenize": self.tokenize, "/detokenize": self.detokenize}
+        posts: dict[str, Callable[..., Any]] = {
+            "/v1/chat/completions": api.chat, "/v1/completions": api.complete,
+            "/tokenize": api.tokenize, "/detokenize": api.detokenize}
         gets = {"/": self.home, "/health": self.health, "/metrics": self.show_metrics,
                 "/openapi.json": self.openapi, "/v1/models": self.models,
                 "/v1/models/{model:path}": self.model}
-        routes = [Route(path, self.guarded(path, endpoint), methods=[method])
-                  for method, table in (("POST", posts), ("GET", gets))
-                  for path, endpoint in table.items()]
+        routes = [Route(path, self.guarded(path, endpoint)) for path, endpoint in gets.items()]
+        for path, function in posts.items():
+            endpoint = self.guarded(path, partial(self.post, OPERATIONS[path].request, function))
+            routes.append(Route(path, endpoint, methods=["POST"]))
         return Starlette(routes=routes, lifespan=self.lifespan, exception_handlers={
-            HTTPException: _http_error, Exception: _bug})
+            HTTPException: _http_error, Exception: _internal_error})
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -95,50 +84,45 @@ class Server:
             self.failed(error)
 
     def guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
-        """The endpoint behind keys and host names; refusals become answers; all is counted."""
-        async def answer(request: Request) -> Response:
+        """Wrap an endpoint: check key and host, turn APIError into a response, count it."""
+        async def respond(request: Request) -> Response:
             start = time.monotonic()
             try:
-                if path not in OPEN and self.keys:
+                if path not in OPEN_PATHS and self.keys:
                     self.keys.check(request)
                 if self.loopback and not self.keys:
                     check_host(request)
                 response = await endpoint(request)
-            except Refused as refused:
-                response = JSONResponse(refused.body, refused.status, refused.headers)
+            except APIError as error:
+                response = _error_response(error)
             except ClientDisconnect:
-                response = Response(status_code=499)  # nginx's number; nobody is there to read it
+                response = Response(status_code=499)  # nginx's number; no client receives it
             self.metrics.requests.labels(path, response.status_code).inc()
             if not isinstance(response, EventStream):
                 self.metrics.seconds.labels(path).observe(time.monotonic() - start)
             return response
-        return answer
+        return respond
 
     def ready(self) -> Service:
         if self.service is None:
-            raise Refused(503, "the model is loading; ask again in a few seconds",
-                          code="loading", headers={"Retry-After": "2"})
+            raise APIError(503, "the model is loading; ask again in a few seconds",
+                           code="loading", headers={"Retry-After": "2"})
         return self.service
 
-    async def chat_completions(self, request: Request) -> Response:
+    async def post(self, schema: Any, function: Callable[..., Any], request: Request) -> Response:
+        """Parse the body and call `function`, which returns a response or what to generate."""
         service = self.ready()
-        body = parse(ChatRequest, await read_body(request))
-        job = await asyncio.to_thread(chat_job, body, service.served)
-        return await self.respond(request, service, job)
-
-    async def completions(self, request: Request) -> Response:
-        service = self.ready()
-        body = parse(CompletionRequest, await read_body(request))
-        job = await asyncio.to_thread(completion_job, body, service.served)
-        return await self.respond(request, service, job)
-
-    async def respond(self, request: Request, service: Service, job: Job) -> Response:
+        body = parse(schema, await read_body(request))
+        api.check_model(body.model, service.model)
+        result = await asyncio.to_thread(function, body, service.model)
+        if not isinstance(result, api.Generation):
+            return JSONResponse(result)
         start = time.monotonic()
-        answer, running = Answer(job, service.served), Running(service.engine, job)
-        if job.stream:
-            return EventStream(self.chunks(request, answer, running, start), running)
-        collecting = asyncio.create_task(self.collect(answer, running, start))
-        leaving = asyncio.create_task(_leaving(request))
+        builder, events = ResponseBuilder(result, service.model), Events(service.engine, result)
+        if body.stream:
+            return EventStream(self.stream(request, builder, events, start), events)
+        collecting = asyncio.create_task(self.collect(builder, events, start))
+        leaving = asyncio.create_task(_disconnected(request))
         try:
             await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
@@ -147,57 +131,46 @@ class Server:
         finally:
             collecting.cancel()
             leaving.cancel()
-            running.cancel()
+            events.cancel()
 
-    async def collect(self, answer: Answer, running: Running, start: float) -> dict[str, Any]:
-        waits = True
-        async for event in running.read():
+    async def collect(self, builder: ResponseBuilder, events: Events,
+                      start: float) -> Mapping[str, Any]:
+        async for event in self.timed(events, start):
             if event:
-                if waits:
-                    self.metrics.first_token.observe(time.monotonic() - start)
-                waits = False
-                answer.hear(*event)
-        return answer.whole()
+                builder.add(*event)
+        return builder.response()
 
-    async def chunks(self, request: Request, answer: Answer, running: Running,
+    async def stream(self, request: Request, builder: ResponseBuilder, events: Events,
                      start: float) -> AsyncIterator[bytes]:
-        """The stream of an answer. A failure in its midst is a chunk that says so."""
-        for chunk in answer.first():
+        """The chunks of a response. An error after the first chunk becomes the last chunk."""
+        for chunk in builder.first_chunks():
             yield chunk
-        waits = True
         try:
-            async for event in running.read():
-                if event is None:
-                    yield KEEPALIVE
-                    continue
-                if waits:
-                    self.metrics.first_token.observe(time.monotonic() - start)
-                waits = False
-                for chunk in answer.feed(*event):
+            async for event in self.timed(events, start):
+                for chunk in builder.chunks(*event) if event else (KEEPALIVE,):
                     yield chunk
-            for chunk in answer.last():
+            for chunk in builder.last_chunks():
                 yield chunk
-        except Refused as refused:
-            yield sse(refused.body)
+        except APIError as error:
+            yield sse(error.body)
         self.metrics.seconds.labels(request.scope["path"]).observe(time.monotonic() - start)
 
-    async def tokenize(self, request: Request) -> Response:
-        service = self.ready()
-        body = parse(TokenizeRequest, await read_body(request))
-        return JSONResponse(await asyncio.to_thread(tokenize, body, service.served))
-
-    async def detokenize(self, request: Request) -> Response:
-        service = self.ready()
-        body = parse(DetokenizeRequest, await read_body(request))
-        return JSONResponse(await asyncio.to_thread(detokenize, body, service.served))
+    async def timed(self, events: Events, start: float) -> AsyncIterator[tuple[int, Event] | None]:
+        """The events; the time until the first one is recorded."""
+        waiting = True
+        async for event in events.read():
+            if event and waiting:
+                self.metrics.first_token.observe(time.monotonic() - start)
+                waiting = False
+            yield event
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model_entry(self.ready().served)]})
+        return JSONResponse(api.list_models(self.ready().model))
 
     async def model(self, request: Request) -> Response:
-        served = self.ready().served
-        check_model(request.path_params["model"], served)
-        return JSONResponse(model_entry(served))
+        model = self.ready().model
+        api.check_model(request.path_params["model"], model)
+        return JSONResponse(model.describe())
 
     async def health(self, request: Request) -> Response:
         self.ready()
@@ -208,28 +181,74 @@ class Server:
                         media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(document(bool(self.keys)))
+        return JSONResponse(openapi(bool(self.keys)))
 
     async def home(self, request: Request) -> Response:
         return HTMLResponse(self.page, headers=self.page_headers)
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events; when the client leaves, however that shows, its slots are freed."""
+class Events:
+    """Adds a generation's choices to the engine; its events arrive in the event loop.
 
-    def __init__(self, chunks: AsyncIterator[bytes], running: Running) -> None:
+    Raises APIError if the engine takes one of the choices not; then none is generated.
+    """
+
+    def __init__(self, engine: Any, generation: api.Generation) -> None:
+        self.engine = engine
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.running: dict[int, Any] = {}  # choice index -> the engine's request id
+        try:
+            for index, (ids, params) in enumerate(generation.choices):
+                self.running[index] = engine.add(ids, params, partial(self._put, index))
+        except QueueFull as error:
+            self.cancel()
+            raise APIError(429, f"the server is busy: {error}; ask again in a second",
+                           code="queue_full", headers={"Retry-After": "1"}) from None
+        except ValueError as error:
+            self.cancel()
+            raise APIError(400, str(error), code="invalid_value") from None
+
+    async def read(self) -> AsyncIterator[tuple[int, Event] | None]:
+        """Events until every choice has ended; None after KEEPALIVE_SECONDS without one."""
+        while self.running:
+            try:
+                index, event = (self.queue.get_nowait() if not self.queue.empty() else
+                                await asyncio.wait_for(self.queue.get(), KEEPALIVE_SECONDS))
+            except asyncio.TimeoutError:
+                yield None
+                continue
+            if isinstance(event, End):
+                del self.running[index]
+            yield index, event
+
+    def cancel(self) -> None:
+        """Free the engine's slots of all choices that have not ended."""
+        for request in self.running.values():
+            self.engine.cancel(request)
+        self.running.clear()
+
+    def _put(self, index: int, event: Event) -> None:
+        """The engine calls this in its own thread."""
+        self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. However the connection ends, the engine's slots are freed."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], events: Events) -> None:
         super().__init__(chunks, media_type="text/event-stream", headers=STREAM_HEADERS)
-        self.running = running
+        self.events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.running.cancel()
+            self.events.cancel()
 
 
 def page_headers(page: str) -> dict[str, str]:
-    """The page may run its own script and style, known by their digests, and ask its own server."""
+    """Headers that let the page run only its own script and style and call only this server."""
     def digests(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         return " ".join(
@@ -242,28 +261,32 @@ def page_headers(page: str) -> dict[str, str]:
             "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 
 
-async def _leaving(request: Request) -> None:
-    """Returns when the client has closed its connection."""
+async def _disconnected(request: Request) -> None:
+    """Return when the client has closed its connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
+def _error_response(error: APIError) -> Response:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods, in the shape of every other refusal."""
+    """Unknown paths and methods, in the shape of every other error."""
     assert isinstance(error, HTTPException)
     path = request.scope["path"][:80]
-    words = {404: f"there is nothing at {path}; /openapi.json lists what is",
-             405: f"{request.method} is not for {path}"}
-    message = words.get(error.status_code, error.detail)
-    refused = Refused(error.status_code, message, headers=dict(error.headers or {}))
-    return JSONResponse(refused.body, refused.status, refused.headers)
+    messages = {404: f"there is nothing at {path}; /openapi.json lists what is",
+                405: f"{request.method} is not for {path}"}
+    return _error_response(APIError(error.status_code,
+                                    messages.get(error.status_code, error.detail),
+                                    headers=dict(error.headers or {})))
 
 
-async def _bug(request: Request, error: Exception) -> Response:
-    """The traceback goes to the log, by uvicorn; the caller learns that it is not their fault.
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """Tell the caller that the server failed; uvicorn logs the traceback.
 
-    uvicorn then closes the connection, so the answer says it: else the next request on it is lost.
+    uvicorn then closes the connection. The header says so, because a client that reused the
+    connection would lose its next request.
     """
-    refused = Refused(500, "the server failed on this request; its log says why",
-                      headers={"Connection": "close"})
-    return JSONResponse(refused.body, refused.status, refused.headers)
+    return _error_response(APIError(500, "the server failed on this request; its log says why",
+                                    headers={"Connection": "close"}))

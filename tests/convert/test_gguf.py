@@ -21,7 +21,7 @@ from tests.convert.conftest import HARD
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
-from fira.cli_exchange import TYPES as OFFERED  # noqa: E402
+from fira.cli.move import GGUF_TYPES as OFFERED  # noqa: E402
 from fira.convert.gguf import TYPES, export_run, write_model  # noqa: E402
 from tests.llama import Llama  # noqa: E402
 

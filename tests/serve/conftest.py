@@ -14,10 +14,9 @@ from fira.infer.request import End, Piece, QueueFull, TokenScore
 from fira.infer.text import decode
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec
-from fira.serve.address import listen
-from fira.serve.api import Served
+from fira.serve.api import ServedModel
 from fira.serve.guard import Keys
-from fira.serve.process import facts
+from fira.serve.process import architecture, listen
 from fira.serve.server import Server, Service
 
 TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 8]
@@ -94,7 +93,7 @@ def tokenizer():
 
 @pytest.fixture
 def served(tokenizer):
-    return Served("tiny", tokenizer, window=200, vocab_size=320, tuned=True)
+    return ServedModel("tiny", tokenizer, window=200, vocab_size=320, chat_tuned=True)
 
 
 @pytest.fixture
@@ -175,7 +174,8 @@ def short(model, tokenizer):
 def over_engine(model, tokenizer, window):
     engine = Engine(model, tokenizer, slots=8, capacity=window)
     engine.start()
-    served = Served("tiny", tokenizer, window, 320, tuned=True, facts=facts(model))
+    served = ServedModel("tiny", tokenizer, window, 320, chat_tuned=True,
+                         architecture=architecture(model))
     running = Running(lambda: Service(served, engine)).wait()
     yield running
     running.stop()

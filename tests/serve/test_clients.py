@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from fira.model.generate import generate
-from fira.serve.api import Served
+from fira.serve.api import ServedModel
 
 CHAT = [{"role": "user", "content": "Hi"}]
 
@@ -82,7 +82,7 @@ def test_greedy_completions_equal_plain_generation(openai, model, tokenizer):
     new = generate(model, [ids], 20, temperature=0, end_of_text=-1)[0, len(ids):].tolist()
     answer = openai.completions.create(model="tiny", prompt="The state", max_tokens=20,
                                        temperature=0, extra_body={"ignore_eos": True}, logprobs=0)
-    names = Served("tiny", tokenizer, 128, 320, True).name_of
+    names = ServedModel("tiny", tokenizer, 128, 320, True).name_of
     assert answer.choices[0].logprobs.tokens == [names(id) for id in new]
 
 

@@ -45,20 +45,20 @@ def page(browser, running):
     page.on("console", lambda line: line.type == "error" and "Failed to load" not in line.text
             and faults.append(line.text))
     page.goto(running.address)
-    page.wait_for_selector("#ideas button")
+    page.wait_for_selector("#suggestions button")
     yield page
     context.close()
     assert faults == []
 
 
 def ask(page, words):
-    page.fill("#question", words)
+    page.fill("#message", words)
     page.keyboard.press("Enter")
 
 
 def finished(page):
     page.wait_for_selector(".turn:last-child >> text=Regenerate")
-    return page.locator(".answer").last.inner_text()
+    return page.locator(".reply").last.inner_text()
 
 
 def settings(page, **values):
@@ -74,17 +74,17 @@ def test_an_answer_streams_and_survives_a_reload(page, engine):
     assert finished(page) == SAID.strip()
     params = engine.asked[-1][1]
     assert (params.temperature, params.seed, params.max_new_tokens) == (0.3, 7, 17)
-    assert page.locator("#live").inner_text().startswith("Answer: Größe 🙂")
+    assert page.locator("#live").inner_text().startswith("Reply: Größe 🙂")
     page.reload()
     page.wait_for_selector("text=Regenerate")
-    assert page.locator(".answer").inner_text() == SAID.strip()
+    assert page.locator(".reply").inner_text() == SAID.strip()
     assert page.locator("#conversations li").count() == 1
 
 
 def test_stop_frees_the_slot_and_keeps_the_words(page, engine):
     engine.pause = 0.05
     ask(page, "Hello")
-    page.wait_for_selector(".answer span:nth-child(3)")
+    page.wait_for_selector(".reply span:nth-child(3)")
     assert page.locator("#stop").is_visible()
     page.click("#stop")
     assert SAID.startswith(finished(page)[:5])
@@ -95,26 +95,26 @@ def test_stop_frees_the_slot_and_keeps_the_words(page, engine):
 def test_a_token_shows_probability_rivals_and_experts(page):
     ask(page, "Hello")
     finished(page)
-    page.locator(".answer span").first.click()
-    assert page.locator("#chance").inner_text() == "60.7 % likely, the model’s first choice"
-    assert page.locator("#rivals li").count() == 8
-    assert page.locator("#rivals li.chosen").count() == 1
+    page.locator(".reply span").first.click()
+    assert page.locator("#probability").inner_text() == "probability 60.7 %, the likeliest token"
+    assert page.locator("#alternatives li").count() == 8
+    assert page.locator("#alternatives li.chosen").count() == 1
     assert page.locator("#map tr").count() == 2
-    assert page.locator("#map td.spoke").all_inner_texts() == ["1", "2", "1", "2"]
-    assert page.locator("#speakers").inner_text() == "Layer 1: experts 1, 2\nLayer 2: experts 3, 4"
+    assert page.locator("#map td.routed").all_inner_texts() == ["1", "2", "1", "2"]
+    assert page.locator("#chosen-experts").inner_text() == "Layer 1: experts 1, 2\nLayer 2: experts 3, 4"
     page.locator("#map td").first.click()
-    assert page.locator(".answer span.spoke").count() == page.locator(".answer span").count()
+    assert page.locator(".reply span.routed").count() == page.locator(".reply span").count()
     page.locator("#map td").nth(2).click()
-    assert page.locator(".answer span.spoke").count() == 0
+    assert page.locator(".reply span.routed").count() == 0
 
 
 def test_keys_walk_through_tokens_and_map(page):
     ask(page, "Hello")
     finished(page)
-    page.focus(".answer")
+    page.focus(".reply")
     for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
         page.keyboard.press(key)
-    assert page.locator(".answer span.chosen").get_attribute("data-i") == "1"
+    assert page.locator(".reply span.chosen").get_attribute("data-i") == "1"
     page.focus("#map td[tabindex='0']")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
@@ -165,7 +165,7 @@ def test_an_old_conversation_drops_its_oldest_turns(page, engine, served):
     for _ in range(3):
         ask(page, "word " * 10)
         finished(page)
-    assert "the oldest 4 turns were left out" in page.locator(".note").last.inner_text()
+    assert "the oldest 4 messages were left out" in page.locator(".note").last.inner_text()
     assert len(engine.asked[-1][0]) + 100 <= served.window
 
 
@@ -177,18 +177,18 @@ def test_a_key_is_asked_for(browser, start, served, engine):
     page.wait_for_selector("#settings[open]")
     page.fill("[name=key]", "sesame")
     page.click("#settings >> text=Save")
-    page.wait_for_selector("#ideas button")
+    page.wait_for_selector("#suggestions button")
     page.close()
 
 
 def test_it_fits_a_phone(browser, running):
     page = browser.new_page(viewport={"width": 360, "height": 640})
     page.goto(running.address)
-    page.wait_for_selector("#ideas button")
+    page.wait_for_selector("#suggestions button")
     ask(page, "Hello")
     finished(page)
-    page.locator(".answer span").first.click()
-    page.wait_for_selector("#rivals li")
+    page.locator(".reply span").first.click()
+    page.wait_for_selector("#alternatives li")
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= 360
     page.keyboard.press("Escape")
@@ -200,7 +200,7 @@ def test_it_fits_a_phone(browser, running):
 def test_every_control_has_a_name(page):
     ask(page, "Hello")
     finished(page)
-    page.locator(".answer span").first.click()
+    page.locator(".reply span").first.click()
     controls = "button, input, textarea, td, aside, nav, dialog"
     nameless = page.evaluate("""controls => [...document.querySelectorAll(controls)]
         .filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length

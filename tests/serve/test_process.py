@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fira.serve.address import listen
+from fira.serve.process import listen
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {"prompt": "The state", "max_tokens": 40, "ignore_eos": True}
@@ -91,7 +91,7 @@ def test_other_mistakes_are_one_line(trained_run, tmp_path, refused):
     assert "not a folder" in refused("serve", tmp_path / "none")
     keys = tmp_path / "keys"
     keys.write_text("\n")
-    assert "holds no key" in refused("serve", trained_run, "--keys", keys)
+    assert "has no key" in refused("serve", trained_run, "--keys", keys)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert "give another --host or --port" in refused("serve", trained_run, "--port", port)

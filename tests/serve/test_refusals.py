@@ -6,14 +6,13 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from fira.serve.guard import MAX_BODY
+from fira.serve.guard import MAX_BODY, parse
 from fira.serve.schema import (
+    APIError,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Refused,
     TokenizeRequest,
-    parse,
 )
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 17}
@@ -32,9 +31,9 @@ WRONG = [
     ("chat", {"temperature": "hot"}, "temperature", "number"),
     ("chat", {"temprature": 1}, "temprature", "did you mean temperature?"),
     ("chat", {"tools": []}, "tools", "calls no tools"),
-    ("chat", {"str": 1}, "str", "no field"), ("chat", {"a[0]": 1}, "a[0]", "no field"),
+    ("chat", {"str": 1}, "str", "not a field"), ("chat", {"a[0]": 1}, "a[0]", "not a field"),
     ("chat", {"messages": [{"role": "user", "content": "x", "a[": 1}]}, "messages.0.a[",
-     "no field"),
+     "not a field"),
     ("chat", {"response_format": {"type": "json_object"}}, "response_format.type", "text"),
     ("chat", {"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
@@ -128,7 +127,7 @@ def test_a_long_list_is_refused_at_its_first_fault(schema, body):
     {"prompt": "a", **{f"x{number}": 0 for number in range(2000)}},
 ])
 def test_very_many_faults_are_counted_not_told(body):
-    with pytest.raises(Refused, match="has 2000 faults") as found:
+    with pytest.raises(APIError, match="has 2000 errors") as found:
         parse(CompletionRequest, json.dumps(body).encode())
     assert found.value.status == 400 and found.value.param is None
 

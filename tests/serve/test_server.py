@@ -176,8 +176,8 @@ def test_keys_are_wanted_where_they_are_given(start, served, engine):
         assert response.status_code == 200
 
 
-@pytest.mark.parametrize("text, words", [("", "holds no key"), ("# none\n\n", "holds no key"),
-                                         ("good\ntwo words\n", ":2 is no key")])
+@pytest.mark.parametrize("text, words", [("", "has no key"), ("# none\n\n", "has no key"),
+                                         ("good\ntwo words\n", ":2 is not a key")])
 def test_a_key_file_without_keys_is_refused(tmp_path, text, words):
     file = tmp_path / "keys"
     file.write_text(text)
@@ -202,7 +202,7 @@ def test_a_client_that_leaves_frees_its_slot(running, engine):
 
 
 def test_a_waiting_client_hears_that_the_server_lives(http, engine, monkeypatch):
-    monkeypatch.setattr("fira.serve.running.KEEPALIVE_SECONDS", 0.05)
+    monkeypatch.setattr("fira.serve.server.KEEPALIVE_SECONDS", 0.05)
     engine.pause = 0.2
     response = http.post("/v1/completions", json={**TEXT, "max_tokens": 2, "stream": True})
     assert ": keepalive" in response.text and events(response)[-1] == "[DONE]"

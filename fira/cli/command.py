@@ -1,4 +1,4 @@
-"""What all commands share: options, the order of verbs, and mistakes as one line."""
+"""What all verbs share: parameters, groups in a given order, errors as one line."""
 from __future__ import annotations
 
 import sys
@@ -7,31 +7,32 @@ from typing import Any
 
 import click
 
-OUT = click.Path(file_okay=False, path_type=Path)
-FOLDER = click.Path(path_type=Path)
+EXISTING = click.Path(path_type=Path)  # a file or folder; the reader says why it cannot be read
+NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+PRESETS = "Presets: " + ", ".join(sorted(
+    path.stem for path in (Path(__file__).parents[1] / "presets").glob("*.toml"))) + "."
 settings_argument = click.argument("settings", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 device_option = click.option("--device", default="auto", show_default=True,
-                             help="auto, cpu, cuda, cuda:N or mps.")
-
-
+                             help="Device to compute on: auto, cpu, cuda, cuda:N or mps.")
 precision_option = click.option(
     "--precision", type=click.Choice(["float32", "int8", "int4"]), default="float32",
-    show_default=True,
-    help="Weights of a float32 run while decoding on a CPU; the smaller ones need numba.")
+    show_default=True, help="Precision to which a float32 run's weights are rounded for decoding "
+                            "on a CPU; int8 and int4 need numba.")
 
 
 def sampling_options(command: Any) -> Any:
     """The options of every verb that samples text."""
     for option in reversed([
         click.option("--max-new-tokens", type=click.IntRange(0), default=200, show_default=True,
-                     help="Most tokens to write."),
+                     help="Largest number of tokens to generate."),
         click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True,
-                     help="0 is greedy, 1 the model's own distribution."),
-        click.option("--top-k", type=click.IntRange(1),
-                     help="Sample among the k likeliest tokens."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
-                     help="Sample among the likeliest that reach p together."),
-        click.option("--seed", type=int, help="Repeat the same draw."),
+                     help="Divisor of the logits: 0 is greedy, 1 the model's own distribution."),
+        click.option("--top-k", type=click.IntRange(1), show_default="all",
+                     help="Sample only among the k likeliest tokens."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), show_default="1",
+                     help="Sample only among the likeliest tokens whose probabilities reach p."),
+        click.option("--seed", type=int, show_default="random",
+                     help="Seed of the random choices; with a seed the text repeats."),
         precision_option,
         device_option,
     ]):
@@ -39,15 +40,16 @@ def sampling_options(command: Any) -> Any:
     return command
 
 
-class InOrder(click.Group):
-    """A group that lists its verbs in the order one uses them."""
+class OrderedGroup(click.Group):
+    """A group that lists its commands in the order in which they were added."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
 
 def run_command(command: click.Command, name: str) -> None:
-    """Run a command: a mistake is one line, exit code 2 for usage and settings, 1 for all else."""
+    """Run a command and exit. An error is one line; its exit code is 2 for wrong usage and
+    settings, and 1 otherwise."""
     words = sys.argv[1:]
     debug = "--debug" in (words[:words.index("--")] if "--" in words else words)
     try:
@@ -74,6 +76,6 @@ def run_command(command: click.Command, name: str) -> None:
         _fail(name, line, 2 if isinstance(error, ConfigError) else 1)
 
 
-def _fail(name: str, words: str, code: int) -> None:
-    click.echo(f"{name}: {' '.join(words.split())}", err=True)
+def _fail(name: str, message: str, code: int) -> None:
+    click.echo(f"{name}: {' '.join(message.split())}", err=True)
     sys.exit(code)
