@@ -23,15 +23,17 @@ def generate(run: Path, prompt: str, device: str, precision: str, **sampling: An
     """
     from fira.infer.fused import open_step
     from fira.infer.load import load
+    from fira.infer.sample import SamplingParams
     from fira.infer.text import complete
     from fira.runlog import console
 
+    params = SamplingParams(**_given(sampling))
     loaded = load(run, device)
     step = open_step(loaded.model, precision, console().print)
-    pieces = complete(loaded.model, loaded.tokenizer, prompt, step=step, **sampling)
+    text = complete(loaded.model, loaded.tokenizer, prompt, params, step)
     click.echo(prompt, nl=False)
-    for piece in pieces:
-        click.echo(piece, nl=False)
+    for part in text:
+        click.echo(part, nl=False)
     click.echo()
 
 
@@ -39,26 +41,18 @@ def generate(run: Path, prompt: str, device: str, precision: str, **sampling: An
 @click.argument("run", type=FOLDER)
 @click.option("--system", help="System message.")
 @sampling_options
-def chat(run: Path, system: str | None, **options: Any) -> None:
+def chat(run: Path, system: str | None, device: str, precision: str, **sampling: Any) -> None:
     """Talk with the model in RUN, in the terminal or through a pipe.
 
-    RUN is a run folder (its newest checkpoint is used), a step folder in it, or a .gguf file, which
-    llama.cpp runs (pip install 'fira-moe[edge]').
+    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
 
     \b
     Example: fira chat out/quickstart/run
     """
-    if run.suffix == ".gguf":
-        from fira.infer.edge import chat as chat_with_file
+    from fira.infer.chat import chat as chat_with_run
+    from fira.infer.sample import SamplingParams
 
-        if (precision := options.pop("precision")) != "float32":
-            raise ValueError(f"precision={precision} is for runs; a .gguf file has its own: "
-                             "leave it out")
-        chat_with_file(run, system=system, **options)
-    else:
-        from fira.infer.chat import chat as chat_with_run
-
-        chat_with_run(run, system=system, **options)
+    chat_with_run(run, SamplingParams(**_given(sampling)), system, device, precision)
 
 
 @click.command()
@@ -78,19 +72,11 @@ def chat(run: Path, system: str | None, **options: Any) -> None:
 def serve(run: Path, **options: Any) -> None:
     """Serve the model in RUN: OpenAI's API and a chat page.
 
-    RUN is a run folder (its newest checkpoint is used), a step folder in it, or a .gguf file, which
-    llama.cpp's own server serves, without page and keys (pip install 'fira-moe[edge]').
+    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
 
     \b
     Example: fira serve out/quickstart/run --port 8000
     """
-    if run.suffix == ".gguf":
-        from fira.serve.edge import serve as serve_file
-
-        for option in ("keys", "queue", "precision", "device"):
-            _check_not_given(option, options.pop(option))
-        serve_file(run, **options)
-        return
     try:
         from fira.serve.process import serve as run_server
     except ModuleNotFoundError as error:
@@ -100,11 +86,9 @@ def serve(run: Path, **options: Any) -> None:
     run_server(run, **options)
 
 
-def _check_not_given(option: str, value: Any) -> None:
-    source = click.get_current_context().get_parameter_source(option)
-    if source == click.core.ParameterSource.COMMANDLINE:
-        raise ValueError(f"--{option} {value} is for runs; llama.cpp's server has none: leave it "
-                         "out for a .gguf file")
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Without the options left out; `SamplingParams` has their defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 VERBS = (generate, chat, serve)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from fira.data.tokenizer import TURN_END, TURN_START, Tokenizer
 
 ROLES = ("system", "user", "assistant")
+UNTUNED = "This model was not tuned for chat: it continues your text instead of answering it."
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]],
@@ -30,3 +31,12 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]],
     if add_generation_prompt:
         ids += [start, *tokenizer.encode("assistant\n")]
     return ids
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]],
+               tuned: bool) -> list[int]:
+    """What a model reads: chat turns, or, if it is not `tuned` for them, the plain text so far."""
+    if tuned:
+        return render(tokenizer, messages)
+    texts = [one["content"] + "\n" * (one["role"] != "user") for one in messages]
+    return [tokenizer.end_of_text, *tokenizer.encode("".join(texts))]

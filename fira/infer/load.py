@@ -4,10 +4,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fira.checkpoint import find_damage
 from fira.convert.quantize import load_model
 from fira.data.tokenizer import Tokenizer
-from fira.model.files import CONFIG, MANIFEST, WEIGHTS, find_model, read_config
+from fira.files import MANIFEST, find_damage
+from fira.model.files import CONFIG, WEIGHTS, find_model, read_config
 from fira.runtime import pick_device
 
 
@@ -20,7 +20,7 @@ class Loaded(NamedTuple):
 def load(run: str | Path, device: str = "auto") -> Loaded:
     """Open a step folder, or the newest complete step of a run folder.
 
-    Raises ValueError, one line, if there is none, or if its tokenizer is not its model's.
+    Raises ValueError, one line, if there is none, or if the tokenizer does not fit the model.
     """
     folder = find_whole(run)
     tokenizer = Tokenizer.load(folder)
@@ -34,12 +34,15 @@ def load(run: str | Path, device: str = "auto") -> Loaded:
 
 
 def find_whole(run: str | Path) -> Path:
-    """The step folder that `run` names, its weights undamaged and its tokenizer there."""
+    """The step folder that `run` names, its weights undamaged and its tokenizer there.
+
+    Raises ValueError, one line, if there is none.
+    """
     folder = find_model(run)
-    fault = find_damage(folder, (WEIGHTS,)) if (folder / MANIFEST).exists() else None
-    if fault:
-        raise ValueError(f"{folder} is damaged: {fault}; use another step of the run")
-    read_config(folder / CONFIG)  # a folder from elsewhere is told before its tokenizer is missed
+    damage = find_damage(folder, (WEIGHTS,)) if (folder / MANIFEST).exists() else None
+    if damage:
+        raise ValueError(f"{folder} is damaged: {damage}; use another step of the run")
+    read_config(folder / CONFIG)  # a model made elsewhere is named before its tokenizer is missed
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer.json; copy it back from the data folder that "
                          "the model was trained on, or use another step")

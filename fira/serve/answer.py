@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fira.infer.request import End, Piece, TokenScore
+from fira.infer.request import End, Token, TokenScore
 from fira.serve.api import Job, Served
 from fira.serve.schema import Refused
 
@@ -24,7 +24,7 @@ class Choice:
 
     text: str = ""  # without the echo
     sent: int = 0  # characters of it already in chunks
-    pieces: list[Piece] = field(default_factory=list)  # in a stream those not yet in a chunk
+    pieces: list[Token] = field(default_factory=list)  # in a stream those not yet in a chunk
     offsets: list[int] = field(default_factory=list)  # where each piece's text begins
     end: End | None = None
 
@@ -41,10 +41,10 @@ class Answer:
                      "object": kind + (".chunk" if chat and job.stream else ""),
                      "created": int(time.time()), "model": served.name}
 
-    def hear(self, index: int, event: Piece | End) -> None:
+    def hear(self, index: int, event: Token | End) -> None:
         """Take one event. Raises Refused(500) if the engine failed or was closed."""
         choice = self.choices[index]
-        if isinstance(event, Piece):
+        if isinstance(event, Token):
             choice.pieces.append(event)
             choice.offsets.append(len(self.job.echoes[index]) + len(choice.text))
         else:
@@ -62,7 +62,7 @@ class Answer:
             elif echo:
                 yield self._chunk(index, {"text": echo}, None, [])
 
-    def feed(self, index: int, event: Piece | End) -> Iterator[bytes]:
+    def feed(self, index: int, event: Token | End) -> Iterator[bytes]:
         """The chunks an event sets free: text as soon as there is some, with its tokens."""
         self.hear(index, event)
         choice = self.choices[index]
@@ -104,14 +104,14 @@ class Answer:
                 "prompt_tokens_details": {"cached_tokens": cached}}
 
     def _chunk(self, index: int, said: dict[str, Any], reason: str | None,
-               pieces: Sequence[Piece], offsets: Sequence[int] = ()) -> bytes:
+               pieces: Sequence[Token], offsets: Sequence[int] = ()) -> bytes:
         content = {"delta": said} if self.job.kind == "chat" else said
         choice = {"index": index, **content, "finish_reason": reason,
                   **(self._details(index, pieces, offsets) if pieces else {"logprobs": None})}
         usage = {"usage": None} if self.job.include_usage else {}
         return sse({**self.head, "choices": [choice], **usage})
 
-    def _details(self, index: int, pieces: Sequence[Piece],
+    def _details(self, index: int, pieces: Sequence[Token],
                  offsets: Sequence[int]) -> dict[str, Any]:
         """What was asked to be told of each token."""
         details: dict[str, Any] = {"logprobs": None}
@@ -127,7 +127,7 @@ class Answer:
 
     def _chat_score(self, score: TokenScore) -> dict[str, Any]:
         return {**self._scored(score.id, score.logprob),
-                "top_logprobs": [self._scored(id, value) for id, value in score.rivals]}
+                "top_logprobs": [self._scored(id, value) for id, value in score.top]}
 
     def _scored(self, id: int, value: float | None) -> dict[str, Any]:
         return {"token": self.served.name_of(id), "logprob": _finite(value),
@@ -144,7 +144,7 @@ class Answer:
         tops: list[dict[str, float] | None] = []
         for score in scores:
             top: dict[str, float] = {}
-            for id, value in score.rivals:
+            for id, value in score.top:
                 top.setdefault(name(id), _finite(value) or 0.0)
             if score.logprob is not None:
                 top.setdefault(name(score.id), _finite(score.logprob) or 0.0)

@@ -10,9 +10,10 @@ from typing import Any
 import uvicorn
 from rich.text import Text
 
-from fira.infer.chat import BASE, knows_chat
+from fira.data.chat import UNTUNED
 from fira.infer.fused import open_step
 from fira.infer.load import load
+from fira.infer.stand_in import knows_chat
 from fira.model.files import WEIGHTS, find_model
 from fira.model.generate import window_length
 from fira.runlog import console
@@ -43,7 +44,7 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
         notes.print(f"serving {service.served.name}: chat page at {address}, API at {address}/v1",
                     soft_wrap=True)
         if not service.served.tuned:
-            notes.print(Text(BASE, style="yellow"), soft_wrap=True)
+            notes.print(Text(UNTUNED, style="yellow"), soft_wrap=True)
         return service
 
     run_until_signal(load_service, accepted, host in LOOPBACK, listener)

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from fira.infer.request import End, Piece, QueueFull
+from fira.infer.request import End, QueueFull, Token
 from fira.serve.api import Job
 from fira.serve.schema import Refused
 
 KEEPALIVE_SECONDS = 10
-Event = tuple[int, "Piece | End"]
+Event = tuple[int, "Token | End"]
 
 
 class Running:
@@ -52,6 +52,6 @@ class Running:
             self.engine.cancel(request)
         self.live.clear()
 
-    def _hear(self, index: int, event: Piece | End) -> None:
+    def _hear(self, index: int, event: Token | End) -> None:
         """Called in the engine's thread."""
         self.loop.call_soon_threadsafe(self.events.put_nowait, (index, event))

@@ -14,8 +14,8 @@ from fira.convert.target import check_new, write_run
 from fira.data.sources import inputs
 from fira.data.text import items
 from fira.eval.bits_per_byte import score
-from fira.infer.chat import PRETRAIN, knows_chat
 from fira.infer.load import load
+from fira.infer.stand_in import PRETRAIN, knows_chat
 
 IMPORTED = "import"  # the stage of an imported model that knows chat turns
 
@@ -45,7 +45,7 @@ def export_gguf(run: Path, file: Path, type_name: str, screen: Console) -> None:
     written = write(loaded.model, loaded.tokenizer, file, type_name, knows_chat(loaded.folder))
     for path in written:
         screen.print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
-    screen.print(f"talk with it: fira chat {file}, or ollama create {file.stem} -f {written[1]}",
+    screen.print(f"run it: llama-server -m {file}, or ollama create {file.stem} -f {written[1]}",
                  soft_wrap=True)
 
 

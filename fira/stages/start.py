@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fira.config import ConfigError, flatten
-from fira.infer.chat import knows_chat
 from fira.infer.load import find_whole
+from fira.infer.stand_in import knows_chat
 from fira.model.files import CONFIG, WEIGHTS, build_meta, check_tensors, read_config
 
 FREE = ("balance", "balance_weight", "z_weight", "dropout")  # of use to training alone
