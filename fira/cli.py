@@ -186,11 +186,9 @@ for verb in TALK:
 @click.option("--context", type=click.IntRange(2),
               help="Window in tokens.  [default: the length trained on]")
 @click.option("--routing", is_flag=True, help="Also measure how far its experts specialize.")
-@click.option("--copying", is_flag=True,
-              help="Also measure what it saves on a passage that it has just read.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @device_option
-def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bool, copying: bool,
+def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bool,
              as_json: bool, device: str) -> None:
     """Measure the model in RUN on any text: bits per byte, loss.
 
@@ -210,20 +208,16 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
         from fira.eval.specialization import specialization
 
         result["routing"] = specialization(str(run), list(texts), device)
-    if copying:
-        from fira.eval.copying import copying as read_twice
-
-        result["copying"] = read_twice(str(run), list(texts), device)
     if as_json:
         click.echo(json.dumps(result))
     else:
         routed = result.pop("routing", {})
-        for name, value in {**routed, **result.pop("copying", {}), **result}.items():
-            if name != "diet":
-                click.echo(f"{name.replace('_', ' ')}: {value}")
-        for layer, diet in enumerate(routed.get("diet", ())):
-            click.echo(f"layer {layer}: token decides {diet['information']:.1%} of the expert, "
-                       f"{diet['shuffled']:.1%} by chance")
+        layers = routed.pop("token_information", ())
+        for name, value in {**routed, **result}.items():
+            click.echo(f"{name.replace('_', ' ')}: {value}")
+        for number, layer in enumerate(layers):
+            click.echo(f"layer {number}: token decides {layer['information']:.1%} of the expert, "
+                       f"{layer['by_chance']:.1%} by chance")
 
 
 @fira.command(epilog=PRESETS)

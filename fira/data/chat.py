@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from fira.data.tokenizer import TURN_END, TURN_START, Tokenizer
 
 ROLES = ("system", "user", "assistant")
-UNTUNED = "This model was not tuned for chat: it continues your text instead of answering it."
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]],

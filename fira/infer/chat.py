@@ -14,7 +14,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from fira.data.chat import UNTUNED
 from fira.infer.fused import open_step
 from fira.infer.load import load
 from fira.infer.sample import SamplingParams
@@ -25,6 +24,7 @@ from fira.runlog import console
 
 HELP = "/reset forgets the conversation, /help shows this, /exit or Ctrl-D leaves; " \
        "Ctrl-C stops a reply."
+UNTUNED = "This model was not tuned for chat: it continues your text instead of answering it."
 
 
 def chat(run: str | Path, params: SamplingParams, system: str | None = None, device: str = "auto",

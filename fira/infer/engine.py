@@ -154,9 +154,9 @@ class Engine:
                                  "requests, which would mix old and new weights; let them end, or "
                                  "cancel them, before refresh()")
             self.cache.forget()
-            step: Any = getattr(self.decode_step, "__self__", self.decode_step)  # of a method
-            if hasattr(step, "refresh"):
-                step.refresh()
+            refresh = getattr(self.decode_step, "refresh", None)
+            if refresh is not None:  # a step that holds weights of its own
+                refresh()
 
     def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Token | End]:
         """The events of one request. Steps itself if no thread does; leaving early cancels."""

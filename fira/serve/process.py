@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 from rich.text import Text
 
-from fira.data.chat import UNTUNED
+from fira.infer.chat import UNTUNED
 from fira.infer.fused import open_step
 from fira.infer.load import load
 from fira.infer.stand_in import knows_chat

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fira.data.chat import UNTUNED, render
+from fira.data.chat import render
 from fira.infer import text as module
-from fira.infer.chat import chat, talk
+from fira.infer.chat import UNTUNED, chat, talk
 from fira.infer.sample import SamplingParams
 from fira.infer.stand_in import knows_chat
 from fira.infer.text import Conversation

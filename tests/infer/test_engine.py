@@ -213,7 +213,7 @@ class CompiledStep:
     def refresh(self):
         self.copy.load_state_dict(self.model.state_dict())
 
-    def decode(self, model, cache, tokens_N, positions_N, slots):
+    def __call__(self, model, cache, tokens_N, positions_N, slots):
         parts = [Part(slot, start, 1) for slot, start in zip(slots, positions_N.tolist(),
                                                              strict=True)]
         return self.copy.logits(self.copy.features(tokens_N[None], cache.batch(parts))[0]), None
@@ -224,7 +224,7 @@ def test_after_refresh_new_weights_answer_and_nothing_of_the_old_ones(tokenizer,
     model = build(SPECS["fira2"], seed=1).eval()
     engine = Engine(model, tokenizer)
     if compiled:
-        engine.decode_step = CompiledStep(model).decode
+        engine.decode_step = CompiledStep(model)
     prompt, params = PROMPTS[1], SamplingParams(**GREEDY)
     before = ids(list(engine.stream(prompt, params)))
     model.load_state_dict(build(SPECS["fira2"], seed=2).state_dict())
