@@ -50,20 +50,27 @@ class SlotCache:
         """What a model takes as its cache to read the parts' tokens, [1, N] in this order."""
         return SlotBatch(self, parts)
 
-    def take(self, prompt: Sequence[int], reuse: bool) -> tuple[int, int]:
-        """Take an idle slot for a prompt: the slot, and how many of the prompt's tokens it holds.
+    def take(self, prompt: Sequence[int], earlier: Sequence[Sequence[int]],
+             reuse: bool = True) -> tuple[int, int] | None:
+        """An idle slot for a prompt, and how many of the prompt's first tokens it already holds.
 
-        The slot with the longest common prefix is taken itself if that loses nothing: it is the one
-        unused for longest, or all of its tokens are reused. Otherwise the one unused for longest is
-        taken, into which `copy_prefix` can bring what another slot holds.
+        None: one of the `earlier` prompts, which are being read now, will soon hold more of the
+        same beginning; so of prompts that come together only one reads it.
         """
-        source, length = self.best_prefix(prompt[:-1]) if reuse else (self.idle[0], 0)
-        keep = source in self.idle and (source == self.idle[0]
-                                        or length == len(self.tokens[source]))
-        slot = source if keep else self.idle[0]
+        wanted = prompt[:-1] if reuse else []  # the last token must be read for its logits
+        shared = [common_prefix(wanted, tokens) for tokens in self.tokens]
+        length = max(shared)
+        if any(common_prefix(wanted, other) >= length + WORTH_WAITING for other in earlier):
+            return None
+        source, slot = shared.index(length), self.idle[0]  # the slot unused for longest
+        if source in self.idle and length == len(self.tokens[source]):
+            slot = source  # nothing that it holds is lost
+        elif source != slot:
+            for rows in (self.keys, self.values):
+                rows[:, slot, :, :length] = rows[:, source, :, :length]
         self.idle.remove(slot)
-        self.tokens[slot] = self.tokens[source][:length] if keep else []
-        return slot, len(self.tokens[slot])
+        self.tokens[slot] = self.tokens[source][:length]
+        return slot, length
 
     def release(self, slot: int) -> None:
         """A request has ended; what its slot holds stays for prompts with the same beginning."""
@@ -72,32 +79,6 @@ class SlotCache:
     def forget(self) -> None:
         """Reuse nothing of what the slots hold."""
         self.tokens = [[] for _ in self.tokens]
-
-    def copy_prefix(self, slot: int, ids: Sequence[int],
-                    earlier: Sequence[Sequence[int]]) -> int | None:
-        """Copy the longest beginning of `ids` that another slot holds into `slot`: its length then.
-
-        None: one of the `earlier` prompts, which are being read now, will soon hold more; so of
-        prompts that come together with a common beginning only one reads it.
-        """
-        wanted, own = ids[:-1], len(self.tokens[slot])  # the last token is read for its logits
-        source, length = self.best_prefix(wanted, besides=slot)
-        if any(common_prefix(wanted, other) >= max(length, own) + WORTH_WAITING
-               for other in earlier):
-            return None
-        if length <= own:
-            return own
-        for rows in (self.keys, self.values):
-            rows[:, slot, :, :length] = rows[:, source, :, :length]
-        self.tokens[slot] = self.tokens[source][:length]
-        return length
-
-    def best_prefix(self, ids: Sequence[int], besides: int = -1) -> tuple[int, int]:
-        """The slot that holds most of the beginning of `ids`, and how much: (slot, length)."""
-        lengths = [-1 if slot == besides else common_prefix(ids, tokens)
-                   for slot, tokens in enumerate(self.tokens)]
-        longest = max(lengths)
-        return lengths.index(longest), max(longest, 0)
 
 
 # decode_step(model, cache, tokens_N, positions_N, slots) -> (logits_NV, experts_LNK or None): row n

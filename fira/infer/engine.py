@@ -190,13 +190,11 @@ class Engine:
             cancelled = [request for request in self._requests.values() if request.cancelled]
             if cancelled:
                 self._waiting = deque(one for one in self._waiting if not one.cancelled)
-            free = len(self.cache.idle) + sum(one.slot >= 0 for one in cancelled)
+            free = len(self.cache.tokens) - sum(not one.cancelled for one in self._running)
             admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         for request in cancelled:
             self._finish(request, "cancelled")
         for request in admitted:
-            request.slot, request.read = self.cache.take(request.ids, not request.scores_prompt)
-            request.cached = request.read
             self._running.append(request)
             if request.params.max_new_tokens == 0 and not request.scores_prompt:
                 self._finish(request, "length")
@@ -220,7 +218,7 @@ class Engine:
 
     def _prefill(self, reading: list[Request]) -> None:
         """Read up to `prefill_tokens` of the prompts, all parts in one flat batch."""
-        ready = [request for request in reading if self._reuse_prefix(request, reading)]
+        ready = [request for request in reading if self._take_slot(request, reading)]
         sizes = split_budget(self.prefill_tokens, [request.unread for request in ready])
         chosen = [(request, size) for request, size in zip(ready, sizes, strict=True) if size]
         if not chosen:
@@ -245,15 +243,15 @@ class Engine:
                 self._advance(request, self.model.logits(x_ND[end - 1]),
                               None if experts_LNK is None else experts_LNK[:, end - 1])
 
-    def _reuse_prefix(self, request: Request, reading: Sequence[Request]) -> bool:
+    def _take_slot(self, request: Request, reading: Sequence[Request]) -> bool:
         """Before a prompt is read; False: it waits for an earlier one with the same beginning."""
-        if not request.prefix_searched:
+        if request.slot < 0:
             earlier = [other.ids for other in reading[:reading.index(request)]]
-            length = self.cache.copy_prefix(request.slot, request.ids, earlier)
-            if length is None:
+            taken = self.cache.take(request.ids, earlier, reuse=not request.scores_prompt)
+            if taken is None:
                 return False
-            request.read = request.cached = length
-            request.prefix_searched = True
+            request.slot, request.read = taken
+            request.cached = request.read
         return True
 
     def _advance(self, request: Request, logits_V: Tensor, experts_LK: Tensor | None) -> None:
@@ -270,8 +268,9 @@ class Engine:
             self._finish(request, reason)
 
     def _finish(self, request: Request, reason: Reason, error: str = "") -> None:
-        if request.slot >= 0:
+        if request in self._running:
             self._running.remove(request)
+        if request.slot >= 0:
             self.cache.release(request.slot)
         self._counts["prompt_tokens"] += min(request.read, request.prompt_tokens)
         self._counts["cached_tokens"] += request.cached

@@ -57,7 +57,7 @@ class QueueFull(Exception):
 class Request:
     """`ids` are the prompt and then the generated tokens.
 
-    Once admitted, a request owns a `slot` of the engine's cache, which holds the keys and values of
+    While it runs, a request owns a `slot` of the engine's cache, which holds the keys and values of
     its first `read` tokens. `cancelled` is set by whoever no longer wants it.
     """
 
@@ -66,10 +66,9 @@ class Request:
         self.id, self.params, self.listener = id, params, listener
         self.ids, self.prompt_tokens = prompt, len(prompt)
         self.cancelled = False
-        self.slot = -1  # none until it is admitted
+        self.slot = -1  # none until its prompt is read
         self.read = self.cached = 0
-        self.scores_prompt = params.prompt_logprobs is not None
-        self.prefix_searched = self.scores_prompt  # such a prompt is read in full
+        self.scores_prompt = params.prompt_logprobs is not None  # such a prompt is read in full
         self.prompt_scores = [TokenScore(prompt[0], None)] if self.scores_prompt else []
         self.ends = {*params.stop_ids} | (set() if params.ignore_end else {end_of_text})
         self.text = Release(token_bytes, params.stop)

@@ -1,6 +1,9 @@
 """Text comes out as it was generated, never in half characters."""
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,3 +85,12 @@ def test_what_cannot_be_done_is_refused_before_any_text(model, tokenizer, prompt
                                                         line) -> None:
     with pytest.raises(ValueError, match=line):
         complete(model, tokenizer, prompt, SamplingParams(**options))
+
+
+def test_what_generates_text_does_not_import_what_trains() -> None:
+    modules = "fira.cli_talk, fira.infer.load, fira.infer.text, fira.infer.fused, fira.runlog"
+    heavy = ("fira.parallel", "fira.checkpoint", "fira.train", "numba", "matplotlib", "starlette",
+             "torch.distributed.fsdp", "torch.distributed.pipelining", "torch._dynamo")
+    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
