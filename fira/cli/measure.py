@@ -41,12 +41,12 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
         click.echo(json.dumps(result))
         return
     routed = result.pop("routing", {})
-    layers = routed.pop("diet", ())
+    layers = routed.pop("token_information", ())
     for name, value in {**routed, **result}.items():
         click.echo(f"{name.replace('_', ' ')}: {value}")
     for number, layer in enumerate(layers):
         click.echo(f"layer {number}: the token determines {layer['information']:.1%} of the "
-                   f"expert, {layer['shuffled']:.1%} by chance")
+                   f"expert, {layer['by_chance']:.1%} by chance")
 
 
 @click.command(epilog=PRESETS)

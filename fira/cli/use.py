@@ -23,12 +23,14 @@ def generate(run: Path, prompt: str, device: str, precision: str, **sampling: An
     """
     from fira.infer.fused import open_step
     from fira.infer.load import load
+    from fira.infer.sample import SamplingParams
     from fira.infer.text import complete
     from fira.runlog import console
 
+    params = SamplingParams(**_given(sampling))
     loaded = load(run, device)
     step = open_step(loaded.model, precision, console().print)
-    text = complete(loaded.model, loaded.tokenizer, prompt, step=step, **sampling)
+    text = complete(loaded.model, loaded.tokenizer, prompt, params, step)
     click.echo(prompt, nl=False)
     for part in text:
         click.echo(part, nl=False)
@@ -39,7 +41,7 @@ def generate(run: Path, prompt: str, device: str, precision: str, **sampling: An
 @click.argument("run", type=EXISTING)
 @click.option("--system", show_default="none", help="System message.")
 @sampling_options
-def chat(run: Path, **options: Any) -> None:
+def chat(run: Path, system: str | None, device: str, precision: str, **sampling: Any) -> None:
     """Chat with a model in the terminal or through a pipe.
 
     RUN is a run folder (its newest checkpoint is used) or a step folder in it.
@@ -48,8 +50,9 @@ def chat(run: Path, **options: Any) -> None:
     Example: fira chat out/quickstart/run
     """
     from fira.infer.chat import chat as run_chat
+    from fira.infer.sample import SamplingParams
 
-    run_chat(run, **options)
+    run_chat(run, SamplingParams(**_given(sampling)), system, device, precision)
 
 
 @click.command()
@@ -82,3 +85,8 @@ def serve(run: Path, **options: Any) -> None:
                          "pip install 'fira-moe[serve]'") from None
 
     run_server(run, **options)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given; `SamplingParams` holds the defaults of the others."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -33,3 +33,12 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]],
     if add_generation_prompt:
         ids += [start, *tokenizer.encode("assistant\n")]
     return ids
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]],
+               tuned: bool) -> list[int]:
+    """What a model reads: chat turns, or, if it is not `tuned` for them, the plain text so far."""
+    if tuned:
+        return render(tokenizer, messages)
+    texts = [one["content"] + "\n" * (one["role"] != "user") for one in messages]
+    return [tokenizer.end_of_text, *tokenizer.encode("".join(texts))]

@@ -1,4 +1,4 @@
-"""Bits per byte of any text: what a model needs to say it, comparable across tokenizers.
+"""Bits per byte of any text: the model's negative log-likelihood, comparable across tokenizers.
 
 Every byte is scored exactly once, under one stated rule. Each document stands alone and begins
 after the end-of-text token, which gives context but is not scored. The model reads windows of
@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
 from fira.data.sources import inputs
 from fira.data.text import Item, items, total_bytes
 from fira.infer.load import load
+from fira.infer.stand_in import head_weights, token_losses
 from fira.model.generate import window_length
 from fira.runlog import ProgressLine
 
-LOGITS = 1 << 24  # logits held at a time (64 MiB in float32)
-SORTED = 8        # batches' worth of windows sorted by length together, so that little is padding
+BATCH_TOKENS = 8192  # bounds memory; does not change the result
+SORTED = 8           # batches' worth of windows sorted by length together, to need little padding
 
 
 class Window(NamedTuple):
@@ -54,13 +54,13 @@ def evaluate(run: str | Path, sources: list[str], context: int | None = None, de
 
 
 def score(model: Any, tokenizer: Any, texts: Iterable[Item], context: int | None = None,
-          batch_tokens: int = 8192,
+          batch_tokens: int = BATCH_TOKENS,
           progress: Callable[[Item, int], None] | None = None) -> dict[str, Any]:
     """Bits per byte, nats per token, perplexity and the counts they rest on.
 
     `texts` are documents or consecutive parts of them; `context` is the length the model was
-    trained on, unless given; `batch_tokens` bounds memory and does not change the result. Raises
-    ValueError when there is no text, the context does not fit, or the tokenizer loses bytes.
+    trained on, unless given. Raises ValueError when there is no text, the context does not fit, or
+    the tokenizer loses bytes.
     """
     context = check_context(window_length(model) if context is None else context,
                             model.spec.context)
@@ -69,23 +69,27 @@ def score(model: Any, tokenizer: Any, texts: Iterable[Item], context: int | None
     was_training = model.training
     model.eval()
     try:
-        for group in _groups(windows(totals.count(texts), context, tokenizer.end_of_text),
-                             SORTED * batch_tokens):
-            for batch in _batches(group, batch_tokens):
-                nats += window_nats(model, batch)
+        for batch in batches(windows(totals.count(texts), context, tokenizer.end_of_text),
+                             batch_tokens):
+            nats += batch_nats(model, *pad(batch, model))
             if progress and totals.item:
                 progress(totals.item, totals.bytes)
     finally:
         model.train(was_training)
     if not totals.tokens:
         raise ValueError("the text is empty, nothing to score; give a file with text in it")
-    return {"bits_per_byte": nats / math.log(2) / totals.bytes,
-            "loss_per_token": nats / totals.tokens,
-            "perplexity": _exp(nats / totals.tokens),
+    loss = nats / totals.tokens
+    return {"bits_per_byte": bits_per_byte(nats, totals.bytes), "loss_per_token": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
             "bytes": totals.bytes, "tokens": totals.tokens, "documents": totals.documents,
             "context": context,
             "context_rule": f"documents apart, each after end-of-text (not scored); windows of "
                             f"{context} tokens advance by {stride(context)}; every token once"}
+
+
+def bits_per_byte(nats: float, size: int) -> float:
+    """Of a text of `size` bytes with this negative log-likelihood."""
+    return nats / math.log(2) / size
 
 
 def windows(parts: Iterable[tuple[list[int], bool]], context: int,
@@ -122,27 +126,39 @@ def check_context(context: int, longest: int) -> int:
     return context
 
 
-@torch.inference_mode()
-def window_nats(model: Any, batch: list[Window]) -> float:
-    """Negative log-likelihood, in nats, of everything that `batch` has to score."""
-    device = next(model.parameters()).device
+def batches(stream: Iterable[Window], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[Window]]:
+    """Windows of about equal length, in batches of at most `batch_tokens` with padding."""
+    for group in _groups(stream, SORTED * batch_tokens):
+        batch: list[Window] = []
+        for window in group:
+            if batch and (len(batch) + 1) * len(window.tokens) > batch_tokens:
+                yield batch
+                batch = []
+            batch.append(window)
+        yield batch
+
+
+def pad(batch: list[Window], model: Any) -> tuple[Tensor, Tensor]:
+    """A batch as tokens [B, T + 1] and a mask [B, T] of the places whose next token is scored.
+
+    Padding follows the text, so that it changes nothing.
+    """
     length = max(len(window.tokens) for window in batch) - 1
     tokens_BT = torch.zeros(len(batch), length + 1, dtype=torch.long)
     scored_BT = torch.zeros(len(batch), length, dtype=torch.bool)
-    for row, (tokens, known) in enumerate(batch):  # padding follows the text, so it changes nothing
+    for row, (tokens, known) in enumerate(batch):
         tokens_BT[row, :len(tokens)] = torch.tensor(tokens)
         scored_BT[row, known:len(tokens) - 1] = True
-    tokens_BT, scored_BT = tokens_BT.to(device), scored_BT.to(device)
+    device = next(model.parameters()).device
+    return tokens_BT.to(device), scored_BT.to(device)
+
+
+@torch.inference_mode()
+def batch_nats(model: Any, tokens_BT: Tensor, scored_BT: Tensor) -> float:
+    """Negative log-likelihood, in nats, of the tokens that a batch has to score."""
     x_ND = model.features(tokens_BT[:, :-1])[scored_BT]
-    targets_N = tokens_BT[:, 1:][scored_BT]
-    rows = max(1, LOGITS // model.spec.vocab_size)
-    return sum(_nats(model, x_RD, targets_R)
-               for x_RD, targets_R in zip(x_ND.split(rows), targets_N.split(rows), strict=True))
-
-
-def _nats(model: Any, x_RD: Tensor, targets_R: Tensor) -> float:
-    logits_RV = model.logits(x_RD).float()
-    return F.cross_entropy(logits_RV, targets_R, reduction="none").double().sum().item()
+    return float(token_losses(x_ND, *head_weights(model), tokens_BT[:, 1:][scored_BT]).double()
+                 .sum())
 
 
 class _Totals:
@@ -150,7 +166,7 @@ class _Totals:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.sizes = np.array([len(piece) for piece in tokenizer.token_bytes()])
+        self.sizes = np.array([len(text) for text in tokenizer.token_bytes()])
         self.item: Item | None = None
         self.bytes = self.tokens = self.documents = 0
 
@@ -169,30 +185,15 @@ class _Totals:
             yield ids, item.ends
 
 
-def _groups(stream: Iterator[Window], tokens: int) -> Iterator[list[Window]]:
+def _groups(stream: Iterable[Window], tokens: int) -> Iterator[list[Window]]:
     """Windows of about `tokens` tokens together, shortest first."""
-    group, held = [], 0
+    group: list[Window] = []
+    size = 0
     for window in stream:
         group.append(window)
-        held += len(window.tokens)
-        if held >= tokens:
+        size += len(window.tokens)
+        if size >= tokens:
             yield sorted(group, key=lambda one: len(one.tokens))
-            group, held = [], 0
+            group, size = [], 0
     if group:
         yield sorted(group, key=lambda one: len(one.tokens))
-
-
-def _batches(group: list[Window], tokens: int) -> Iterator[list[Window]]:
-    """Neighbors of a sorted group that fit `tokens` with padding; at least one window each."""
-    batch: list[Window] = []
-    for window in group:
-        if batch and (len(batch) + 1) * len(window.tokens) > tokens:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

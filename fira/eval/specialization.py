@@ -1,17 +1,16 @@
-"""Do experts specialize? What an expert is told apart by, measured against shuffled routing.
+"""Do experts specialize? Two measures, each with a control.
 
-Diet, per layer: mutual information between a token's identity and the expert that gets it, in bits,
-as a share of the entropy of the experts' load. Few tokens would show information by chance, so the
-same is computed with the assignments shuffled within each batch, and subtracted. 0: an expert
-gets any token; 1: the token alone decides.
+Token information, per layer: the mutual information between a token's identity and the expert that
+processes it, as a fraction of the entropy of the expert load. At 0 an expert gets any token, at 1
+the token alone decides the expert. Few tokens show some information by chance, so the same is
+computed with the assignments shuffled within each batch, and subtracted.
 
-Skill: bits per byte when every token goes to its expert's neighbor instead (e -> e + 1), with the
-weights left alone. If experts were interchangeable nothing would change.
+Expert exchange: bits per byte when every token is processed by its expert's neighbor (e + 1 in the
+place of e) with unchanged router weights. If experts were interchangeable it would not change.
 """
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,38 +19,44 @@ from torch import Tensor
 
 from fira.data.sources import inputs
 from fira.data.text import items
+from fira.eval.bits_per_byte import batch_nats, batches, bits_per_byte, pad, windows
 from fira.infer.load import load
-from fira.loss.head import head_token_losses
+from fira.infer.stand_in import Watch, routers
 from fira.model.generate import window_length
-from fira.model.moe import routers
+from fira.model.moe import MoE
 
-ROWS = 8              # windows at a time: the batch within which routing is shuffled
-TOKENS = 1_000_000    # of the text's beginning; more changes no digit that is shown
+TOKENS = 1_000_000  # of the text's beginning; more does not change a digit that is shown
 
 
 @torch.inference_mode()
 def specialization(run: str, sources: list[str], device: str = "auto") -> dict[str, Any]:
-    """`diet` per layer, bits per byte, and the same with experts exchanged, of a run's newest step.
+    """`token_information` per layer, and bits per byte with experts in place and exchanged.
 
-    Windows do not overlap, so bits per byte is a little above `fira eval`'s. Raises ValueError for
-    a dense model or a text of fewer than two tokens.
+    Raises ValueError for a dense model or an empty text.
     """
     model, tokenizer, folder = load(run, device)
     if not routers(model):
         raise ValueError(f"{folder} is dense: it has no routing to measure; leave out --routing")
-    ids: list[int] = [tokenizer.end_of_text]
-    for item in items(inputs(sources)):
-        ids += [*tokenizer.encode(item.text), *([tokenizer.end_of_text] if item.ends else [])]
-        if len(ids) > TOKENS:
-            break
-    sizes = torch.tensor([len(piece) for piece in tokenizer.token_bytes()])
-    if int(sizes[ids].sum()) == 0:
+    parts = list(_read(tokenizer, sources))
+    sizes = torch.tensor([len(text) for text in tokenizer.token_bytes()])
+    size = sum(int(sizes[ids].sum()) for ids, _ in parts if ids)
+    if size == 0:
         raise ValueError("the text is empty, nothing to route; give a file with text in it")
-    batches = list(_batches(torch.tensor(ids[:TOKENS]), window_length(model)))
-    plain, diet = _pass(model, batches, sizes, exchanged=False)
-    exchanged, _ = _pass(model, batches, sizes, exchanged=True)
-    return {"tokens": len(ids[:TOKENS]), "diet": diet, "bits_per_byte": plain,
-            "bits_per_byte_experts_exchanged": exchanged}
+    given = [pad(batch, model) for batch in batches(
+        windows(parts, window_length(model), tokenizer.end_of_text))]
+    nats, read, experts = 0.0, [], []
+    with Watch(model) as watch:
+        for tokens_BT, scored_BT in given:
+            nats += batch_nats(model, tokens_BT, scored_BT)
+            read.append(tokens_BT[:, :-1][scored_BT].cpu())
+            experts.append([experts_NK[scored_BT.flatten()].cpu() for experts_NK in watch.experts])
+    with _exchanged(model):
+        exchanged = sum(batch_nats(model, *batch) for batch in given)
+    tokens_N = torch.cat(read)
+    return {"tokens": len(tokens_N), "bits_per_byte": bits_per_byte(nats, size),
+            "bits_per_byte_experts_exchanged": bits_per_byte(exchanged, size),
+            "token_information": [_above_chance(tokens_N, layer, model.spec.num_experts)
+                                  for layer in zip(*experts, strict=True)]}
 
 
 def information(tokens_N: Tensor, experts_NK: Tensor, num_experts: int) -> float:
@@ -63,57 +68,44 @@ def information(tokens_N: Tensor, experts_NK: Tensor, num_experts: int) -> float
     joint_UE = (joint_UE / joint_UE.sum()).view(-1, num_experts)
     load_E, token_U = joint_UE.sum(0), joint_UE.sum(1)
     entropy = -torch.special.xlogy(load_E, load_E).sum()
-    known = (torch.special.xlogy(joint_UE, joint_UE).sum()
-             - torch.special.xlogy(token_U, token_U).sum() + entropy)
-    return float(known / entropy) if entropy > 0 else 0.0
+    shared = (torch.special.xlogy(joint_UE, joint_UE).sum()
+              - torch.special.xlogy(token_U, token_U).sum() + entropy)
+    return float(shared / entropy) if entropy > 0 else 0.0
 
 
-def _batches(ids: Tensor, context: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows that follow each other, ROWS at a time; a text below one window is one window."""
-    length = min(context, len(ids) - 1)
-    windows = (len(ids) - 1) // length
-    tokens_WT = ids[:windows * length].view(windows, length)
-    targets_WT = ids[1:windows * length + 1].view(windows, length)
-    yield from zip(tokens_WT.split(ROWS), targets_WT.split(ROWS), strict=True)
-
-
-def _pass(model: Any, batches: list[tuple[Tensor, Tensor]], sizes: Tensor,
-          exchanged: bool) -> tuple[float, list[dict[str, float]]]:
-    """Bits per byte of the batches, and the diet of every layer."""
-    found, device = routers(model), next(model.parameters()).device
-    seen: list[list[Tensor]] = [[] for _ in found]
-    nats = 0.0
-    with _routing(found, seen, exchanged):
-        for tokens_BT, targets_BT in batches:
-            losses_BT = model(tokens_BT.to(device), targets_BT=targets_BT.to(device),
-                              loss=head_token_losses)
-            nats += float(losses_BT.double()[(sizes[targets_BT] > 0).to(device)].sum())
-    size = sum(int(sizes[targets_BT].sum()) for _, targets_BT in batches)
-    tokens_N = torch.cat([tokens_BT.flatten() for tokens_BT, _ in batches])
-    diet = [] if exchanged else [_diet(tokens_N, parts, model.spec.num_experts) for parts in seen]
-    return nats / math.log(2) / size, diet
-
-
-def _diet(tokens_N: Tensor, parts: list[Tensor], num_experts: int) -> dict[str, float]:
+def _above_chance(tokens_N: Tensor, batches_NK: tuple[Tensor, ...],
+                  num_experts: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
-    shuffled = [part[torch.randperm(len(part), generator=generator)] for part in parts]
-    real, chance = (information(tokens_N, torch.cat(rows), num_experts)
-                    for rows in (parts, shuffled))
-    return {"information": real, "shuffled": chance, "own": real - chance}
+    shuffled = [experts_NK[torch.randperm(len(experts_NK), generator=generator)]
+                for experts_NK in batches_NK]
+    real, chance = (information(tokens_N, torch.cat(list(rows)), num_experts)
+                    for rows in (batches_NK, shuffled))
+    return {"information": real, "by_chance": chance, "above_chance": real - chance}
+
+
+def _read(tokenizer: Any, sources: list[str]) -> Iterator[tuple[list[int], bool]]:
+    """The first TOKENS tokens of the text, as `windows` takes them."""
+    left = TOKENS
+    for item in items(inputs(sources)):
+        ids = tokenizer.encode(item.text)[:left]
+        left -= len(ids)
+        yield ids, item.ends or not left
+        if not left:
+            return
 
 
 @contextlib.contextmanager
-def _routing(found: list[Any], seen: list[list[Tensor]], exchanged: bool) -> Iterator[None]:
-    """Note the experts of every layer, exchanging each for its neighbor if asked to."""
-    def hook(module: Any, _: Any, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        weights_NK, experts_NK = out
-        seen[found.index(module)].append(experts_NK.cpu())
-        E = len(module.weight)
-        return weights_NK, (experts_NK + 1) % E if exchanged else experts_NK
+def _exchanged(model: Any) -> Iterator[None]:
+    """Give every expert its neighbor's weights, and put them back."""
+    weights = [weight for module in model.modules() if isinstance(module, MoE)
+               for weight in module.experts.state_dict().values()]  # [E, ...], in shared memory
 
-    handles = [router.register_forward_hook(hook) for router in found]
+    def roll(places: int) -> None:
+        for weight in weights:
+            weight.copy_(weight.roll(places, dims=0))
+
+    roll(-1)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        roll(1)

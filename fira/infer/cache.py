@@ -1,16 +1,17 @@
 """The engine's key-value cache: S slots, one request each, and the flat batch that reads them.
 
-Layout, which a fused decode step reads and writes by address: `keys` and `values` are contiguous
-tensors [L, S, G, T, C] in the model's dtype, rotated keys, T = capacity. Row t of a slot belongs to
-position t; `held[slot]` are the tokens whose rows are there, so its length is where the next one
-goes. What a finished request left stays held until the slot is taken, for prompts that begin alike.
+Memory layout, which a compiled decode step reads and writes by address: `keys` and `values` are
+contiguous tensors [L, S, G, T, C] in the model's dtype, with rotated keys, T = capacity. Row t of a
+slot belongs to position t. `tokens[slot]` are the tokens whose rows are there, so its length is
+where the next one goes. They stay after a request has ended, until another request takes the slot:
+a prompt with the same beginning reuses those rows instead of reading the tokens again.
 
-A batch is one flat row of tokens [1, N]: every slot's next tokens one after the other, as many of
-each as there are. No padding; only attention sees that they belong to different requests.
+A batch is one flat row of tokens [1, N]: the next tokens of every slot one after the other, as many
+of each as there are. There is no padding; only attention distinguishes the requests.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fira.model.attention import attention
+
+# A prompt waits for an earlier one that will read this many more of its tokens than are cached.
+WORTH_WAITING = 16
 
 
 class Part(NamedTuple):
@@ -29,50 +33,78 @@ class Part(NamedTuple):
 
 
 class SlotCache:
-    """Keys and values of `slots` requests, `capacity` positions each."""
+    """Keys and values of `slots` requests, `capacity` positions each.
+
+    `idle` are the slots that no request owns, the one unused for longest first.
+    """
 
     def __init__(self, model: Any, slots: int, capacity: int) -> None:
         spec = model.spec
         shape = (spec.num_layers, slots, spec.n_kv_head, capacity, spec.head_dim)
         self.keys = model.token_embedding.weight.new_zeros(shape, requires_grad=False)
         self.values = torch.zeros_like(self.keys)
-        self.held: list[list[int]] = [[] for _ in range(slots)]
+        self.tokens: list[list[int]] = [[] for _ in range(slots)]
+        self.idle = list(range(slots))
 
     def batch(self, parts: Sequence[Part]) -> SlotBatch:
         """What a model takes as its cache to read the parts' tokens, [1, N] in this order."""
         return SlotBatch(self, parts)
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Let `target` hold the first `length` tokens of `source`."""
-        for rows in (self.keys, self.values):
-            rows[:, target, :, :length] = rows[:, source, :, :length]
-        self.held[target] = self.held[source][:length]
+    def take(self, prompt: Sequence[int], earlier: Sequence[Sequence[int]],
+             reuse: bool = True) -> tuple[int, int] | None:
+        """An idle slot for a prompt, and how many of the prompt's first tokens it already holds.
 
-    def best_prefix(self, ids: Sequence[int], besides: int = -1) -> tuple[int, int]:
-        """The slot that holds most of the beginning of `ids`, and how much: (slot, length)."""
-        lengths = [-1 if slot == besides else common_prefix(ids, held)
-                   for slot, held in enumerate(self.held)]
-        longest = max(lengths)
-        return lengths.index(longest), max(longest, 0)
+        None: one of the `earlier` prompts, which are being read now, will soon hold more of the
+        same beginning; so of prompts that come together only one reads it.
+        """
+        wanted = prompt[:-1] if reuse else []  # the last token must be read for its logits
+        shared = [common_prefix(wanted, tokens) for tokens in self.tokens]
+        length = max(shared)
+        if any(common_prefix(wanted, other) >= length + WORTH_WAITING for other in earlier):
+            return None
+        source, slot = shared.index(length), self.idle[0]  # the slot unused for longest
+        if source in self.idle and length == len(self.tokens[source]):
+            slot = source  # nothing that it holds is lost
+        elif source != slot:
+            for rows in (self.keys, self.values):
+                rows[:, slot, :, :length] = rows[:, source, :, :length]
+        self.idle.remove(slot)
+        self.tokens[slot] = self.tokens[source][:length]
+        return slot, length
+
+    def release(self, slot: int) -> None:
+        """A request has ended; what its slot holds stays for prompts with the same beginning."""
+        self.idle.append(slot)
+
+    def forget(self) -> None:
+        """Reuse nothing of what the slots hold."""
+        self.tokens = [[] for _ in self.tokens]
+
+
+# decode_step(model, cache, tokens_N, positions_N, slots) -> (logits_NV, experts_LNK or None): row n
+# is one token of slot slots[n], at positions_N[n]; the step writes its keys and values there.
+# experts_LNK are the experts that process each token, best first; None for a dense model.
+DecodeStep = Callable[[Any, SlotCache, Tensor, Tensor, Sequence[int]],
+                      "tuple[Tensor, Tensor | None]"]
 
 
 class SlotBatch:
-    """Stands where a model expects its key-value cache."""
+    """Takes the place of a model's key-value cache."""
 
     def __init__(self, cache: SlotCache, parts: Sequence[Part]) -> None:
         self.parts = parts
-        self.together = len(parts) > 1 and all(part.size == 1 for part in parts)
+        self.single_tokens = len(parts) > 1 and all(part.size == 1 for part in parts)
         self.layers = [SlotLayer(keys, values, self)
                        for keys, values in zip(cache.keys, cache.values, strict=True)]
-        if self.together:
+        if self.single_tokens:
             device = cache.keys.device
             self.slots_N = torch.tensor([part.slot for part in parts], device=device)
             self.starts_N = torch.tensor([part.start for part in parts], device=device)
             self.rows, self.longest = max(part.slot for part in parts) + 1, self.end(len(parts))
-            seen_SN = torch.zeros(self.rows, 1, 1, self.longest, dtype=torch.bool, device=device)
-            places = torch.arange(self.longest, device=device)
-            seen_SN[self.slots_N, 0, 0] = places <= self.starts_N[:, None]
-            self.seen_S11T = seen_SN
+            seen_S11T = torch.zeros(self.rows, 1, 1, self.longest, dtype=torch.bool, device=device)
+            positions_T = torch.arange(self.longest, device=device)
+            seen_S11T[self.slots_N, 0, 0] = positions_T <= self.starts_N[:, None]
+            self.seen_S11T = seen_S11T
 
     def end(self, T: int) -> int:
         """The longest sequence's length once the T tokens of the batch are read."""
@@ -92,26 +124,26 @@ class SlotLayer(NamedTuple):
     batch: SlotBatch
 
     def attend(self, q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor) -> Tensor:
-        """Write the new rows, then each part's attention to its own slot: 1HNC."""
-        if self.batch.together:
-            return self._attend_together(q_1HNC, k_1GNC, v_1GNC)
+        """Write the new rows, then attend from each part to its own slot: 1HNC."""
+        if self.batch.single_tokens:
+            return self._attend_at_once(q_1HNC, k_1GNC, v_1GNC)
         return self.attend_plain(q_1HNC, k_1GNC, v_1GNC)
 
     def attend_plain(self, q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor) -> Tensor:
         """One part after the other: the definition, and the fast way for long parts."""
         sizes = [part.size for part in self.batch.parts]
-        pieces = []
+        outputs = []
         for (slot, start, size), q, k, v in zip(
                 self.batch.parts, q_1HNC.split(sizes, 2), k_1GNC.split(sizes, 2),
                 v_1GNC.split(sizes, 2), strict=True):
             own, stop = slice(slot, slot + 1), start + size
             self.keys_SGTC[own, :, start:stop] = k
             self.values_SGTC[own, :, start:stop] = v
-            pieces.append(attention(q, self.keys_SGTC[own, :, :stop],
-                                    self.values_SGTC[own, :, :stop]))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+            outputs.append(attention(q, self.keys_SGTC[own, :, :stop],
+                                     self.values_SGTC[own, :, :stop]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
-    def _attend_together(self, q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor) -> Tensor:
+    def _attend_at_once(self, q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor) -> Tensor:
         """Parts of one token: one masked attention over the slots in use, without a copy."""
         batch, (H, _, C) = self.batch, q_1HNC.shape[1:]
         S, G = batch.rows, self.keys_SGTC.shape[1]

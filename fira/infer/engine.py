@@ -1,57 +1,55 @@
 """Many requests, one model: continuous batching over a key-value cache with slots.
 
-A step reads one token of every answer under way (`decode_step`) and at most `prefill_tokens` of the
-prompts that are not read yet. Requests join and leave between steps. A prompt that begins like what
-a slot holds, live or finished, copies those rows of the cache instead of reading the tokens again.
+One step reads the newest token of every request that is generating (`decode_step`), and at most
+`prefill_tokens` tokens of prompts that are not read yet. Requests join and leave between steps. A
+prompt that begins like what a slot holds reuses those rows of the cache instead of reading the
+tokens again.
 
-The window rule of an engine: a request has the `capacity` of its slot and never slides. The prompt
-must fit; the answer ends with "length" when its last token would find no place, so prompt and
-answer together are at most capacity + 1 tokens. (`fira.model.generate` slides instead.)
+A request has the `capacity` of its slot, and its window never slides: the prompt must fit, and
+generation ends with "length" when its last token would find no place. So prompt and new tokens
+together are at most capacity + 1. (`fira.model.generate` slides its window instead.)
 
-Listeners are called in the thread that steps; they must be quick and may call `add` and `cancel`.
+Listeners are called in the thread that steps. They must be quick, and may call `add` and `cancel`.
 """
 from __future__ import annotations
 
 import itertools
 import logging
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fira.infer.cache import Part, SlotCache
-from fira.infer.progress import Progress
-from fira.infer.queue import Queue, Request, share
-from fira.infer.request import End, Listener, Piece, QueueFull, SamplingParams
-from fira.infer.slots import Slots
-from fira.infer.step import DecodeStep, TorchStep
+from fira.infer.cache import DecodeStep, Part, SlotCache
+from fira.infer.request import (
+    End,
+    Listener,
+    QueueFull,
+    Reason,
+    Request,
+    SamplingParams,
+    Token,
+    check_request,
+)
+from fira.infer.stand_in import Watch, routers
 from fira.model.generate import window_length
 from fira.runtime import one_thread
 
 log = logging.getLogger(__name__)
-
-
-class Stats(TypedDict):
-    """A snapshot of what the engine does and did."""
-
-    waiting: int
-    running: int
-    slots: int
-    finished: int  # requests that ended by themselves
-    cancelled: int
-    failed: int
-    prompt_tokens: int  # read, or found read
-    cached_tokens: int  # found read
-    generated_tokens: int
-    steps: int
+COUNTED = ("finished", "cancelled", "failed", "prompt_tokens", "cached_tokens", "generated_tokens",
+           "steps")
 
 
 class Engine:
-    """Continues prompts for many callers at once. `step` does the work; `start` keeps stepping."""
+    """Continues prompts for many callers at once. `step` does the work; `start` keeps stepping.
+
+    `decode_step` None is the model's own forward; a compiled step may be set in its place.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, *, slots: int = 8, capacity: int | None = None,
                  max_waiting: int = 64, prefill_tokens: int = 512) -> None:
@@ -63,32 +61,37 @@ class Engine:
             if value < 1 or (most and value > most):
                 raise ValueError(f"{name}={value} must be at least 1"
                                  + (f" and at most the model's context={most}" if most else ""))
-        self.model, self.prefill_tokens = model.eval(), prefill_tokens
+        self.model = model.eval()
+        self.max_waiting, self.prefill_tokens = max_waiting, prefill_tokens
         self.token_bytes, self.end_of_text = tokenizer.token_bytes(), tokenizer.end_of_text
-        self.device = model.token_embedding.weight.device
-        self.slots = Slots(SlotCache(model, slots, self.capacity))
-        self.reader = TorchStep(model)
-        self.decode_step: DecodeStep = self.reader
-        self._queue = Queue(max_waiting)
-        self._requests: dict[int, Request] = {}
+        self.cache = SlotCache(model, slots, self.capacity)
+        self.device = self.cache.keys.device
+        self.decode_step: DecodeStep | None = None
+        self._watch = Watch(model)
+        self._waiting: deque[Request] = deque()
+        self._requests: dict[int, Request] = {}  # waiting or running
         self._ids = itertools.count(1)
+        self._closed = False
         self._changed = threading.Condition()  # guards what is above
         self._stepping = threading.Lock()  # held by whoever steps; guards what is below
-        self._running: list[Progress] = []  # oldest first
+        self._running: list[Request] = []  # oldest first
         self._thread: threading.Thread | None = None
-        self._closed = self._draining = False
-        self._loads = np.zeros((len(self.reader.probe.layers), model.spec.num_experts), np.int64)
-        self._counts = dict.fromkeys(Stats.__annotations__, 0)
+        self._loads = np.zeros((len(routers(model)), model.spec.num_experts), np.int64)
+        self._counts = dict.fromkeys(COUNTED, 0)
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener) -> int:
         """Queue a request; its id. Raises QueueFull, or ValueError for what can never be run."""
         prompt = [int(token) for token in prompt_ids]
-        self._check(prompt, params)
+        check_request(prompt, params, self.model.spec.vocab_size, self.capacity)
         with self._changed:
             if self._closed:
                 raise QueueFull("the engine is closed and takes no requests; start another")
-            request = Request(next(self._ids), prompt, params, listener)
-            self._queue.push(request)
+            if len(self._waiting) >= self.max_waiting:
+                raise QueueFull(f"{len(self._waiting)} requests are waiting, the most allowed; "
+                                "try again later")
+            request = Request(next(self._ids), prompt, params, listener, self.token_bytes,
+                              self.end_of_text, self.device)
+            self._waiting.append(request)
             self._requests[request.id] = request
             self._changed.notify_all()
         return request.id
@@ -102,18 +105,18 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """One token of every answer and a piece of the prompts; False if there was no request.
+        """One token of every generating request, and a part of the prompts; False if idle.
 
         What goes wrong inside ends every running request with an error and is raised.
         """
         with self._stepping:
             try:
-                self._settle()
+                self._admit()
                 if not self._running:
                     return False
                 self._counts["steps"] += 1
-                reading = [one for one in self._running if not one.new]
-                self._decode([one for one in self._running if one.new])
+                reading = [request for request in self._running if not request.new_tokens]
+                self._decode([request for request in self._running if request.new_tokens])
                 self._prefill(reading)
                 return True
             except BaseException as error:
@@ -127,9 +130,9 @@ class Engine:
         self._thread.start()
 
     def close(self, drain: bool = False) -> None:
-        """Take no more requests; end what there is with End("cancelled"), or answer it first."""
+        """Take no more requests; cancel the present ones, or with `drain` finish them first."""
         with self._changed:
-            self._closed, self._draining = True, drain
+            self._closed = True
             if not drain:
                 for request in self._requests.values():
                     request.cancelled = True
@@ -138,124 +141,146 @@ class Engine:
             self._thread.join()
         while self.step():  # without a thread the rest is done here
             pass
-        self.reader.close()
+        self._watch.close()
 
-    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Piece | End]:
+    def refresh(self) -> None:
+        """Forget what was computed with old weights; call it after the model's weights changed.
+
+        Raises ValueError while requests are running or waiting.
+        """
+        with self._stepping, self._changed:
+            if self._requests:
+                raise ValueError(f"the engine has {len(self._requests)} running or waiting "
+                                 "requests, which would mix old and new weights; let them end, or "
+                                 "cancel them, before refresh()")
+            self.cache.forget()
+            refresh = getattr(self.decode_step, "refresh", None)
+            if refresh is not None:  # a step that holds weights of its own
+                refresh()
+
+    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Token | End]:
         """The events of one request. Steps itself if no thread does; leaving early cancels."""
-        events: SimpleQueue[Piece | End] = SimpleQueue()
+        events: SimpleQueue[Token | End] = SimpleQueue()
         return self._events(self.add(prompt_ids, params, events.put), events)
 
     @property
-    def stats(self) -> Stats:
-        counts = {**self._counts, "waiting": len(self._queue), "running": len(self._running),
-                  "slots": len(self.slots.cache.held)}
-        return Stats(**counts)  # type: ignore[typeddict-item]
+    def stats(self) -> dict[str, int]:
+        """Requests waiting and running now; slots; and, since the engine was made, requests that
+        finished by themselves, were cancelled or failed, prompt tokens, those of them that were
+        found in the cache, generated tokens, and steps."""
+        return {"waiting": len(self._waiting), "running": len(self._running),
+                "slots": len(self.cache.tokens), **self._counts}
 
     @property
     def loads(self) -> list[list[int]]:
         """Tokens routed to each expert since the start, per layer; empty for a dense model."""
         return self._loads.tolist()
 
-    def _check(self, prompt: list[int], params: SamplingParams) -> None:
-        vocab = self.model.spec.vocab_size
-        if not prompt:
-            raise ValueError("the prompt is empty; give at least one token, for example the "
-                             "end-of-text id")
-        for what, ids in (("prompt", prompt), ("logit_bias", params.logit_bias),
-                          ("stop_ids", params.stop_ids)):
-            odd = next((token for token in ids if not 0 <= token < vocab), None)
-            if odd is not None:
-                raise ValueError(f"token id {odd} in {what} is outside the vocabulary of {vocab}; "
-                                 "encode with this model's own tokenizer")
-        if len(prompt) > self.capacity:
-            raise ValueError(f"prompt of {len(prompt)} tokens leaves no room: {self.capacity} fit; "
-                             "shorten it")
+    def decode_plain(self, model: Any, cache: SlotCache, tokens_N: Tensor, positions_N: Tensor,
+                     slots: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The `DecodeStep` that is the model's own forward."""
+        parts = [Part(slot, start, 1)
+                 for slot, start in zip(slots, positions_N.tolist(), strict=True)]
+        x_1ND = model.features(tokens_N[None], cache.batch(parts))
+        return model.logits(x_1ND[0]), self._watched()
 
-    def _settle(self) -> None:
-        """Between forwards: let go what was cancelled, admit what waits."""
+    def _admit(self) -> None:
+        """Between forwards: end what was cancelled, give free slots to the oldest that wait."""
         with self._changed:
-            gone = self._queue.take_cancelled()
-            left = [one for one in self._running if one.request.cancelled]
-            arrived = self._queue.next_batch(self.slots.free + len(left))
-        for request in gone:
-            self._tell(request, End("cancelled", prompt_tokens=len(request.prompt)))
-        for one in left:
-            self._finish(one, one.end("cancelled"))
-        for request in arrived:
-            slot, cached = self.slots.take(request.prompt, request.params.prompt_logprobs is None)
-            one = Progress(request, slot, cached, self.token_bytes, self.end_of_text, self.device)
-            self._running.append(one)
-            if request.params.max_new_tokens == 0 and request.params.prompt_logprobs is None:
-                self._finish(one, one.end("length"))
+            cancelled = [request for request in self._requests.values() if request.cancelled]
+            if cancelled:
+                self._waiting = deque(one for one in self._waiting if not one.cancelled)
+            free = len(self.cache.tokens) - sum(not one.cancelled for one in self._running)
+            admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        for request in cancelled:
+            self._finish(request, "cancelled")
+        for request in admitted:
+            self._running.append(request)
+            if request.params.max_new_tokens == 0 and not request.scores_prompt:
+                self._finish(request, "length")
 
-    def _decode(self, answering: list[Progress]) -> None:
-        if not answering:
+    def _decode(self, generating: list[Request]) -> None:
+        if not generating:
             return
-        tokens_N = torch.tensor([one.ids[-1] for one in answering], device=self.device)
-        positions_N = torch.tensor([one.read for one in answering], device=self.device)
-        logits_NV, experts_LNK = self.decode_step(
-            self.model, self.slots.cache, tokens_N, positions_N, [one.slot for one in answering])
+        tokens_N = torch.tensor([request.ids[-1] for request in generating], device=self.device)
+        positions_N = torch.tensor([request.read for request in generating], device=self.device)
+        slots = [request.slot for request in generating]
+        logits_NV, experts_LNK = (self.decode_step or self.decode_plain)(
+            self.model, self.cache, tokens_N, positions_N, slots)
         self._count(experts_LNK)
-        for one in answering:
-            self.slots.cache.held[one.slot].append(one.ids[-1])
-            one.read += 1
+        for request in generating:
+            self.cache.tokens[request.slot].append(request.ids[-1])
+            request.read += 1
         with one_thread():
-            for row, one in enumerate(answering):
-                self._advance(one, logits_NV[row],
+            for row, request in enumerate(generating):
+                self._advance(request, logits_NV[row],
                               None if experts_LNK is None else experts_LNK[:, row])
 
-    def _prefill(self, reading: list[Progress]) -> None:
-        """Read up to `prefill_tokens` of the prompts, all their pieces in one flat batch."""
-        ready = [one for one in reading if self.slots.begin(one, reading)]
-        sizes = share(self.prefill_tokens, [one.unread for one in ready])
-        pieces = [(one, size) for one, size in zip(ready, sizes, strict=True) if size]
-        if not pieces:
+    def _prefill(self, reading: list[Request]) -> None:
+        """Read up to `prefill_tokens` of the prompts, all parts in one flat batch."""
+        ready = [request for request in reading if self._take_slot(request, reading)]
+        sizes = split_budget(self.prefill_tokens, [request.unread for request in ready])
+        chosen = [(request, size) for request, size in zip(ready, sizes, strict=True) if size]
+        if not chosen:
             return
-        tokens = [one.ids[one.read:one.read + size] for one, size in pieces]
-        parts = [Part(one.slot, one.read, size) for one, size in pieces]
-        x_ND, experts_LNK = self.reader.read(
-            self.model, self.slots.cache, torch.tensor(sum(tokens, []), device=self.device), parts)
+        parts = [Part(request.slot, request.read, size) for request, size in chosen]
+        tokens = [request.ids[request.read:request.read + size] for request, size in chosen]
+        x_ND = self.model.features(torch.tensor([sum(tokens, [])], device=self.device),
+                                   self.cache.batch(parts))[0]
+        experts_LNK = self._watched()
         self._count(experts_LNK)
         end = 0
-        for (one, size), ids in zip(pieces, tokens, strict=True):
+        for (request, size), ids in zip(chosen, tokens, strict=True):
             start, end = end, end + size
-            self.slots.cache.held[one.slot].extend(ids)
-            one.score_prompt(self.model, x_ND[start:end])
-            one.read += size
-            if not one.unread:
-                if one.request.params.max_new_tokens == 0:
-                    self._finish(one, one.end("length"))
-                    continue
-                self._advance(one, self.model.logits(x_ND[end - 1]),
+            self.cache.tokens[request.slot].extend(ids)
+            request.score_prompt(self.model, x_ND[start:end])
+            request.read += size
+            if request.unread:
+                continue
+            if request.params.max_new_tokens == 0:
+                self._finish(request, "length")
+            else:
+                self._advance(request, self.model.logits(x_ND[end - 1]),
                               None if experts_LNK is None else experts_LNK[:, end - 1])
 
-    def _advance(self, one: Progress, logits_V: Tensor, experts_LK: Tensor | None) -> None:
+    def _take_slot(self, request: Request, reading: Sequence[Request]) -> bool:
+        """Before a prompt is read; False: it waits for an earlier one with the same beginning."""
+        if request.slot < 0:
+            earlier = [other.ids for other in reading[:reading.index(request)]]
+            taken = self.cache.take(request.ids, earlier, reuse=not request.scores_prompt)
+            if taken is None:
+                return False
+            request.slot, request.read = taken
+            request.cached = request.read
+        return True
+
+    def _advance(self, request: Request, logits_V: Tensor, experts_LK: Tensor | None) -> None:
         """Choose the next token from these logits and tell the listener."""
         try:
-            piece = one.choose(logits_V, experts_LK)
+            token = request.add_token(logits_V, experts_LK)
         except ValueError as error:
-            self._finish(one, one.end("error", error=str(error)))
+            self._finish(request, "error", str(error))
             return
         self._counts["generated_tokens"] += 1
-        self._tell(one.request, piece)
-        reason = one.reason(self.capacity)
+        self._tell(request, token)
+        reason = request.end_reason(self.capacity)
         if reason:
-            self._finish(one, one.end(reason))
+            self._finish(request, reason)
 
-    def _finish(self, one: Progress, end: End) -> None:
-        self._running.remove(one)
-        self.slots.give_back(one.slot)
-        self._counts["prompt_tokens"] += min(one.read, len(one.request.prompt))
-        self._counts["cached_tokens"] += one.cached
-        self._tell(one.request, end)
+    def _finish(self, request: Request, reason: Reason, error: str = "") -> None:
+        if request in self._running:
+            self._running.remove(request)
+        if request.slot >= 0:
+            self.cache.release(request.slot)
+        self._counts["prompt_tokens"] += min(request.read, request.prompt_tokens)
+        self._counts["cached_tokens"] += request.cached
+        self._counts[{"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")] += 1
+        with self._changed:
+            del self._requests[request.id]
+        self._tell(request, request.end(reason, error))
 
-    def _tell(self, request: Request, event: Piece | End) -> None:
+    def _tell(self, request: Request, event: Token | End) -> None:
         """Call the listener; one that fails ends its own request only."""
-        if isinstance(event, End):
-            kind = {"cancelled": "cancelled", "error": "failed"}.get(event.reason, "finished")
-            self._counts[kind] += 1
-            with self._changed:
-                del self._requests[request.id]
         try:
             request.listener(event)
         except Exception:
@@ -263,11 +288,15 @@ class Engine:
             request.cancelled = True
 
     def _fail(self, error: BaseException) -> None:
-        """End what runs; what the cache holds is not to be trusted any more."""
+        """End what runs; what the cache holds can no longer be trusted."""
         line = f"{type(error).__name__}: {error}".splitlines()[0]
-        for one in list(self._running):
-            self._finish(one, one.end("error", error=line))
-        self.slots.forget()
+        for request in list(self._running):
+            self._finish(request, "error", line)
+        self.cache.forget()
+
+    def _watched(self) -> Tensor | None:
+        """experts_LNK of the model's latest forward; None for a dense model."""
+        return torch.stack(self._watch.experts) if self._watch.experts else None
 
     def _count(self, experts_LNK: Tensor | None) -> None:
         if experts_LNK is not None:
@@ -285,7 +314,7 @@ class Engine:
             except Exception:
                 log.exception("a step failed; its requests have ended with an error")
 
-    def _events(self, request_id: int, events: SimpleQueue[Piece | End]) -> Iterator[Piece | End]:
+    def _events(self, request_id: int, events: SimpleQueue[Token | End]) -> Iterator[Token | End]:
         try:
             while True:
                 while self._thread is None and events.empty():
@@ -296,3 +325,21 @@ class Engine:
                     return
         finally:
             self.cancel(request_id)
+
+
+def split_budget(budget: int, needs: Sequence[int]) -> list[int]:
+    """Split a step's prompt tokens among prompts, the oldest first in `needs`.
+
+    The oldest gets half, so that it always advances; the rest goes to the shortest first, so that a
+    short prompt does not wait for a long one.
+    """
+    if not needs:
+        return []
+    given = [0] * len(needs)
+    given[0] = min(needs[0], (budget + 1) // 2)
+    left = budget - given[0]
+    for index in sorted(range(len(needs)), key=lambda index: needs[index]):
+        more = min(left, needs[index] - given[index])
+        given[index] += more
+        left -= more
+    return given

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fira.data.chat import prompt_ids
 from fira.data.tokenizer import TURN_END, Tokenizer
-from fira.infer.chat import prompt_ids
 from fira.infer.request import SamplingParams
 from fira.serve.schema import (
     MAX_CHOICES,

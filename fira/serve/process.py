@@ -11,11 +11,11 @@ from typing import Any
 import uvicorn
 from rich.text import Text
 
-from fira.infer.chat import knows_chat
+from fira.infer.chat import UNTUNED
 from fira.infer.engine import Engine
 from fira.infer.fused import open_step
 from fira.infer.load import load
-from fira.model.files import WEIGHTS, find_model
+from fira.model.files import WEIGHTS, find_model, knows_chat
 from fira.model.generate import window_length
 from fira.runlog import console
 from fira.serve.api import ServedModel
@@ -44,8 +44,7 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
         notes.print(f"serving {service.model.name}: chat page at {address}, API at {address}/v1",
                     soft_wrap=True)
         if not service.model.chat_tuned:
-            notes.print(Text("This model was not tuned for chat: it continues the text of the "
-                             "messages.", style="yellow"), soft_wrap=True)
+            notes.print(Text(UNTUNED, style="yellow"), soft_wrap=True)
         return service
 
     run_until_signal(load_service, accepted, host in LOOPBACK, listener)

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fira.infer.request import End, TokenScore
-from fira.infer.request import Piece as Token
+from fira.infer.request import End, Token, TokenScore
 from fira.serve.api import Generation, ServedModel
 from fira.serve.schema import (
     APIError,
@@ -160,7 +159,7 @@ class ResponseBuilder:
             return None
         scores = [token.score for token in tokens if token.score]
         return {"content": [{**self._logprob(score.id, score.logprob), "top_logprobs": [
-            self._logprob(id, value) for id, value in score.rivals]} for score in scores]}
+            self._logprob(id, value) for id, value in score.top]} for score in scores]}
 
     def _logprob(self, id: int, value: float | None) -> TokenLogprob:
         assert value is not None, "only a prompt's first token has no log-probability"
@@ -187,7 +186,7 @@ class ResponseBuilder:
         """The likeliest tokens and the chosen one. Two tokens may have one name: the likelier."""
         top: dict[str, float] = {}
         own = [] if score.logprob is None else [(score.id, score.logprob)]
-        for id, value in [*score.rivals, *own]:
+        for id, value in [*score.top, *own]:
             top.setdefault(self.model.name_of(id), max(value, MIN_LOGPROB))
         return top or None
 

@@ -10,6 +10,7 @@ from rich.text import Text
 from fira.config import load_preset
 from fira.data.prepare import learn_tokenizer, prepare
 from fira.infer.load import load
+from fira.infer.sample import SamplingParams
 from fira.infer.text import complete
 from fira.runlog import RunLog
 from fira.stages.pretrain import PRETRAIN, pretrain
@@ -43,7 +44,8 @@ def _print_samples(run: Path, screen: Console) -> None:
     step = int(loaded.folder.name.partition("-")[2])
     log = RunLog(run)
     for seed, prompt in enumerate(PROMPTS):
-        text = "".join(complete(loaded.model, loaded.tokenizer, prompt, 60, 0.8, seed=seed))
+        params = SamplingParams(max_new_tokens=60, temperature=0.8, seed=seed)
+        text = "".join(complete(loaded.model, loaded.tokenizer, prompt, params))
         log.write("sample", step, prompt=prompt, text=text)
         screen.print(Text.assemble("\n", (prompt, "bold"), text), soft_wrap=True)
     log.close()

@@ -51,12 +51,6 @@ def test_the_batch_size_does_not_change_the_score(model, tokenizer) -> None:
     assert scores == pytest.approx([scores[0]] * 4, rel=1e-6)
 
 
-def test_the_size_of_logit_chunks_does_not_change_the_score(model, tokenizer, monkeypatch) -> None:
-    before = score(model, tokenizer, whole(TEXTS))["bits_per_byte"]
-    monkeypatch.setattr("fira.eval.bits_per_byte.LOGITS", 3 * model.spec.vocab_size)
-    assert score(model, tokenizer, whole(TEXTS))["bits_per_byte"] == pytest.approx(before, rel=1e-6)
-
-
 def test_a_document_in_parts_scores_as_the_whole(model, tokenizer) -> None:
     text = "The state of the Union is strong " * 20
     cut = text.index(" Union", 200)

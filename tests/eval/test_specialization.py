@@ -1,10 +1,13 @@
 """Specialization: nothing by chance, everything when the token decides, a number for real runs."""
+import itertools
 import json
 
 import pytest
 import torch
 
-from fira.eval.specialization import information, specialization
+from fira.convert.quantize import quantize
+from fira.eval.bits_per_byte import evaluate
+from fira.eval.specialization import _exchanged, information, specialization
 from fira.model.files import load_pretrained, save_weights
 
 
@@ -26,14 +29,44 @@ def test_information_equals_its_definition():
     assert information(tokens, experts, 2) == pytest.approx(float(known / entropy), rel=1e-5)
 
 
-def test_a_trained_run_has_a_diet_above_chance(fira, trained_run, corpus):
+def test_a_trained_run_shows_token_information_above_chance(fira, trained_run, corpus):
     text_file = min(corpus.iterdir())
     answer = fira("eval", trained_run, "--text", text_file, "--routing", "--json")
     routing = json.loads(answer.out)["routing"]
-    assert len(routing["diet"]) == 2
-    assert max(layer["own"] for layer in routing["diet"]) > 0.02
+    assert len(routing["token_information"]) == 2
+    assert max(layer["above_chance"] for layer in routing["token_information"]) > 0.02
     assert routing["bits_per_byte"] != routing["bits_per_byte_experts_exchanged"]
     assert "by chance" in fira("eval", trained_run, "--text", text_file, "--routing").out
+
+
+def test_bits_per_byte_are_those_of_the_plain_evaluation(trained_run, corpus):
+    text_file = str(min(corpus.iterdir()))
+    found = specialization(str(trained_run), [text_file], "cpu")
+    plain = evaluate(trained_run, [text_file], device="cpu")
+    assert found["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-6)
+    assert found["tokens"] == plain["tokens"]
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_exchanging_experts_routes_every_token_to_the_next_expert(trained_run, kind):
+    """The weights go round by one place for the time of the block, and the router's stay."""
+    model = load_pretrained(trained_run)
+    if kind:
+        model = quantize(model, kind)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    moe, x_ND = model.blocks[0].moe, torch.randn(5, model.spec.d_model)
+    weights_NK, experts_NK = moe.router(x_ND)
+    E = model.spec.num_experts
+    expected_ND = torch.zeros_like(x_ND)
+    for n, k in itertools.product(range(5), range(experts_NK.shape[1])):
+        counts_E = torch.zeros(E, dtype=torch.long)
+        counts_E[(experts_NK[n, k] + 1) % E] = 1
+        expected_ND[n] += weights_NK[n, k] * moe.experts(x_ND[n:n + 1], counts_E)[0]
+    with torch.inference_mode(), _exchanged(model):
+        found_ND = moe(x_ND[None])[0]
+    torch.testing.assert_close(found_ND, expected_ND.detach(), rtol=1e-5, atol=1e-5)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
 
 
 def test_equal_experts_are_interchangeable(trained_run, text_file, tmp_path):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fira.checkpoint import write_manifest
 from fira.data.tokenizer import Tokenizer, train_tokenizer
+from fira.files import write_manifest
 from fira.model.files import build, save_weights
 from fira.model.spec import FIRA2Spec
 

@@ -10,27 +10,30 @@ import pytest
 from rich.console import Console
 
 from fira.data.chat import render
-from fira.infer import chat as module
-from fira.infer.chat import BASE, Conversation, chat, knows_chat, talk
+from fira.infer import text as module
+from fira.infer.chat import UNTUNED, chat, talk
+from fira.infer.sample import SamplingParams
+from fira.infer.stand_in import knows_chat
+from fira.infer.text import Conversation
 
 
-def conversation(model, tokenizer, **options) -> Conversation:
-    defaults = {"tuned": True, "max_new_tokens": 16, "seed": 1}
-    return Conversation(model, tokenizer, **{**defaults, **options})
+def conversation(model, tokenizer, tuned=True, system=None, max_new_tokens=16) -> Conversation:
+    params = SamplingParams(max_new_tokens=max_new_tokens, seed=1)
+    return Conversation(model, tokenizer, tuned, params, system)
 
 
 def say(monkeypatch, text: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
 
 
-def test_turns_are_kept_as_chat(model, tokenizer) -> None:
+def test_messages_are_kept_as_chat(model, tokenizer) -> None:
     talker = conversation(model, tokenizer, system="Be brief.")
     assert talker.ask("Hi") == 0
-    answer = "".join(talker.answer())
-    assert talker.turns == [{"role": "user", "content": "Hi"},
-                            {"role": "assistant", "content": answer}]
-    messages = [{"role": "system", "content": "Be brief."}, *talker.turns]
-    assert talker.prompt(talker.turns) == render(tokenizer, messages)
+    reply = "".join(talker.reply())
+    assert talker.messages == [{"role": "user", "content": "Hi"},
+                            {"role": "assistant", "content": reply}]
+    messages = [{"role": "system", "content": "Be brief."}, *talker.messages]
+    assert talker.prompt(talker.messages) == render(tokenizer, messages)
 
 
 def test_the_same_seed_gives_the_same_conversation(model, tokenizer) -> None:
@@ -38,50 +41,51 @@ def test_the_same_seed_gives_the_same_conversation(model, tokenizer) -> None:
         talker = conversation(model, tokenizer, max_new_tokens=8)
         for text in ("a", "b"):
             talker.ask(text)
-            list(talker.answer())
-        return talker.turns
+            list(talker.reply())
+        return talker.messages
     first = run()
     assert first == run() and first[1] != first[3]
 
 
-def test_the_oldest_turns_are_dropped_when_the_context_is_full(model, tokenizer) -> None:
+def test_the_oldest_messages_are_dropped_when_the_context_is_full(model, tokenizer) -> None:
     talker = conversation(model, tokenizer)
     dropped = []
     for _ in range(6):
         dropped.append(talker.ask("The Union"))
-        assert len(talker.prompt(talker.turns)) <= model.spec.context - 16
-        assert talker.turns[0]["role"] == talker.turns[-1]["role"] == "user"
-        talker.turns.append({"role": "assistant", "content": "The state"})
+        assert len(talker.prompt(talker.messages)) <= model.spec.context - 16
+        assert talker.messages[0]["role"] == talker.messages[-1]["role"] == "user"
+        talker.messages.append({"role": "assistant", "content": "The state"})
     assert dropped[0] == 0 and 2 in dropped
 
 
 def test_a_message_too_long_is_refused_and_changes_nothing(model, tokenizer) -> None:
     talker = conversation(model, tokenizer)
     talker.ask("Hi")
-    list(talker.answer())
-    before = list(talker.turns)
+    list(talker.reply())
+    before = list(talker.messages)
     with pytest.raises(ValueError, match="shorten it"):
         talker.ask("x" * 500)
-    assert talker.turns == before
+    assert talker.messages == before
     with pytest.raises(ValueError, match="leaves no room"):
         conversation(model, tokenizer, max_new_tokens=64)
 
 
 def test_an_untuned_model_reads_plain_text(model, tokenizer) -> None:
     talker = conversation(model, tokenizer, tuned=False)
-    talker.turns = [{"role": "user", "content": "The"}, {"role": "assistant", "content": " state"}]
+    talker.messages = [{"role": "user", "content": "The"},
+                       {"role": "assistant", "content": " state"}]
     talker.ask("of")
     expected = [tokenizer.end_of_text, *tokenizer.encode("The state\nof")]
-    assert talker.prompt(talker.turns) == expected
+    assert talker.prompt(talker.messages) == expected
 
 
 def test_a_pipe_gets_answers_alone(step_folder: Path, monkeypatch, capsys) -> None:
     say(monkeypatch, "The state\n\n/reset\n/wat\nThe state\n/exit\nnever read\n")
-    chat(step_folder.parent, max_new_tokens=8, seed=4, device="cpu", temperature=0.0)
+    chat(step_folder.parent, SamplingParams(max_new_tokens=8, temperature=0), device="cpu")
     out, notes = capsys.readouterr()
     first, second = out[:len(out) // 2], out[len(out) // 2:]
     assert out.strip() and first == second  # greedy, and forgotten in between
-    assert notes.count(BASE) == 1
+    assert notes.count(UNTUNED) == 1
     assert "starts anew" in notes and "/wat is no command" in notes
 
 
@@ -96,13 +100,13 @@ def test_control_c_stops_the_answer_and_keeps_what_was_said(model, tokenizer, mo
         yield "half"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "pieces", interrupted)
+    monkeypatch.setattr(module, "stream_text", interrupted)
     say(monkeypatch, "one\ntwo\n")
     out, notes = io.StringIO(), io.StringIO()
     talker = conversation(model, tokenizer)
     talk(talker, Console(file=out), Console(file=notes))
     assert out.getvalue() == "half\nhalf\n" and notes.getvalue().count("(stopped)") == 2
-    assert [turn["content"] for turn in talker.turns] == ["one", "half", "two", "half"]
+    assert [message["content"] for message in talker.messages] == ["one", "half", "two", "half"]
 
 
 def test_at_a_terminal_control_d_leaves_and_control_c_does_not(model, tokenizer,
@@ -119,4 +123,4 @@ def test_at_a_terminal_control_d_leaves_and_control_c_does_not(model, tokenizer,
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     talker = conversation(model, tokenizer)
     talk(talker, Console(file=io.StringIO()), Console(file=io.StringIO()))
-    assert talker.turns[0]["content"] == "Hi"
+    assert talker.messages[0]["content"] == "Hi"

@@ -4,12 +4,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fira.data.chat import prompt_ids
 from fira.infer.cache import Part, SlotCache, common_prefix
 from fira.infer.engine import Engine
 from fira.infer.request import End, SamplingParams
-from fira.infer.step import TorchStep
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
+from tests.trace import tracing
 
 SHAPE = dict(vocab_size=320, d_model=32, n_head=4, num_layers=2, d_ff=32, num_experts=4, top_k=2,
              context=96, init_std=0.3)
@@ -36,7 +37,7 @@ def run(model, tokenizer, prompts, params, **options) -> list[list]:
 
 
 def ids(events) -> list[int]:
-    return [piece.id for piece in events[:-1]]
+    return [token.id for token in events[:-1]]
 
 
 @torch.no_grad()
@@ -78,13 +79,13 @@ def test_a_seed_fixes_the_answer_and_none_gives_another(model, tokenizer):
 
 def test_attention_in_one_masked_call_equals_part_by_part(either):
     logits = []
-    for together in (True, False):
+    for at_once in (True, False):
         cache = SlotCache(either, 4, 32)
         generator = torch.Generator().manual_seed(0)
         for rows in (cache.keys, cache.values):
             rows.normal_(generator=generator)
         batch = cache.batch([Part(3, 5, 1), Part(0, 31, 1), Part(1, 0, 1)])
-        batch.together = together
+        batch.single_tokens = at_once
         with torch.no_grad():
             logits.append(either.logits(either.features(torch.tensor([[4, 5, 6]]), batch)))
         logits.append(cache.keys)
@@ -99,13 +100,13 @@ def test_reusing_a_prefix_changes_nothing_but_work(either, tokenizer):
     engine = Engine(either, tokenizer, slots=3)
     cached = []
     for prompt, expected in zip([*prompts, prompts[0]], [*fresh, fresh[0]], strict=True):
-        *pieces, end = engine.stream(prompt, SamplingParams(**GREEDY))
-        assert [piece.id for piece in pieces] == expected
+        *tokens, end = engine.stream(prompt, SamplingParams(**GREEDY))
+        assert [token.id for token in tokens] == expected
         cached.append(end.cached_tokens)
     # the fourth takes the slot of the first, so of the first only what all share is left
     assert cached == [0, 40, 40, 40, 40]
     *_, end = engine.stream([*prompts[3], *fresh[3], 5], SamplingParams(**GREEDY))
-    assert end.cached_tokens == len(prompts[3]) + 19  # a turn that goes on reads the new alone
+    assert end.cached_tokens == len(prompts[3]) + 19  # a longer chat reads only what is new
     engine.close()
 
 
@@ -148,15 +149,15 @@ def test_scores_are_the_models_own_log_probabilities(either, tokenizer):
     with torch.no_grad():
         logprobs_TV = either(whole)[0].log_softmax(-1)
     assert seen[-1].prompt[0].logprob is None and len(seen[-1].prompt) == len(prompt)
-    scored = [*seen[-1].prompt[1:], *(piece.score for piece in seen[:-1])]
+    scored = [*seen[-1].prompt[1:], *(token.score for token in seen[:-1])]
     for place, one in enumerate(scored):
         assert one.id == whole[0, place + 1]
         assert one.logprob == pytest.approx(float(logprobs_TV[place, one.id]), abs=1e-4)
-        best = logprobs_TV[place].topk(len(one.rivals))
-        assert [rival for rival, _ in one.rivals] == best.indices.tolist()
-        assert [value for _, value in one.rivals] == pytest.approx(best.values.tolist(), abs=1e-4)
-    assert {len(one.rivals) for one in scored[:len(prompt) - 1]} == {2}
-    assert len(scored[-1].rivals) == 3
+        best = logprobs_TV[place].topk(len(one.top))
+        assert [token for token, _ in one.top] == best.indices.tolist()
+        assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert {len(one.top) for one in scored[:len(prompt) - 1]} == {2}
+    assert len(scored[-1].top) == 3
 
 
 def test_a_prompt_may_be_scored_without_an_answer(model, tokenizer):
@@ -169,18 +170,18 @@ def test_experts_and_loads_are_the_routers_choices(name, tokenizer):
     model = build(SPECS[name], seed=1).eval()
     engine = Engine(model, tokenizer)
     params = SamplingParams(**GREEDY | {"max_new_tokens": 5}, experts=True)
-    *pieces, _ = engine.stream(PROMPTS[3], params)
+    *tokens, _ = engine.stream(PROMPTS[3], params)
     chosen = [[] for _ in model.blocks]
     hooks = [block.moe.router.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
              for block, seen in zip(model.blocks, chosen, strict=True)]
     with torch.no_grad():
-        model(torch.tensor([[*PROMPTS[3], *(piece.id for piece in pieces)]]))
+        model(torch.tensor([[*PROMPTS[3], *(token.id for token in tokens)]]))
     for hook in hooks:
         hook.remove()
     start = len(PROMPTS[3]) - 1
     for layer, ((_, experts_NK),) in enumerate(chosen):
-        for place, piece in enumerate(pieces, start):
-            assert list(piece.experts[layer]) == experts_NK[place].tolist()
+        for place, token in enumerate(tokens, start):
+            assert list(token.experts[layer]) == experts_NK[place].tolist()
         counts = experts_NK[:-1].flatten().bincount(minlength=4)  # the last token is never read
         assert engine.loads[layer] == counts.tolist()
     engine.close()
@@ -190,17 +191,78 @@ def test_experts_and_loads_are_the_routers_choices(name, tokenizer):
 def test_another_decode_step_plugs_in_with_one_line(model, tokenizer):
     calls = []
     engine = Engine(model, tokenizer, slots=2)
-    plain = TorchStep(model)
 
     def step(model, cache, tokens_N, positions_N, slots):
         calls.append((tokens_N.tolist(), positions_N.tolist(), list(slots)))
-        return plain(model, cache, tokens_N, positions_N, slots)[0], None
+        return engine.decode_plain(model, cache, tokens_N, positions_N, slots)[0], None
 
     engine.decode_step = step
-    *pieces, _ = engine.stream([9, 8, 7], SamplingParams(**GREEDY | {"max_new_tokens": 4}))
-    made = [piece.id for piece in pieces]
+    *tokens, _ = engine.stream([9, 8, 7], SamplingParams(**GREEDY | {"max_new_tokens": 4}))
+    made = [token.id for token in tokens]
     assert made == naive(model, [9, 8, 7], 4)
     assert calls == [([token], [3 + n], [0]) for n, token in enumerate(made[:3])]
+
+
+class CompiledStep:
+    """A decode step that keeps a copy of the weights, as a quantized one does."""
+
+    def __init__(self, model):
+        self.model, self.copy = model, build(model.spec)
+        self.refresh()
+
+    def refresh(self):
+        self.copy.load_state_dict(self.model.state_dict())
+
+    def __call__(self, model, cache, tokens_N, positions_N, slots):
+        parts = [Part(slot, start, 1) for slot, start in zip(slots, positions_N.tolist(),
+                                                             strict=True)]
+        return self.copy.logits(self.copy.features(tokens_N[None], cache.batch(parts))[0]), None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_after_refresh_new_weights_answer_and_nothing_of_the_old_ones(tokenizer, compiled):
+    model = build(SPECS["fira2"], seed=1).eval()
+    engine = Engine(model, tokenizer)
+    if compiled:
+        engine.decode_step = CompiledStep(model)
+    prompt, params = PROMPTS[1], SamplingParams(**GREEDY)
+    before = ids(list(engine.stream(prompt, params)))
+    model.load_state_dict(build(SPECS["fira2"], seed=2).state_dict())
+    engine.refresh()
+    events = list(engine.stream(prompt, params))
+    assert events[-1].cached_tokens == 0
+    assert ids(events) == naive(model, prompt, 20) != before
+    engine.close()
+
+
+def test_refresh_is_refused_while_requests_are_running_or_waiting(model, tokenizer):
+    engine = Engine(model, tokenizer, slots=1)
+    numbers = [engine.add(PROMPTS[0], SamplingParams(**GREEDY), print) for _ in range(2)]
+    engine.step()
+    for number in numbers:
+        with pytest.raises(ValueError, match="running or waiting requests.*cancel them"):
+            engine.refresh()
+        engine.cancel(number)
+        engine.step()
+    engine.refresh()
+    engine.close()
+
+
+def test_one_request_passes_few_files_of_the_engine(model, tokenizer):
+    def request():
+        prompt = prompt_ids(tokenizer, [{"role": "user", "content": "The state"}], tuned=True)
+        list(engine.stream(prompt, SamplingParams(**GREEDY)))
+
+    with tracing() as path:
+        engine = Engine(model, tokenizer)
+        engine.start()
+        request()
+        path.clear()
+        request()
+    print(path)
+    assert {file for file in path.files if file.startswith("infer/")} - {"infer/stand_in.py"} == {
+        f"infer/{name}.py" for name in ("engine", "request", "sample", "cache")}
+    engine.close()
 
 
 def test_common_prefix_is_the_longest():

@@ -8,9 +8,8 @@ import time
 import pytest
 import torch
 
-from fira.infer.engine import Engine
-from fira.infer.queue import Queue, Request, share
-from fira.infer.request import End, Piece, QueueFull, SamplingParams
+from fira.infer.engine import Engine, split_budget
+from fira.infer.request import End, QueueFull, SamplingParams, Token
 
 LONG = SamplingParams(max_new_tokens=50, temperature=0.0, ignore_end=True)
 SHORT = SamplingParams(max_new_tokens=3, temperature=0.0, ignore_end=True)
@@ -56,7 +55,7 @@ def test_the_queue_is_bounded_and_first_come_first_served(engine):
     order: list[int] = []
     for n in range(3):
         engine.add([5, n], SHORT, lambda event, n=n: isinstance(event, End) and order.append(n))
-    with pytest.raises(QueueFull, match="3 requests wait already"):
+    with pytest.raises(QueueFull, match="3 requests are waiting"):
         engine.add([5], SHORT, order.append)
     engine.step()
     engine.add([5, 3], SHORT, lambda event: isinstance(event, End) and order.append(3))
@@ -65,22 +64,11 @@ def test_the_queue_is_bounded_and_first_come_first_served(engine):
     assert order == [0, 1, 2, 3]
 
 
-def test_a_queue_gives_the_oldest_first_and_drops_the_cancelled():
-    queue = Queue(9)
-    requests = [Request(n, [1], SHORT, print) for n in range(5)]
-    for request in requests:
-        queue.push(request)
-    requests[1].cancelled = True
-    assert queue.take_cancelled() == [requests[1]] and queue.take_cancelled() == []
-    assert queue.next_batch(2) == [requests[0], requests[2]]
-    assert queue.next_batch(9) == requests[3:] and queue.next_batch(1) == []
-
-
 @pytest.mark.parametrize("budget, needs, expected", [
     (8, [], []), (8, [3], [3]), (8, [30], [8]), (8, [30, 2], [6, 2]), (8, [30, 30, 3], [5, 0, 3]),
     (8, [2, 30], [2, 6]), (1, [5, 1], [1, 0]), (9, [4, 4, 4], [4, 4, 1])])
 def test_the_oldest_prompt_moves_on_and_short_ones_pass(budget, needs, expected):
-    assert share(budget, needs) == expected
+    assert split_budget(budget, needs) == expected
 
 
 def test_a_long_prompt_does_not_stall_the_others(model, tokenizer):
@@ -93,13 +81,13 @@ def test_a_long_prompt_does_not_stall_the_others(model, tokenizer):
     while "long" not in events:
         engine.step()
     assert events.index("short") < events.index("long")
-    assert events.count("answering") >= 15  # one for each piece of the prompt
+    assert events.count("answering") >= 15  # one for each part of the prompt
     engine.close()
 
 
 def test_a_stream_left_early_frees_its_slot(engine):
     stream = engine.stream([5, 6], LONG)
-    assert isinstance(next(stream), Piece)
+    assert isinstance(next(stream), Token)
     stream.close()
     engine.step()
     assert (engine.stats["running"], engine.stats["cancelled"]) == (0, 1)
@@ -122,8 +110,8 @@ def test_close_ends_every_request(model, tokenizer, drain, reason, threaded):
 
 def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(model, tokenizer, caplog):
     engine = Engine(model, tokenizer)
-    plain, seen = engine.decode_step, []
-    expected = [event.id for event in engine.stream([5, 6], SHORT) if isinstance(event, Piece)]
+    seen = []
+    expected = [event.id for event in engine.stream([5, 6], SHORT) if isinstance(event, Token)]
 
     def broken(*_):
         raise RuntimeError("out of memory\nmore words")
@@ -136,7 +124,7 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(model, tokenize
     assert (seen[-1].reason, seen[-1].error) == ("error", "RuntimeError: out of memory")
     engine.start()
     assert list(engine.stream([5, 6], SHORT))[-1].reason == "error"
-    engine.decode_step = plain
+    engine.decode_step = None
     events = list(engine.stream([5, 6], SHORT))
     assert [event.id for event in events[:-1]] == expected
     assert engine.stats["failed"] == 2 and engine.stats["running"] == 0
@@ -159,8 +147,7 @@ def test_a_failing_listener_ends_its_own_request_only(engine, caplog):
 
 def test_weights_that_are_no_numbers_end_the_request_with_an_error(model, tokenizer):
     engine = Engine(model, tokenizer)
-    plain = engine.decode_step
-    engine.decode_step = lambda *a: (plain(*a)[0] * torch.nan, None)
+    engine.decode_step = lambda *given: (engine.decode_plain(*given)[0] * torch.nan, None)
     for temperature in (0.0, 1.0):
         *_, end = engine.stream([5, 6], SamplingParams(temperature=temperature))
         assert end.reason == "error" and "the largest logit is nan" in end.error
@@ -197,16 +184,16 @@ def test_many_threads_adding_and_cancelling(model, tokenizer):
     params = SamplingParams(max_new_tokens=8, temperature=0.9, seed=1, ignore_end=True)
     expected = {}
     for prompt in prompts:
-        *pieces, _ = Engine(model, tokenizer).stream(prompt, params)
-        expected[tuple(prompt)] = [piece.id for piece in pieces]
+        *tokens, _ = Engine(model, tokenizer).stream(prompt, params)
+        expected[tuple(prompt)] = [token.id for token in tokens]
 
     def client(number: int) -> None:
         draw = random.Random(number)
-        for turn in range(6):
-            prompt, pieces, over = draw.choice(prompts), [], threading.Event()
+        for number in range(6):
+            prompt, events, over = draw.choice(prompts), [], threading.Event()
 
-            def hear(event, pieces=pieces, over=over):
-                pieces.append(event)
+            def hear(event, events=events, over=over):
+                events.append(event)
                 if isinstance(event, End):
                     over.set()
 
@@ -216,12 +203,12 @@ def test_many_threads_adding_and_cancelling(model, tokenizer):
                     break
                 except QueueFull:
                     time.sleep(0.002)
-            if stopped := turn % 3 == 2:
+            if stopped := number % 3 == 2:
                 engine.cancel(request)
             assert over.wait(30)
-            made = [event.id for event in pieces[:-1]]
+            made = [event.id for event in events[:-1]]
             assert made == expected[tuple(prompt)][:len(made)]
-            ends.append((stopped, pieces[-1], len(made)))
+            ends.append((stopped, events[-1], len(made)))
 
     threads = [threading.Thread(target=client, args=[n]) for n in range(8)]
     for thread in threads:

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fira.infer.engine import Engine
-from fira.infer.request import End, SamplingParams
-from fira.infer.text import Release, decode
+from fira.infer.request import End, Release
+from fira.infer.sample import SamplingParams
+from fira.infer.text import decode
 
 FEW = st.text(alphabet="abß🙂", max_size=12)
 STOPS = st.lists(st.text(alphabet="abß🙂", min_size=1, max_size=4), max_size=3)
@@ -36,14 +37,14 @@ def tokens_of(text: str, random) -> tuple[list[int], list[bytes]]:
 @settings(max_examples=500, deadline=None)
 def test_what_is_released_is_the_text_before_the_first_stop(text, stops, random) -> None:
     ids, table = tokens_of(text, random)
-    release, pieces = Release(table, stops), []
+    release, parts = Release(table, stops), []
     for token in ids:
-        pieces.append(release.push(token))
-        assert cut(text, stops)[0].startswith("".join(pieces))  # nothing of a stop leaked
+        parts.append(release.push(token))
+        assert cut(text, stops)[0].startswith("".join(parts))  # nothing of a stop leaked
         if release.stopped:
             break
-    assert ("".join(pieces) + release.finish(), release.stopped) == cut(text, stops)
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+    assert ("".join(parts) + release.finish(), release.stopped) == cut(text, stops)
+    assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
 
 
 @given(st.text(alphabet="abc", max_size=30), STOPS)
@@ -54,8 +55,8 @@ def test_no_more_is_held_back_than_may_begin_a_stop(text, stops) -> None:
         free += release.push(token)
         if release.stopped:
             return
-        assert any(stop.startswith(release.held) for stop in stops) or not release.held
-        assert free + release.held == text[:token + 1]
+        assert any(stop.startswith(release.pending) for stop in stops) or not release.pending
+        assert free + release.pending == text[:token + 1]
 
 
 def test_without_stop_strings_text_is_that_of_decode() -> None:
@@ -71,10 +72,10 @@ def answer(model, tokenizer):
     """A function from parameters to (ids, text, end) of the engine's greedy answer."""
     def ask(**params):
         engine = Engine(model, tokenizer)
-        *pieces, end = engine.stream(tokenizer.encode("The state"), SamplingParams(
+        *tokens, end = engine.stream(tokenizer.encode("The state"), SamplingParams(
             **{"max_new_tokens": 30, "temperature": 0.0, "ignore_end": True} | params))
         assert isinstance(end, End) and engine.stats["running"] == 0
-        return ([piece.id for piece in pieces], "".join(piece.text for piece in pieces) + end.text,
+        return ([token.id for token in tokens], "".join(token.text for token in tokens) + end.text,
                 end)
     return ask
 

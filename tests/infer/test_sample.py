@@ -8,43 +8,45 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fira.infer.request import SamplingParams
-from fira.infer.sample import Sampler, penalize, score
+from fira.infer.sample import SamplingParams, choose_token, penalize, score_tokens
 from fira.model.generate import sample
 
-CPU = torch.device("cpu")
+
+def choose(logits, prompt, new, seed=0, **params):
+    generator = torch.Generator().manual_seed(seed)
+    return choose_token(logits, prompt, new, SamplingParams(**params), generator)
 
 
 @given(st.lists(st.floats(-5, 5, width=32), min_size=8, max_size=8),
-       st.sets(st.integers(0, 7)), st.dictionaries(st.integers(0, 7), st.integers(1, 5)),
+       st.lists(st.integers(0, 7)), st.lists(st.integers(0, 7)),
        st.floats(0.5, 2), st.floats(-2, 2), st.floats(-2, 2),
        st.dictionaries(st.integers(0, 7), st.floats(-9, 9)))
 @settings(max_examples=200, deadline=None)
-def test_penalties_equal_their_formulas(logits, prompt, answer, repetition, presence, frequency,
+def test_penalties_equal_their_formulas(logits, prompt, new, repetition, presence, frequency,
                                         bias) -> None:
     params = SamplingParams(repetition_penalty=repetition, presence_penalty=presence,
                             frequency_penalty=frequency, logit_bias=bias)
-    seen = prompt | set(answer)
     expected = []
     for token, logit in enumerate(logits):
-        if token in seen:
+        if token in [*prompt, *new]:
             logit = logit / repetition if logit > 0 else logit * repetition
-        if token in answer:
-            logit -= answer[token] * frequency + presence
+        if token in new:
+            logit -= new.count(token) * frequency + presence
         expected.append(logit + bias.get(token, 0))
     given = torch.tensor(logits)
-    found = penalize(given, seen, answer, params)
+    found = penalize(given, prompt, new, params)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=1e-5,
                                atol=1e-5)
     assert given.tolist() == torch.tensor(logits).tolist()
 
 
-def test_penalties_follow_the_answer() -> None:
-    logits = torch.tensor([3.0, 2.9, 0.0])
-    sampler = Sampler(SamplingParams(temperature=0, presence_penalty=0.5), [0, 0], CPU)
-    assert [sampler.choose(logits) for _ in range(3)] == [0, 1, 0]
-    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=1.5), [0, 0], CPU)
-    assert [sampler.choose(logits) for _ in range(2)] == [1, 0]
+def test_penalties_follow_the_new_tokens() -> None:
+    logits, new = torch.tensor([3.0, 2.9, 0.0]), []
+    for expected in (0, 1, 0):
+        new.append(choose(logits, [0, 0], new, temperature=0, presence_penalty=0.5))
+        assert new[-1] == expected
+    assert choose(logits, [0, 0], [], temperature=0, repetition_penalty=1.5) == 1
+    assert choose(logits, [0, 0], [1], temperature=0, repetition_penalty=1.5) == 0
 
 
 @pytest.mark.parametrize("cuts", [{}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.3},
@@ -82,20 +84,20 @@ def test_top_p_is_exact_where_many_tokens_share_the_mass(spread) -> None:
 
 
 def test_a_forbidden_token_is_never_chosen() -> None:
-    params = SamplingParams(seed=0, temperature=5.0, logit_bias={1: -math.inf, 2: -math.inf})
-    sampler = Sampler(params, [0], CPU)
-    assert {sampler.choose(torch.zeros(4)) for _ in range(100)} == {0, 3}
+    bias = {1: -math.inf, 2: -math.inf}
+    drawn = {choose(torch.zeros(4), [0], [], seed, temperature=5.0, logit_bias=bias)
+             for seed in range(100)}
+    assert drawn == {0, 3}
     with pytest.raises(ValueError, match="forbids every token"):
-        Sampler(SamplingParams(logit_bias=dict.fromkeys(range(3), -math.inf)), [0], CPU).choose(
-            torch.zeros(3))
+        choose(torch.zeros(3), [0], [], logit_bias=dict.fromkeys(range(3), -math.inf))
 
 
-def test_a_score_has_the_rivals_best_first() -> None:
-    one = score(torch.tensor([1.0, 3.0, 2.0]), 0, 2)
+def test_a_score_has_the_likeliest_tokens_best_first() -> None:
+    (one,) = score_tokens(torch.tensor([[1.0, 3.0, 2.0]]), [0], 2)
     total = math.log(sum(math.exp(x) for x in (1, 3, 2)))
     assert (one.id, one.logprob) == (0, pytest.approx(1 - total))
-    assert [token for token, _ in one.rivals] == [1, 2]
-    assert len(score(torch.zeros(3), 0, 99).rivals) == 3
+    assert [token for token, _ in one.top] == [1, 2]
+    assert len(score_tokens(torch.zeros(1, 3), [0], 99)[0].top) == 3
 
 
 @pytest.mark.parametrize("field, value", [

@@ -10,7 +10,7 @@ import uvicorn
 
 from fira.data.tokenizer import train_tokenizer
 from fira.infer.engine import Engine
-from fira.infer.request import End, Piece, QueueFull, TokenScore
+from fira.infer.request import End, QueueFull, Token, TokenScore
 from fira.infer.text import decode
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec
@@ -68,7 +68,7 @@ class FakeEngine:
             cuts = [text.index(stop) for stop in params.stop if stop in text]
             if cuts:
                 piece, reason = piece[:max(0, min(cuts) - len(text))], "stop"
-            listener(Piece(new[-1], piece, self._score(new[-1], params.logprobs),
+            listener(Token(new[-1], piece, self._score(new[-1], params.logprobs),
                            ((0, 1), (2, 3)) if params.experts else None))
             if cuts:
                 break
