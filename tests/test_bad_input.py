@@ -205,13 +205,15 @@ def test_a_model_folder_with_a_missing_or_foreign_file_is_one_line_in_every_verb
     assert content(step) == before
 
 
-def test_a_file_in_the_place_of_a_run_is_one_line(refused, tmp_path):
+def test_a_file_in_the_place_of_a_run_is_one_line(refused, tmp_path, text_file):
     for name in ("model.bin", "model.safetensors", "model.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
-        for verb in (("generate", tmp_path / name, "hi"), ("export", "hf", tmp_path / name,
-                                                           tmp_path / "x")):
+        for verb in (("generate", tmp_path / name, "hi"), ("chat", tmp_path / name),
+                     ("eval", tmp_path / name, "--text", text_file), ("serve", tmp_path / name),
+                     ("export", "hf", tmp_path / name, tmp_path / "x")):
             line = refused(*verb)
-            assert "is not a folder" in line and ("fira chat" in line) == (name[-4:] == "gguf")
+            words = ("llama-server -m", "Ollama") if name[-4:] == "gguf" else ("is not a folder",)
+            assert all(word in line for word in words)
         assert "has no config.json" in refused("import", "hf", tmp_path / name, tmp_path / "x")
 
 

@@ -96,10 +96,12 @@ def find_model(folder: str | Path) -> Path:
     """`folder` itself if it holds weights, else the newest complete step in it."""
     folder = Path(folder)
     if not folder.is_dir():
-        forms = ("; llama-server and Ollama run .gguf files, as docs/export.md shows"
-                 if folder.suffix == ".gguf" else "")
+        if folder.suffix == ".gguf":
+            raise ValueError(f"{folder} is a GGUF file, which FIRA writes but does not run; use "
+                             f"llama-server -m {folder} or Ollama (docs/export.md), or give the "
+                             "run folder that it was exported from")
         raise ValueError(f"{folder} is not a folder; give a run folder such as out/tiny, "
-                         f"or a step folder in it{forms}")
+                         "or a step folder in it")
     if (folder / WEIGHTS).exists():
         return folder
     if (folder / INDEX).exists():
