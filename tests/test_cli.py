@@ -44,9 +44,18 @@ def test_help_answers_without_torch():
 def test_every_verb_fits_its_line_in_the_list(fira):
     text = fira("--help").out + fira("tokenizer", "--help").out
     assert "..." not in text.replace("[ARGS]...", "")
-    for name in ("quickstart", "tokenizer", "data", "train", "generate", "chat", "eval", "show",
-                 "report"):
+    for name in cli.fira.commands:
         assert f"\n  {name} " in text
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_help_lists_every_verb_once_under_its_heading(fira, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = fira("--help").out.splitlines()
+    listed = [line.split()[0].rstrip(":") for line in lines[lines.index("Prepare:"):] if line]
+    assert listed == [name for heading, verbs in cli.VERBS.items()
+                      for name in (heading, *(verb.name for verb in verbs))]
+    assert max(map(len, lines)) <= width
 
 
 @pytest.mark.parametrize("path, command", list(verbs()), ids=lambda part: " ".join(part)

@@ -1,1 +1,1 @@
-"""From the engine to HTTP."""
+"""Serves a model over HTTP: OpenAI's API and a chat page."""

@@ -89,7 +89,7 @@ class Generation:
 
     @property
     def logprobs(self) -> bool:
-        """Whether they are wanted; a completion may want them of the chosen tokens alone: 0."""
+        """Whether the response has them. 0 asks for those of the generated tokens alone."""
         return self.choices[0][1].logprobs is not None
 
 

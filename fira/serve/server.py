@@ -190,7 +190,7 @@ class Server:
 class Events:
     """Adds a generation's choices to the engine; its events arrive in the event loop.
 
-    Raises APIError if the engine takes one of the choices not; then none is generated.
+    Raises APIError if the engine does not accept one of the choices; then none is generated.
     """
 
     def __init__(self, engine: Any, generation: api.Generation) -> None:
@@ -275,8 +275,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the shape of every other error."""
     assert isinstance(error, HTTPException)
     path = request.scope["path"][:80]
-    messages = {404: f"there is nothing at {path}; /openapi.json lists what is",
-                405: f"{request.method} is not for {path}"}
+    messages = {404: f"there is no {path}; /openapi.json lists the paths",
+                405: f"{path} does not take {request.method}; /openapi.json lists the methods"}
     return _error_response(APIError(error.status_code,
                                     messages.get(error.status_code, error.detail),
                                     headers=dict(error.headers or {})))

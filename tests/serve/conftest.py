@@ -1,4 +1,4 @@
-"""Servers in this process, on free ports, over a real engine or one that answers by rule."""
+"""Servers in this process, on free ports, with a real engine or a fake one."""
 from __future__ import annotations
 
 import threading
@@ -23,9 +23,9 @@ TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and �
 
 
 class FakeEngine:
-    """Says one sentence, over and over; each request in a thread of its own.
+    """Generates one sentence again and again; each request has a thread of its own.
 
-    `pause` seconds lie between two tokens. `running` counts the answers under way.
+    It sleeps for `pause` seconds before each token. `running` holds the unfinished requests.
     """
 
     def __init__(self, tokenizer, capacity=1000, pause=0.0):
@@ -43,7 +43,7 @@ class FakeEngine:
         self.asked.append((list(ids), params))
         number = len(self.asked)
         self.running[number] = params
-        threading.Thread(target=self._say, args=(number, ids, params, listener),
+        threading.Thread(target=self._generate, args=(number, ids, params, listener),
                          daemon=True).start()
         return number
 
@@ -53,7 +53,7 @@ class FakeEngine:
     def close(self):
         self.cancelled |= set(self.running)
 
-    def _say(self, number, ids, params, listener):
+    def _generate(self, number, ids, params, listener):
         table, new, text, held = self.tokenizer.token_bytes(), [], "", ""
         reason = "length"
         while len(new) < params.max_new_tokens:
@@ -101,7 +101,7 @@ def engine(tokenizer):
     return FakeEngine(tokenizer)
 
 
-class Running:
+class RunningServer:
     """A server in a thread; `http` is a client of it."""
 
     def __init__(self, load, keys=None, loopback=True):
@@ -117,7 +117,7 @@ class Running:
         self.http = httpx.Client(base_url=self.address, timeout=20)
 
     def wait(self):
-        """Until the model is loaded."""
+        """Wait until the model is loaded."""
         while self.http.get("/health").status_code != 200:
             time.sleep(0.01)
         return self
@@ -135,7 +135,7 @@ def start():
     started = []
 
     def begin(load, **options):
-        started.append(Running(load, **options))
+        started.append(RunningServer(load, **options))
         return started[-1]
     yield begin
     for running in started:
@@ -167,7 +167,7 @@ def real(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def short(model, tokenizer):
-    """The same, whose longest answers are short."""
+    """The same with a short window, so that responses are short."""
     yield from over_engine(model, tokenizer, 40)
 
 
@@ -176,6 +176,6 @@ def over_engine(model, tokenizer, window):
     engine.start()
     served = ServedModel("tiny", tokenizer, window, 320, chat_tuned=True,
                          architecture=architecture(model))
-    running = Running(lambda: Service(served, engine)).wait()
+    running = RunningServer(lambda: Service(served, engine)).wait()
     yield running
     running.stop()

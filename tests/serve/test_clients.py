@@ -1,4 +1,4 @@
-"""Clients that others wrote, against the real engine: openai's package and schemathesis."""
+"""Other people's clients with the real engine: the openai package and schemathesis."""
 from __future__ import annotations
 
 import pytest
@@ -103,7 +103,7 @@ def test_extreme_parameters_are_answered(real, extreme):
 
 @pytest.fixture
 def described(short):
-    """The server's description, read by schemathesis."""
+    """The server's OpenAPI description, read by schemathesis."""
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     schema = schemathesis.openapi.from_dict(short.http.get("/openapi.json").json())
     schema.config.update(base_url=short.address)

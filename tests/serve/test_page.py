@@ -101,7 +101,8 @@ def test_a_token_shows_probability_rivals_and_experts(page):
     assert page.locator("#alternatives li.chosen").count() == 1
     assert page.locator("#map tr").count() == 2
     assert page.locator("#map td.routed").all_inner_texts() == ["1", "2", "1", "2"]
-    assert page.locator("#chosen-experts").inner_text() == "Layer 1: experts 1, 2\nLayer 2: experts 3, 4"
+    assert page.locator("#chosen-experts").inner_text() == (
+        "Layer 1: experts 1, 2\nLayer 2: experts 3, 4")
     page.locator("#map td").first.click()
     assert page.locator(".reply span.routed").count() == page.locator(".reply span").count()
     page.locator("#map td").nth(2).click()

@@ -1,4 +1,4 @@
-"""`fira serve` as a process: it starts, drains, comes back after a kill, and says why it cannot."""
+"""`fira serve` as a process: start, restart after a kill, end by a signal, errors at the start."""
 from __future__ import annotations
 
 import os

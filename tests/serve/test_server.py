@@ -1,4 +1,4 @@
-"""The server as a client sees it: answers, streams, refusals, and what it does under pressure."""
+"""The server as a client sees it: responses, streams, errors, a full queue, leaving clients."""
 from __future__ import annotations
 
 import json
@@ -18,7 +18,7 @@ TEXT = {"prompt": "The state", "max_tokens": 17}
 
 
 def events(response):
-    """The JSON of each event of a stream; the last is not JSON but its mark."""
+    """The JSON of each event of a stream; the last event is [DONE]."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
     lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
@@ -32,7 +32,7 @@ def until(holds, seconds=5):
         time.sleep(0.01)
 
 
-# Answers
+# Responses
 
 
 def test_a_chat_is_answered(http, engine, tokenizer):
@@ -158,7 +158,7 @@ def test_an_engine_that_fails_is_told(http, engine):
     assert last["error"]["message"] == engine.fault
 
 
-# Who asks, and who leaves
+# Keys, leaving clients, start and end
 
 
 def test_keys_are_wanted_where_they_are_given(start, served, engine):
