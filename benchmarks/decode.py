@@ -30,7 +30,7 @@ from fira.config import load_preset
 from fira.convert.quantize import quantize
 from fira.infer.engine import Engine
 from fira.infer.fused import FusedStep, find_obstacle
-from fira.infer.request import Piece, SamplingParams
+from fira.infer.request import SamplingParams, Token
 from fira.model.count import count_parameters
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
@@ -111,10 +111,10 @@ def engine_side(model: Any, decode_step: Any = None) -> Side:
 def answer(engine: Engine, prompt: list[int], new: int) -> tuple[list[int], list[float]]:
     """Tokens, and the times of asking and of each token."""
     params = SamplingParams(max_new_tokens=new, temperature=0, ignore_end=True)
-    engine.slots.forget()  # every turn reads its prompt
+    engine.cache.forget()  # every turn reads its prompt
     tokens, stamps = [], [time.perf_counter()]
     for event in engine.stream(prompt, params):
-        if isinstance(event, Piece):
+        if isinstance(event, Token):
             tokens.append(event.id)
             stamps.append(time.perf_counter())
     return tokens, stamps
