@@ -28,13 +28,13 @@ import torch
 from record import append, machine
 
 from fira.config import load_preset
-from fira.convert.hf import export_hf
+from fira.convert.hf import write_model
 from fira.convert.quantize import quantize
 from fira.data.text import texts
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.infer.engine import Engine
 from fira.infer.fused import FusedStep, find_obstacle
-from fira.infer.request import Piece, SamplingParams
+from fira.infer.request import SamplingParams, Token
 from fira.model.count import count_parameters
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
@@ -122,10 +122,10 @@ def engine_side(model: Any, decode_step: Any = None) -> Side:
 def run_engine(engine: Engine, prompt: list[int], new: int) -> tuple[list[int], list[float]]:
     """Tokens, and the times of the request and of each token."""
     params = SamplingParams(max_new_tokens=new, temperature=0, ignore_end=True)
-    engine.slots.forget()  # each measurement reads its prompt again
+    engine.cache.forget()  # each measurement reads its prompt again
     tokens, stamps = [], [time.perf_counter()]
     for event in engine.stream(prompt, params):
-        if isinstance(event, Piece):
+        if isinstance(event, Token):
             tokens.append(event.id)
             stamps.append(time.perf_counter())
     return tokens, stamps

@@ -26,16 +26,8 @@ import torch
 from torch import Tensor
 
 from fira.infer.cache import DecodeStep, Part, SlotCache
-from fira.infer.request import (
-    End,
-    Listener,
-    QueueFull,
-    Reason,
-    Request,
-    SamplingParams,
-    Token,
-    check_request,
-)
+from fira.infer.request import End, Listener, QueueFull, Reason, Request, Token, check_request
+from fira.infer.sample import SamplingParams
 from fira.infer.stand_in import Watch, routers
 from fira.model.generate import window_length
 from fira.runtime import one_thread
