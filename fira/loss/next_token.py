@@ -1,7 +1,6 @@
 """Next-token cross-entropy, the pretraining loss."""
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 
 from fira.loss.head import head_loss
 
-Model = Callable[..., torch.Tensor]
+Model = Any
 
 
 class Batch(Protocol):
@@ -22,7 +21,8 @@ def next_token_loss(model: Model, batch: Batch) -> tuple[torch.Tensor, dict[str,
 
     The model is called once, wrapped or compiled as it may be, and applies the loss to its head.
     """
-    return model(batch.tokens_BT, targets_BT=batch.targets_BT, loss=head_loss), {}
+    x_BTD = model.features(batch.tokens_BT)
+    return head_loss(x_BTD, *model.head_weights(), batch.targets_BT), {}
 
 
 def next_token_loss_plain(model: Model, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
