@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fira.model.router import Method, Router, routers
+from fira.model.router import NO_METHOD, Method, Router, routers
 
 # The last part of the run in which `handover` hands over: with 0.4 the router has time to even its
 # load by the loss alone before the run ends.
@@ -67,7 +67,7 @@ METHODS = {
     "handover": Method(loss_coefficients=switch_coefficients, estimate_bias=even_bias,
                        update_bias=lambda bias_LE, share_LE, estimate_LE: estimate_LE,
                        hands_over=True),
-    "none": Method(),
+    "none": NO_METHOD,
 }
 
 

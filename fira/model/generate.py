@@ -44,7 +44,8 @@ def stream(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float =
     temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p keeps the fewest likeliest
     whose probabilities reach it. `seed` fixes the draw; None takes one from torch's global
     generator. `end_of_text` None means the model's own id, if it has one; -1 never ends. `step`
-    replaces the model's forward for single tokens: (tokens_B, cache) -> logits_BV. The model is in eval mode while streaming. Raises ValueError on a value out of range.
+    replaces the model's forward for single tokens: (tokens_B, cache) -> logits_BV. The model is in
+    eval mode while streaming. Raises ValueError on a value out of range.
     """
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
     prompt_BT = prompt_tensor(model, ids)

@@ -4,10 +4,10 @@
     experts_n = the K largest of probs_n + selection_bias
     weights_nk = probs[n, experts_nk] / sum_k probs[n, experts_nk]
 
-Token-choice top-k routing (Shazeer et al. 2017), in fp32 also under autocast. For K = 1 the division
-would make every weight the constant 1 and leave the router without a gradient from the language
-model's loss, so K = 1 keeps the raw probability (Switch, Fedus et al. 2021). In Qwen3-MoE these are
-`norm_topk_prob` true and false: an export of a K = 1 model must write false.
+Token-choice top-k routing (Shazeer et al. 2017), in fp32 also under autocast. For K = 1 the
+division would make every weight the constant 1 and leave the router without a gradient from the
+language model's loss, so K = 1 keeps the raw probability (Switch, Fedus et al. 2021). In Qwen3-MoE
+these are `norm_topk_prob` true and false: an export of a K = 1 model must write false.
 """
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ class Method(NamedTuple):
     estimate_bias: Callable[[Tensor, Tensor, int], Tensor] | None = None
     update_bias: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     hands_over: bool = False
+
+
+NO_METHOD = Method()
 
 
 class AddLoss(torch.autograd.Function):
@@ -83,7 +86,7 @@ class Router(nn.Module):
     num_estimates: Tensor
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, bias: bool,
-                 method: Method = Method(), balance_weight: float = 0.0) -> None:
+                 method: Method = NO_METHOD, balance_weight: float = 0.0) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.top_k = top_k
@@ -144,7 +147,7 @@ class Router(nn.Module):
         if self.top_k == self.num_experts:
             experts_E = torch.arange(self.num_experts, device=probs_NE.device)
             return experts_E.expand_as(probs_NE), None
-        scores_NK1, experts_NK1 = fast.largest(probs_NE, self.top_k + 1)
+        scores_NK1, experts_NK1 = probs_NE.topk(self.top_k + 1, dim=1)
         return experts_NK1[:, :-1], scores_NK1[:, -2:].mean(dim=1)
 
     def _own_losses(self, probs_NE: Tensor, logsumexp_N: Tensor) -> Tensor:

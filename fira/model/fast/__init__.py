@@ -96,28 +96,6 @@ def grouping_obstacle(widths: Iterable[int], device: torch.device) -> str | None
     return f"grouped_mm needs widths that divide by 8, not {uneven[0]}" if uneven else None
 
 
-def largest(scores_NE: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest scores of every row and their indices, in falling order."""
-    if scores_NE.is_cuda and torch.compiler.is_compiling():
-        return largest_in_rounds(scores_NE, count)
-    values_NK, indices_NK = scores_NE.topk(count, dim=1)
-    return values_NK, indices_NK
-
-
-def largest_in_rounds(scores_NE: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`topk` as repeated maxima: in a GPU's graph part of the kernel that made the scores.
-
-    There `topk` would be two kernels of its own.
-    """
-    experts_E = torch.arange(scores_NE.shape[1], device=scores_NE.device)
-    values, indices = [], []
-    for _ in range(count):
-        values.append(scores_NE.amax(dim=1))
-        indices.append(scores_NE.argmax(dim=1))
-        scores_NE = scores_NE.masked_fill(experts_E == indices[-1].unsqueeze(1), -torch.inf)
-    return torch.stack(values, dim=1), torch.stack(indices, dim=1)
-
-
 def count_rows(experts_R: Tensor, num_experts: int) -> Tensor:
     """The number of rows of each expert, int64 [E]."""
     if experts_R.is_cuda:  # atomic additions would make threads wait for each other

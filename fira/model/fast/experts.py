@@ -53,7 +53,7 @@ def add_bias(out_Ro: Tensor, counts_E: Tensor, bias_Eo: Tensor) -> Tensor:
 class SortedLinear(torch.autograd.Function):
     """One matrix product per expert, each written into its slice of one preallocated result.
 
-    out_r = W_e x_r for the rows r of expert e, so dx_r = W_e^T dout_r and dW_e = sum_r dout_r x_r^T.
+    out_r = W_e x_r for the rows r of expert e, so dx_r = W_e^T dout_r, dW_e = sum_r dout_r x_r^T.
     Indexing the stacked weight per expert would make autograd allocate a full-size zero gradient
     for each; here each is written once.
     """
