@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fira.config import load_preset
-from fira.model.count import count_parameters
+from fira.model.files import build_meta
+from fira.model.transformer import count_parameters
 from fira.report.read import Run, read_run
 from fira.stages.pretrain import configure
 
@@ -48,7 +49,8 @@ class Arm:
         """On average over a run whose sequences may grow."""
         config = self.config()
         return statistics.mean(
-            count_parameters(config.model, config.train.length_at(tenth / 10)).flops_per_token
+            count_parameters(build_meta(config.model),
+                             config.train.length_at(tenth / 10)).flops_per_token
             for tenth in range(10))
 
 

@@ -31,9 +31,9 @@ from fira.convert.quantize import quantize
 from fira.infer.engine import Engine
 from fira.infer.fused import FusedStep, find_obstacle
 from fira.infer.request import Piece, SamplingParams
-from fira.model.count import count_parameters
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
+from fira.model.transformer import count_parameters
 
 SHAPES = {
     "fira-334m": lambda: FIRASpec(**load_preset("fira-334m")["model"] | {"dropout": 0.0}),
@@ -185,7 +185,7 @@ def read_bandwidth() -> float:
 
 def touched_bytes(model: Any) -> int:
     """Weights one token passes through; of an untied embedding and positions it reads a row."""
-    rows = {row.part: row.active for row in count_parameters(model.spec).rows}
+    rows = {row.part: row.active for row in count_parameters(model).rows}
     rows.pop("positions", None)
     if "head" in rows:
         rows.pop("token embedding")
@@ -193,7 +193,7 @@ def touched_bytes(model: Any) -> int:
 
 
 def show(result: dict[str, Any], model: Any) -> None:
-    counted = count_parameters(model.spec)
+    counted = count_parameters(model)
     print(f"{result['shape']}: {counted.total / 1e6:.1f}M parameters, {counted.active / 1e6:.1f}M "
           f"active; {machine()}, {result['threads']} threads")
     print(f"ceiling {result['ceiling']:.1f} tokens/s: {result['gigabytes_per_second']:.1f} GB/s "

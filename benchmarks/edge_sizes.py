@@ -36,10 +36,10 @@ from fira.data.tokenizer import train_tokenizer
 from fira.infer.edge import Edge
 from fira.infer.fused import find_obstacle, open_step
 from fira.infer.load import load
-from fira.model.count import count_parameters
-from fira.model.files import build
+from fira.model.files import build, build_meta
 from fira.model.generate import stream
 from fira.model.spec import ModelSpec
+from fira.model.transformer import count_parameters
 from fira.runtime import workers
 
 MODELS = ("tiny", "fira2-130m", "fira-334m", "fira2-500m", "fira2-1b")
@@ -70,7 +70,7 @@ def spec_of(name: str) -> Any:
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All forms of one model, each written and measured before the next."""
-    counted = count_parameters(spec_of(name))
+    counted = count_parameters(build_meta(spec_of(name)))
     rows: dict[str, Any] = {"none": ask("none", arguments=arguments)}
     left_out = {}
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from fira.model import fira2
-from fira.model.experts import SwiGLUExperts
-from fira.model.moe import Dense
+from fira.model.moe import Dense, SwiGLUExperts
 
 
 class Beside(nn.Module):

@@ -14,8 +14,8 @@ from shared_expert import shared_expert
 
 from fira.data.batches import Batch
 from fira.loss.next_token import next_token_loss
+from fira.model.balance import end_step
 from fira.model.files import build
-from fira.model.moe import end_step
 from fira.runtime import keep_large_blocks
 from fira.train.optim import make_optimizer
 from fira.train.step import accumulate, finish_step

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from record import append, machine, peak_memory, reset_peak
 
-from fira.model.count import count_parameters
+from fira.model.files import build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
+from fira.model.transformer import count_parameters
 from fira.runtime import autocast, keep_large_blocks, pick_device
 
 SMALL = {"num_layers": 2, "vocab_size": 8192}
@@ -59,8 +60,8 @@ GROUPS: dict[str, Callable[[dict[str, int]], list[Side]]] = {
 def fira_step(spec: Any, device: torch.device, cuts: int) -> Callable[[torch.Tensor], None]:
     from fira.data.batches import Batch
     from fira.loss.next_token import next_token_loss
+    from fira.model.balance import end_step
     from fira.model.files import build
-    from fira.model.moe import end_step
     from fira.train.compiled import compiled
     from fira.train.optim import OptimConfig, make_optimizer
     from fira.train.step import accumulate, finish_step
@@ -173,7 +174,7 @@ def compare(sides: list[Side], a: argparse.Namespace) -> dict[str, dict[str, Any
     rows = {}
     for name, _, spec in sides:
         pipes[name].send(None)
-        count = count_parameters(spec, a.sequence)
+        count = count_parameters(build_meta(spec), a.sequence)
         speed = a.batch * a.sequence / statistics.median(seconds[name])
         rows[name] = {"tokens_per_second": speed, "flops": speed * count.flops_per_token,
                       "ratio": statistics.median(first / mine for first, mine in zip(

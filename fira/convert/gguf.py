@@ -23,8 +23,8 @@ from fira.convert.qwen3 import DENSE, EXPERT, kind, qkv_sizes
 from fira.convert.target import check_new, new_target
 from fira.data import fast
 from fira.data.tokenizer import PAD, TURN_END, Tokenizer
+from fira.model.fira2 import RMSNorm
 from fira.model.generate import window_length
-from fira.model.norm import RMSNorm
 
 _Type = GGMLQuantizationType
 

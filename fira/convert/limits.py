@@ -4,8 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fira.model.moe import routers
-from fira.model.router import Router
+from fira.model.router import Router, routers
 
 
 def has_bias(router: Router) -> bool:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fira.convert.limits import check_target
-from fira.model.experts import ExpertLinear
 from fira.model.files import (
     CONFIG,
     WEIGHTS,
@@ -33,6 +32,7 @@ from fira.model.files import (
     read_config,
     read_tensors,
 )
+from fira.model.moe import ExpertLinear
 
 GROUP = 32  # int4 weights that share a scale
 KINDS = ("int8", "int4")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fira.config import ConfigError, parse
 from fira.model.files import assemble, build_meta
-from fira.model.norm import RMSNorm
+from fira.model.fira2 import RMSNorm
+from fira.model.initialize import STD
 from fira.model.spec import FIRA2Spec
 
 MOE, DENSE = "qwen3_moe", "qwen3"
@@ -25,7 +26,7 @@ BLOCK = {"attention_norm": "input_layernorm", "attention.query_norm": "self_attn
          "moe_norm": "post_attention_layernorm", "moe.router": "mlp.gate"}
 EXPERT = ("gate", "up", "down")
 # of no use to other engines, kept for ours
-TRAINING = ("balance", "balance_weight", "z_weight", "init_std")
+TRAINING = ("balance", "balance_weight")
 
 Read = Callable[[str], Tensor]
 
@@ -44,7 +45,7 @@ def describe(spec: FIRA2Spec, dtype: torch.dtype) -> dict[str, Any]:
         "intermediate_size": spec.d_ff * spec.top_k, "num_hidden_layers": spec.num_layers,
         "num_attention_heads": spec.n_head, "num_key_value_heads": spec.n_kv_head,
         "head_dim": spec.head_dim, "hidden_act": "silu", "max_position_embeddings": spec.context,
-        "initializer_range": spec.init_std, "rms_norm_eps": RMSNorm.eps, "use_cache": True,
+        "initializer_range": STD, "rms_norm_eps": RMSNorm.eps, "use_cache": True,
         "tie_word_embeddings": spec.tied, "attention_bias": False, "attention_dropout": 0.0,
         "use_sliding_window": False, "sliding_window": None, "rope_theta": spec.rope_theta,
         "rope_parameters": {"rope_theta": spec.rope_theta, "rope_type": "default"},

@@ -23,7 +23,7 @@ from fira.data.text import items
 from fira.infer.load import load
 from fira.loss.head import head_token_losses
 from fira.model.generate import window_length
-from fira.model.moe import routers
+from fira.model.router import routers
 
 ROWS = 8              # windows at a time: the batch within which routing is shuffled
 TOKENS = 1_000_000    # of the text's beginning; more changes no digit that is shown

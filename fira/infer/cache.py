@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fira.model.attention import attention
+from fira.model.transformer import attention
 
 
 class Part(NamedTuple):

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from fira.checkpoint import find_damage
 from fira.convert.quantize import load_model
 from fira.data.tokenizer import Tokenizer
-from fira.model.files import CONFIG, MANIFEST, WEIGHTS, find_model, read_config
+from fira.files import MANIFEST
+from fira.model.files import CONFIG, WEIGHTS, find_model, read_config
 from fira.runtime import pick_device
 
 

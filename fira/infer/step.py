@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fira.infer.cache import Part, SlotCache
-from fira.model.moe import routers
+from fira.model.router import routers
 
 DecodeStep = Callable[[Any, SlotCache, Tensor, Tensor, Sequence[int]],
                       "tuple[Tensor, Tensor | None]"]

@@ -21,9 +21,10 @@ from fira.data.batches import Batch, Batches, sequential
 from fira.data.shards import Shards
 from fira.data.tokenizer import Tokenizer
 from fira.loss.next_token import next_token_loss
-from fira.model.count import count_parameters
-from fira.model.experts import grouping_obstacle
+from fira.model.files import build_meta
+from fira.model.moe import grouping_obstacle
 from fira.model.spec import ModelSpec
+from fira.model.transformer import count_parameters
 from fira.parallel.layout import Layout, check_fit
 from fira.parallel.mesh import Mesh, ParallelConfig, joined
 from fira.runlog import NoLog, RunLog, tracker
@@ -253,7 +254,7 @@ def _check_same_tokenizer(step: Path, tokenizer: Tokenizer, config: PretrainConf
 
 
 def _write_config(run: Path, config: PretrainConfig, preset: str, start: Start | None) -> None:
-    count = count_parameters(config.model)
+    count = count_parameters(build_meta(config.model))
     record = {"preset": preset, **(start.record if start else {}),
               "config": config.model_dump(), "argv": sys.argv,
               "parameters": {"total": count.total, "active": count.active},
@@ -267,7 +268,7 @@ def _write_config(run: Path, config: PretrainConfig, preset: str, start: Start |
 def _introduce(config: PretrainConfig, state: LoopState, start: Start | None, mesh: Mesh,
                screen: Console) -> None:
     """Say what is about to run, and what a changed horizon does to a resumed one."""
-    count = count_parameters(config.model)
+    count = count_parameters(build_meta(config.model))
     screen.print(f"{config.model.architecture}: {count.total / 1e6:.2f}M parameters, "
                  f"{count.active / 1e6:.2f}M active per token, on {mesh}", soft_wrap=True)
     if start and not state.step:

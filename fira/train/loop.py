@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 
 from fira.checkpoint import Checkpoints
-from fira.model.moe import fade, routers
+from fira.model.balance import begin_step
+from fira.model.router import routers
 from fira.parallel.layout import Layout
 from fira.runlog import NoLog, ProgressLine, RunLog
 from fira.runtime import seed_step
@@ -134,7 +135,7 @@ class Loop:
         if mesh.size > 1:
             self.agreed_stop = int(number) or None
         self.fraction = fraction_done(self.config, self.state.step, seconds)
-        fade(self.model, self.fraction)
+        begin_step(self.model, self.fraction)
 
     def _checkpoint_due(self) -> bool:
         return self.state.step % self.config.save_every == 0 or self.fraction >= 1

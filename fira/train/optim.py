@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from fira.config import Config
-from fira.model.moe import routers
+from fira.model.router import routers
 from fira.parallel.shard import local
 from fira.train.follow import follow
 from fira.train.muon import Each, MuonAdamW, each_alone

@@ -1,21 +1,17 @@
 """Activation checkpointing: keep each block's input, run the block again in the backward pass.
 
 Saves most of a training step's memory for about a third more computation (Chen et al. 2016,
-1604.06174). Routers keep the experts they chose, so that the second run takes the same way, and do
-not count it.
+1604.06174). The second run replays the experts that the first one chose, and does not count them.
 """
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fira.model.moe import routers
-from fira.model.router import Router
+from fira.model.router import Watch, replay
 
 
 def recompute_blocks(model: Any) -> None:
@@ -27,27 +23,5 @@ def recompute_blocks(model: Any) -> None:
 
 def _contexts(block: nn.Module) -> tuple[Any, Any]:
     """What surrounds the first run of a block, and the one in the backward pass."""
-    chosen: list[Tensor] = []
-    return _keep(routers(block), chosen), _replay(routers(block), chosen)
-
-
-@contextlib.contextmanager
-def _keep(found: list[Router], chosen: list[Tensor]) -> Iterator[None]:
-    for router in found:
-        router.record = chosen.append
-    try:
-        yield
-    finally:
-        for router in found:
-            router.record = None
-
-
-@contextlib.contextmanager
-def _replay(found: list[Router], chosen: list[Tensor]) -> Iterator[None]:
-    for router, experts_NK in zip(found, chosen, strict=True):
-        router.replay_NK = experts_NK
-    try:
-        yield
-    finally:
-        for router in found:
-            router.replay_NK = None
+    watch = Watch(block)
+    return watch, replay(block, watch.experts)

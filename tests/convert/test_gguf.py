@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fira.infer.load import load
-from fira.model.experts import ExpertLinear
+from fira.model.moe import ExpertLinear
 from tests.convert.conftest import HARD
 
 gguf = pytest.importorskip("gguf")

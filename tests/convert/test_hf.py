@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from fira.convert.limits import check_target
 from fira.infer.load import load
 from fira.model.files import CONFIG, INDEX, WEIGHTS, build, load_pretrained
-from fira.model.moe import routers
+from fira.model.router import routers
 from fira.model.spec import FIRA2Spec
 from tests.convert.conftest import HARD
 
