@@ -26,9 +26,9 @@ from record import append, machine, peak_memory, reset_peak
 from torch import nn
 from torch.nn import functional as F
 
-from fira.model.experts import SwiGLUExperts
+from fira.model.balance import METHODS
 from fira.model.initialize import initialize
-from fira.model.moe import Dense, MoE
+from fira.model.moe import Dense, MoE, SwiGLUExperts
 from fira.model.router import Router
 from fira.runtime import autocast, keep_large_blocks, pick_device
 
@@ -64,9 +64,9 @@ def layer(side: str, shape: Shape, device: torch.device) -> nn.Module:
         module: nn.Module = Dense(SwiGLUExperts(1, shape.width, shape.top_k * shape.hidden))
     else:
         module = MoE(Router(shape.width, shape.experts, shape.top_k, bias=False,
-                            balance_weight=0.01, z_weight=0.001),
+                            method=METHODS["loss"], balance_weight=0.01),
                      SwiGLUExperts(shape.experts, shape.width, shape.hidden))
-    initialize(nn.ModuleDict({"moe": module}), 12, 0.02, torch.Generator().manual_seed(0))
+    initialize(nn.ModuleDict({"moe": module}), seed=0)
     return torch.compile(module.to(device)) if manner == "compiled" else module.to(device)
 
 

@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fira.model.files import MANIFEST, WEIGHTS, write_config
+from fira.files import MANIFEST
+from fira.model.files import WEIGHTS, write_config
 from fira.parallel.files import create_file, read_pieces, read_rows, write_rows
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh

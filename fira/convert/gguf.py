@@ -21,8 +21,8 @@ from fira.convert.hf import check_router
 from fira.data.encoder import PATTERNS, pattern_of
 from fira.data.tokenizer import PAD, TURN_END, Tokenizer
 from fira.files import check_new, new_target, write_text
+from fira.model.fira2 import RMSNorm
 from fira.model.generate import window_length
-from fira.model.norm import RMSNorm
 
 try:
     import gguf

@@ -21,7 +21,7 @@ from fira.convert.files import load_run, write_run
 from fira.data.tokenizer import PAD, TURN_END, TURN_START, Tokenizer
 from fira.files import check_new, new_target, write_json
 from fira.model.files import CONFIG, INDEX, WEIGHTS
-from fira.model.moe import routers
+from fira.model.router import routers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODELLING = Path(__file__).with_name("modeling_fira.py")

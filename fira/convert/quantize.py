@@ -28,7 +28,6 @@ from torch.nn import functional as F
 
 from fira.convert.files import load_run, write_run
 from fira.files import check_new
-from fira.model.experts import ExpertLinear
 from fira.model.files import (
     CONFIG,
     WEIGHTS,
@@ -38,6 +37,7 @@ from fira.model.files import (
     read_config,
     read_tensors,
 )
+from fira.model.moe import ExpertLinear
 
 GROUP = 32  # int4 weights that share a scale
 KINDS = ("int8", "int4")

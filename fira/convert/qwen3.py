@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fira.config import ConfigError, parse
 from fira.model.files import assemble, build_meta
-from fira.model.norm import RMSNorm
+from fira.model.fira2 import RMSNorm
 from fira.model.spec import FIRA2Spec
 
 MOE, DENSE = "qwen3_moe", "qwen3"

@@ -21,7 +21,7 @@ from torch import Tensor
 from fira.data.sources import inputs
 from fira.data.text import Item, items, total_bytes
 from fira.infer.load import load
-from fira.infer.stand_in import head_weights, token_losses
+from fira.loss.head import token_losses
 from fira.model.generate import window_length
 from fira.runlog import ProgressLine
 
@@ -157,7 +157,7 @@ def pad(batch: list[Window], model: Any) -> tuple[Tensor, Tensor]:
 def batch_nats(model: Any, tokens_BT: Tensor, scored_BT: Tensor) -> float:
     """Negative log-likelihood, in nats, of the tokens that a batch has to score."""
     x_ND = model.features(tokens_BT[:, :-1])[scored_BT]
-    return float(token_losses(x_ND, *head_weights(model), tokens_BT[:, 1:][scored_BT]).double()
+    return float(token_losses(x_ND, *model.head_weights(), tokens_BT[:, 1:][scored_BT]).double()
                  .sum())
 
 

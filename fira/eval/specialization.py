@@ -21,9 +21,9 @@ from fira.data.sources import inputs
 from fira.data.text import items
 from fira.eval.bits_per_byte import batch_nats, batches, bits_per_byte, pad, windows
 from fira.infer.load import load
-from fira.infer.stand_in import Watch, routers
 from fira.model.generate import window_length
 from fira.model.moe import MoE
+from fira.model.router import Watch, routers
 
 TOKENS = 1_000_000  # of the text's beginning; more does not change a digit that is shown
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fira.model.attention import attention
+from fira.model.transformer import attention
 
 # A prompt waits for an earlier one that will read this many more of its tokens than are cached.
 WORTH_WAITING = 16

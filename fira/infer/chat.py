@@ -17,8 +17,8 @@ from rich.text import Text
 from fira.infer.fused import open_step
 from fira.infer.load import load
 from fira.infer.sample import SamplingParams
-from fira.infer.stand_in import knows_chat
 from fira.infer.text import Conversation
+from fira.model.files import knows_chat
 from fira.model.generate import window_length
 from fira.runlog import console
 

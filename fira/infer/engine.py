@@ -28,8 +28,8 @@ from torch import Tensor
 from fira.infer.cache import DecodeStep, Part, SlotCache
 from fira.infer.request import End, Listener, QueueFull, Reason, Request, Token, check_request
 from fira.infer.sample import SamplingParams
-from fira.infer.stand_in import Watch, routers
 from fira.model.generate import window_length
+from fira.model.router import Watch, routers
 from fira.runtime import one_thread
 
 log = logging.getLogger(__name__)

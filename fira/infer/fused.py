@@ -23,9 +23,9 @@ from fira.convert.quantize import GROUP, Quantized, quantize
 from fira.infer.cache import SlotCache
 from fira.infer.crew import Crew
 from fira.infer.pack import WORK, Packed
-from fira.model.attention import KeyValueCache
-from fira.model.experts import ExpertLinear
 from fira.model.files import build_meta
+from fira.model.moe import ExpertLinear
+from fira.model.transformer import KeyValueCache
 
 PATIENCE = 1.0  # seconds of packing and compiling before we say what takes so long
 

@@ -14,23 +14,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from fira.files import MANIFEST, write_json
 from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2
 from fira.model.initialize import initialize, reset_buffers
-from fira.model.spec import ModelSpec
+from fira.model.spec import ModelSpec, drop_constants
 
 CLASSES: dict[str, type[FIRA] | type[FIRA2]] = {"fira": FIRA, "fira2": FIRA2}
-WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = WEIGHTS + ".index.json"  # of models in several files, made elsewhere
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# what a model learned with, besides its spec, and how its weights are stored if not as numbers
+# What config.json holds besides the spec, each an attribute of the model: the end-of-text id, the
+# longest length trained on, how weights are stored if not as floats, the stage that trained it, and
+# whether it was trained on chat turns.
 NOTES = ("end_of_text", "trained_length", "quantization", "stage", "chat")
 
 
 def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:
     """A new model of `spec`; equal seeds give equal weights. Without one, torch's global state."""
     model = build_meta(spec).to_empty(device=device)
-    initialize(model, spec.num_layers, spec.init_std, seed)
+    initialize(model, seed)
     return model
 
 
@@ -48,12 +51,27 @@ def save_weights(model: Any, folder: str | Path) -> None:
 
 
 def write_config(model: Any, folder: str | Path) -> None:
-    """Write config.json: the spec, and of NOTES what is known."""
+    """Write config.json: the spec, and those of NOTES that are known."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     notes = {note: getattr(model, note, None) for note in NOTES}
-    config = model.spec.model_dump() | {k: v for k, v in notes.items() if v is not None}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG,
+               model.spec.model_dump() | {k: v for k, v in notes.items() if v is not None})
+
+
+def knows_chat(step_folder: str | Path) -> bool:
+    """Whether the model in a step folder was trained on chat turns.
+
+    A folder written before its own config.json said so has the stage in its run's config.json.
+    """
+    folder = Path(step_folder).resolve()
+    for path in (folder / CONFIG, folder.parent / CONFIG):
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "chat" in record:
+            return bool(record["chat"])
+        if "stage" in record:
+            return record["stage"] != "pretrain"
+    return False
 
 
 def load_pretrained(folder: str | Path, expected: type[nn.Module] | None = None) -> Any:
@@ -132,7 +150,7 @@ def newest_step(run: str | Path) -> Path:
 
 
 def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The spec in a config.json, and its notes: the end-of-text id, the length trained on."""
+    """The spec in a config.json, and its NOTES (None where it has none)."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -148,7 +166,7 @@ def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
                          "give a folder that FIRA wrote")
     notes = {note: config.pop(note, None) for note in NOTES}
     try:
-        return TypeAdapter(ModelSpec).validate_python(config), notes
+        return TypeAdapter(ModelSpec).validate_python(drop_constants(config)), notes
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
@@ -166,7 +184,7 @@ def read_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch
 
 
 def check_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError as `read_tensors` would; reads only the file's table of contents."""
+    """Raise ValueError as `read_tensors` would; reads only the file's table of contents."""
     with _opened(path) as file:
         _check_names(path, file, wanted)
 
@@ -194,12 +212,3 @@ def _check_names(path: Path, file: Any, wanted: dict[str, torch.Tensor]) -> None
         if shape != list(tensor.shape):
             raise ValueError(f"{path}: {name} has shape {shape} but config.json says "
                              f"{list(tensor.shape)}; use the config.json written with it")
-
-
-def knows_chat(step: Path) -> bool:
-    """Whether the model in a step folder was trained on chat turns."""
-    chat = read_config(step / CONFIG)[1]["chat"]
-    run = step.resolve().parent / CONFIG
-    if chat is None and run.is_file():
-        return json.loads(run.read_text(encoding="utf-8")).get("stage", "pretrain") != "pretrain"
-    return bool(chat)

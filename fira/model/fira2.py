@@ -6,133 +6,63 @@ Qwen3.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fira.config import parse
-from fira.model.attention import (
+from fira.model.initialize import initialize, look_back
+from fira.model.moe import SwiGLUExperts, make_layer
+from fira.model.spec import FIRA2Spec
+from fira.model.transformer import (
+    Block,
     KeyValueCache,
     LayerCache,
-    Rotary,
-    Rotate,
+    Transformer,
     attention,
     find_positions,
 )
-from fira.model.experts import SwiGLUExperts
-from fira.model.generate import generate
-from fira.model.initialize import initialize
-from fira.model.look_back import look_back
-from fira.model.moe import Dense, MoE
-from fira.model.norm import RMSNorm
-from fira.model.router import Router
-from fira.model.spec import FIRA2Spec
 
 
-class FIRA2(nn.Module):
+class FIRA2(Transformer):
     """tokens_BT -> logits_BTV. Takes the fields of `FIRA2Spec`; raises ConfigError on bad ones."""
 
-    before = ("token_embedding",)  # parts that come before the blocks
-
     def __init__(self, **fields: Any) -> None:
-        super().__init__()
         spec = parse(FIRA2Spec, fields)
-        self.spec = spec
-        self.end_of_text: int | None = None
-        self.trained_length: int | None = None
+        super().__init__(spec)
         self.token_embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.rotary = Rotary(spec.context, spec.head_dim, spec.rope_theta)
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
+        self.blocks = nn.ModuleList(Block(
+            RMSNorm(spec.d_model), Attention(spec), RMSNorm(spec.d_model),
+            make_layer(spec, SwiGLUExperts(spec.num_experts, spec.d_model, spec.d_ff),
+                       router_bias=False)) for _ in range(spec.num_layers))
         self.norm = RMSNorm(spec.d_model)
         if not spec.tied:
             self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
-        initialize(self, spec.num_layers, spec.init_std)
+        initialize(self)
 
     @property
-    def prior(self) -> dict[str, Tensor]:
-        """What first weights have besides noise."""
+    def initial_offsets(self) -> dict[str, Tensor]:
+        """What initial weights have besides noise, by name."""
         return look_back(self.spec) if self.spec.look_back else {}
 
-    @property
-    def after(self) -> tuple[str, str]:
-        """Parts that come after the blocks, the head last."""
-        return ("norm", "token_embedding" if self.spec.tied else "head")
-
-    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None,
-                targets_BT: Tensor | None = None,
-                loss: Callable[..., Tensor] | None = None) -> Tensor:
-        """Logits at every position. With a cache, the tokens continue what it holds.
-
-        With `loss`, what it makes of features, head and targets: whole logits need not exist.
-        """
-        return self.read_out(self.features(tokens_BT, cache), targets_BT, loss)
-
-    def features(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """The normalized residual stream x_BTD that the head reads."""
-        return self.norm(self.through(self.blocks, self.embed(tokens_BT, cache), cache))
-
-    def embed(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """What the first block reads."""
-        return self.token_embedding(tokens_BT)
-
-    def through(self, blocks: Iterable[nn.Module], x_BTD: Tensor,
-                cache: KeyValueCache | None = None) -> Tensor:
-        """x_BTD after `blocks`: all of them, or those of one stage of a pipeline."""
-        tables = self.rotary(find_positions(x_BTD, cache, self.spec.context))
-        for layer, block in enumerate(blocks):
-            x_BTD = block(x_BTD, tables, cache.layers[layer] if cache else None)
-        return x_BTD
-
-    def read_out(self, x_BTD: Tensor, targets_BT: Tensor | None = None,
-                 loss: Callable[..., Tensor] | None = None) -> Tensor:
-        """Logits, or with `loss` what it makes of features, head and targets."""
-        if loss is None:
-            return self.logits(x_BTD)
-        return loss(x_BTD, self._head(), None, targets_BT)
-
-    def logits(self, x_BTD: Tensor) -> Tensor:
-        """What the head says of every position."""
-        return F.linear(x_BTD, self._head())
-
-    def _head(self) -> Tensor:
-        return (self.token_embedding if self.spec.tied else self.head).weight
-
-    def new_cache(self, batch: int, capacity: int | None = None) -> KeyValueCache:
-        """An empty key-value cache for `capacity` positions (the whole context)."""
-        spec = self.spec
-        return KeyValueCache(spec.num_layers, batch, spec.n_kv_head, capacity or spec.context,
-                             spec.head_dim, like=self.token_embedding.weight)
-
-    generate = generate
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> FIRA2:
-        """Read a step folder, or the newest complete step of a run folder."""
-        from fira.model.files import load_pretrained
-        return load_pretrained(folder, cls)
+    def rotation(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
+        return self.rotary(find_positions(x_BTD, cache, self.spec.context))
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + experts(norm(x))."""
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019)."""
 
-    def __init__(self, spec: FIRA2Spec) -> None:
+    eps = 1e-6  # Qwen3's
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(spec.d_model)
-        self.attention = Attention(spec)
-        self.moe_norm = RMSNorm(spec.d_model)
-        experts = SwiGLUExperts(spec.num_experts, spec.d_model, spec.d_ff)
-        self.moe = Dense(experts) if spec.num_experts == 1 else MoE(
-            Router(spec.d_model, spec.num_experts, spec.top_k, bias=False,
-                   balance_weight=spec.balance_weight, z_weight=spec.z_weight,
-                   balance=spec.balance), experts)
+        self.weight = nn.Parameter(torch.empty(width))  # [width]
 
-    def forward(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor],
-                cache: LayerCache | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), tables, cache)
-        return x_BTD + self.moe(self.moe_norm(x_BTD))
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -152,8 +82,44 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         q_BTHC, k_BTGC, v_BTGC = self.qkv(x_BTD).view(B, T, -1, self.head_dim).split(
             self.heads, dim=2)
-        q_BTHC = Rotate.apply(self.query_norm(q_BTHC), *tables)
-        k_BTGC = Rotate.apply(self.key_norm(k_BTGC), *tables)
+        q_BTHC = rotate(self.query_norm(q_BTHC), *tables)
+        k_BTGC = rotate(self.key_norm(k_BTGC), *tables)
         y_BHTC = attention(q_BTHC.transpose(1, 2), k_BTGC.transpose(1, 2),
                            v_BTGC.transpose(1, 2), cache)
         return self.output(y_BHTC.transpose(1, 2).reshape(B, T, -1))
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of rotary positions (Su et al. 2021), as fp32 tables [context, C/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, context: int, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = theta
+        shape = (context, head_dim // 2)
+        self.register_buffer("cos", torch.empty(shape), persistent=False)
+        self.register_buffer("sin", torch.empty(shape), persistent=False)
+
+    def reset_buffers(self) -> None:
+        """Fill the tables; needed after construction on the meta device."""
+        device = self.cos.device
+        powers = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
+        positions = torch.arange(len(self.cos), device=device).float()
+        angles = torch.outer(positions, 1.0 / self.theta**powers)
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+
+    def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """The tables' rows at these positions, [T, C/2] each."""
+        return self.cos[positions_T], self.sin[positions_T]
+
+
+def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """RoPE pairing halves of the last axis: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    cos, sin = cos_TC.to(x_BTHC.dtype)[:, None], sin_TC.to(x_BTHC.dtype)[:, None]
+    first, second = x_BTHC.chunk(2, dim=-1)
+    return torch.cat([(first * cos).addcmul_(second, sin, value=-1),
+                      (second * cos).addcmul_(first, sin)], dim=-1)

@@ -1,6 +1,6 @@
 """Sampling and the generation loop.
 
-The window rule. The model reads a window of at most as many tokens as it was trained on, or its
+The window rule. The model reads at most as many tokens at once as it was trained on, or its
 `context` where that is not known. A longer prompt is cut to its newest tokens. When the window is
 full and one more token is to be read, the window is shortened to its newest half (window // 2
 tokens, at least one, counting the new one), whose positions start at 0 again, and the cache is
@@ -16,25 +16,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fira.model.attention import KeyValueCache
 from fira.runtime import one_thread
 
-NUCLEUS = 256  # sorted to find top_p's tokens, 0.13 ms; all of 50,304, if these fall short, 3.8 ms
+# Tokens sorted to find those of top_p (0.13 ms); all 50,304 (3.8 ms) only if these fall short.
+NUCLEUS = 256
 Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor
-Step = Callable[[Tensor, KeyValueCache], Tensor]
+Step = Callable[[Tensor, Any], Tensor]  # tokens_B, cache -> logits_BV
 
 
 def generate(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
-             end_of_text: int | None = None) -> Tensor:
+             top_k: int | None = None, **options: Any) -> Tensor:
     """Continue `ids` (one prompt, or several of equal length): prompt and new tokens [B, T+new].
 
     Arguments are those of `stream`. Ends early once every row has ended; a row that ended before
     others is filled with the end-of-text id.
     """
     prompt_BT = prompt_tensor(model, ids)
-    new = list(stream(model, prompt_BT, max_new_tokens, temperature, top_k, top_p, seed,
-                      end_of_text))
+    new = list(stream(model, prompt_BT, max_new_tokens, temperature, top_k, **options))
     return torch.cat([prompt_BT, *(token_B[:, None] for token_B in new)], dim=1)
 
 
@@ -46,8 +44,8 @@ def stream(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float =
     temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p keeps the fewest likeliest
     whose probabilities reach it. `seed` fixes the draw; None takes one from torch's global
     generator. `end_of_text` None means the model's own id, if it has one; -1 never ends. `step`
-    reads one more token of every row in the model's place: (tokens_B, cache) -> logits_BV.
-    The model is in eval mode while streaming. Raises ValueError on a value out of range.
+    replaces the model's forward for single tokens: (tokens_B, cache) -> logits_BV. The model is in
+    eval mode while streaming. Raises ValueError on a value out of range.
     """
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
     prompt_BT = prompt_tensor(model, ids)
@@ -61,15 +59,14 @@ def stream(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float =
 
 @torch.inference_mode()
 def _stream(model: Any, prompt_BT: Tensor, max_new_tokens: int, end_of_text: int | None,
-            step: Step | None, choose: Any) -> Iterator[Tensor]:
-    context = window_length(model)
-    window_BT = prompt_BT[:, -context:]
-    cache = model.new_cache(len(prompt_BT), min(context, window_BT.shape[1] + max_new_tokens))
+            step: Step | None, choose: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    window = window_length(model)
+    window_BT = unread_BT = prompt_BT[:, -window:]
+    cache = model.new_cache(len(prompt_BT), min(window, window_BT.shape[1] + max_new_tokens))
     ended_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=prompt_BT.device)
     was_training = model.training
     model.eval()
     try:
-        unread_BT = window_BT
         for _ in range(max_new_tokens):
             if step is not None and unread_BT.shape[1] == 1:
                 with one_thread():
@@ -84,15 +81,15 @@ def _stream(model: Any, prompt_BT: Tensor, max_new_tokens: int, end_of_text: int
                 return
             unread_BT = token_B[:, None]
             window_BT = torch.cat([window_BT, unread_BT], dim=1)
-            if window_BT.shape[1] > context:
-                window_BT = unread_BT = window_BT[:, -max(1, context // 2):]
+            if window_BT.shape[1] > window:
+                window_BT = unread_BT = window_BT[:, -max(1, window // 2):]
                 cache.reset()
     finally:
         model.train(was_training)
 
 
 def window_length(model: Any) -> int:
-    """Tokens the model reads at once: the length it was trained on, else its whole context.
+    """Tokens that the model reads at once: the length it was trained on, else its whole context.
 
     A model trained on sequences shorter than its context has never seen the later positions.
     """
@@ -104,9 +101,9 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None
            min_p: float = 0.0) -> Tensor:
     """Draw one token per row, [B]; greedy at temperature 0.
 
-    One uniform number per row is looked up in the cumulated probabilities of what is kept: first
-    the `top_k` likeliest, of these the fewest whose share reaches `top_p`, of these the ones at
-    least `min_p` times as likely as the likeliest (Nguyen et al. 2024).
+    One uniform number per row is looked up in the cumulative probabilities of the kept tokens:
+    first the `top_k` likeliest, of these the fewest whose share reaches `top_p`, of these the ones
+    at least `min_p` times as likely as the likeliest (Nguyen et al. 2024).
     """
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
@@ -125,7 +122,7 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None
 
 
 def _likeliest(probs_BV: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
-    """Probabilities in falling order, 0 for what is cut, and the tokens they belong to."""
+    """Probabilities in falling order, 0 for what is cut, and their tokens."""
     vocab = probs_BV.shape[-1]
     sorted_BK, order_BK = probs_BV.topk(min(top_k or NUCLEUS, vocab), dim=-1)
     if top_p is None:

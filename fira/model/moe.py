@@ -1,30 +1,40 @@
-"""The Mixture-of-Experts layer: route, scatter rows to experts, apply them, gather back.
+"""The Mixture-of-Experts layer: gate, choose, scatter, experts, gather.
 
-Dropless: every token reaches all K experts it chose. Nothing here depends on scheduling, so that
-training repeats to the bit.
+    y_n = sum_k weights_nk * expert_e(x_n),  e = experts_nk,  with weights and experts of `router`
+
+Dropless: every token reaches all K experts that it chose. Rows are sorted by expert, so that each
+expert multiplies one block of them. Nothing here depends on the order in which threads run, so
+training repeats bit for bit.
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fira.model.balance import bias_strength
-from fira.model.experts import multiplied
-from fira.model.router import Router, end_steps
-from fira.model.rows import Gather, Scatter, sort_by_expert
+from fira.model import fast
+from fira.model.balance import METHODS
+from fira.model.router import Router
 
 
-def apply_here(experts: nn.Module, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-    """The plain dispatch: every expert is on this device."""
-    return experts(rows_RD, counts_E)
+class Order(NamedTuple):
+    """How rows sorted by expert belong to tokens; "pair" is one choice of one token.
+
+    order_R: the pair, numbered n*K + k, of each row; tokens_R: the token n of each row;
+    inverse_NK: the row of each pair; counts_E: the number of rows of each expert.
+    """
+
+    order_R: Tensor
+    tokens_R: Tensor
+    inverse_NK: Tensor
+    counts_E: Tensor
 
 
 class MoE(nn.Module):
-    """x_BTD -> x_BTD through the K experts its router chooses for each token."""
+    """x_BTD -> x_BTD through the K experts that the router chooses for each token."""
 
     def __init__(self, router: Router, experts: nn.Module) -> None:
         super().__init__()
@@ -35,14 +45,14 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         weights_NK, experts_NK = self.router(x_ND)
-        order_R, inverse_R, counts_E = sort_by_expert(experts_NK, len(self.router.weight))
-        rows_RD = Scatter.apply(*multiplied(x_ND), order_R, inverse_R)
-        rows_RD = self.dispatch(self.experts, rows_RD, counts_E)
-        return Gather.apply(rows_RD, weights_NK, order_R, inverse_R).view(x_BTD.shape)
+        order = sort_by_expert(experts_NK, self.router.num_experts)
+        rows_RD = scatter(*fast.cast_for_product(x_ND), order)
+        rows_RD = self.dispatch(self.experts, rows_RD, order.counts_E)
+        return gather(rows_RD, weights_NK, order).view(x_BTD.shape)
 
 
 class Dense(nn.Module):
-    """The control: one expert, no router. Its weights are named as an MoE's experts are."""
+    """The dense baseline: one expert, no router. Its weights have the names of an MoE's experts."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -54,52 +64,96 @@ class Dense(nn.Module):
         return self.experts(x_ND, counts_E).view(x_BTD.shape)
 
 
-def routers(model: nn.Module) -> list[Router]:
-    """The routers of a model, in layer order; none for a dense one."""
-    return [module for module in model.modules() if isinstance(module, Router)]
+def make_layer(spec: Any, experts: nn.Module, router_bias: bool) -> MoE | Dense:
+    """The feed-forward layer of a block: an MoE, or with one expert the dense baseline."""
+    if spec.num_experts == 1:
+        return Dense(experts)
+    return MoE(Router(spec.d_model, spec.num_experts, spec.top_k, router_bias,
+                      METHODS[spec.balance], spec.balance_weight), experts)
 
 
-def fade(model: nn.Module, fraction: float) -> None:
-    """Before `end_step`: how far the run is (0..1), for methods whose bias fades."""
-    for router in routers(model):
-        router.strength.fill_(bias_strength(fraction))
+def apply_here(experts: nn.Module, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+    """The plain dispatch: every expert is on this device."""
+    return experts(rows_RD, counts_E)
 
 
-def end_step(model: nn.Module) -> None:
-    """After each optimizer step: its loads decide what balances the next one."""
-    layers = routers(model)
-    for device in dict.fromkeys(router.load_count_E.device for router in layers):
-        end_steps([router for router in layers if router.load_count_E.device == device])
+def sort_by_expert(experts_NK: Tensor, num_experts: int) -> Order:
+    """A stable sort, so that the order of rows depends on nothing but the choices."""
+    experts_R = experts_NK.flatten()
+    order_R = experts_R.to(torch.int16).sort(stable=True).indices  # a GPU sorts short keys faster
+    inverse_R = torch.empty_like(order_R)
+    inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    return Order(order_R, order_R // experts_NK.shape[1], inverse_R.view_as(experts_NK),
+                 fast.count_rows(experts_R, num_experts))
 
 
-def routing_health(model: nn.Module) -> dict[str, Any] | None:
-    """`health` of a model's routers, in layer order."""
-    return health(routers(model))
+def scatter(x_ND: Tensor, order: Order) -> Tensor:
+    """Copy each token to its rows: rows_r = x[tokens_r]."""
+    if fast.needs_gathered_gradients(x_ND):
+        return fast.Scatter.apply(x_ND, order.tokens_R, order.inverse_NK)
+    return F.embedding(order.tokens_R, x_ND)
 
 
-def health(layers: Iterable[Router]) -> dict[str, Any] | None:
-    """Load per expert and what it implies, per layer, counted since the last `end_step`.
+def gather(rows_RD: Tensor, weights_NK: Tensor, order: Order) -> Tensor:
+    """Sum each token's rows by weight: x_n = sum_k weights_nk rows[inverse_nk]."""
+    if fast.needs_gathered_gradients(rows_RD):
+        return fast.Gather.apply(rows_RD, weights_NK, order.order_R, order.inverse_NK)
+    return F.embedding_bag(order.inverse_NK, rows_RD, mode="sum",
+                           per_sample_weights=weights_NK.to(rows_RD.dtype))
 
-    load: share of routed rows per expert; cv: standard deviation over mean of the load; max_mean:
-    busiest expert over the mean; entropy: of the router, 0..1 of log E; dead: experts without
-    a row. None for a dense model or before anything was counted.
-    """
-    layers = list(layers)
-    if not layers:
-        return None
-    home = layers[0].load_count_E.device  # from where everything comes at once: a copy is a wait
-    counted = torch.stack([torch.cat([router.load_count_E, router.entropy_sum.double().view(1)])
-                           .to(home) for router in layers]).cpu()
-    used = counted[:, :-1].sum(dim=1) > 0
-    if not used.any():
-        return None
-    counts, entropies = counted[used, :-1], counted[used, -1]
-    relative = counts / counts.mean(dim=1, keepdim=True)
-    tokens = counts.sum(dim=1) / layers[0].top_k
-    return {
-        "load": (counts / counts.sum(dim=1, keepdim=True)).tolist(),
-        "cv": relative.std(dim=1, correction=0).tolist(),
-        "max_mean": relative.max(dim=1).values.tolist(),
-        "entropy": (entropies / (tokens * math.log(counts.shape[1]))).tolist(),
-        "dead": (counts == 0).sum(dim=1).tolist(),
-    }
+
+class ExpertLinear(nn.Module):
+    """`nn.Linear` with an expert axis: rows_Ri sorted by expert, counts_E -> rows_Ro."""
+
+    def __init__(self, num_experts: int, width_in: int, width_out: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, width_out, width_in))  # [E, out, in]
+        self.bias = nn.Parameter(torch.empty(num_experts, width_out)) if bias else None  # [E, out]
+
+    def forward(self, rows_Ri: Tensor, counts_E: Tensor) -> Tensor:
+        return fast.expert_linear(rows_Ri, counts_E, self.weight, self.bias)
+
+
+def expert_linear_plain(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
+                        bias: Tensor | None) -> Tensor:
+    """The definition of `ExpertLinear`, row by row."""
+    owners = torch.repeat_interleave(torch.arange(len(counts_E)), counts_E.cpu()).tolist()
+    out = [weight[e] @ row + (0 if bias is None else bias[e])
+           for row, e in zip(rows_Ri, owners, strict=True)]
+    return torch.stack(out) if out else rows_Ri.new_zeros(0, weight.shape[1])
+
+
+class GELUExperts(nn.Module):
+    """FIRA's experts: linear, GELU (GPT-2's tanh form), linear, with biases."""
+
+    def __init__(self, num_experts: int, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.up = ExpertLinear(num_experts, d_model, d_ff, bias=True)
+        self.down = ExpertLinear(num_experts, d_ff, d_model, bias=True)
+
+    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(rows_RD, counts_E), approximate="tanh"), counts_E)
+
+
+class SwiGLUExperts(nn.Module):
+    """FIRA2's experts: down(silu(gate(x)) * up(x)), no biases (Shazeer 2020)."""
+
+    def __init__(self, num_experts: int, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate = ExpertLinear(num_experts, d_model, d_ff, bias=False)
+        self.up = ExpertLinear(num_experts, d_model, d_ff, bias=False)
+        self.down = ExpertLinear(num_experts, d_ff, d_model, bias=False)
+
+    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        parts = self.gate, self.up, self.down
+        if all(type(part) is ExpertLinear for part in parts):  # none is adapted or quantized
+            return fast.swiglu(rows_RD, counts_E, *(part.weight for part in parts))
+        hidden_RF = F.silu(self.gate(rows_RD, counts_E)) * self.up(rows_RD, counts_E)
+        return self.down(hidden_RF, counts_E)
+
+
+def grouping_obstacle(model: nn.Module, device: torch.device) -> str | None:
+    """Why CUDA cannot multiply all experts of a layer at once, in bfloat16; None if it can."""
+    stacks = [part.weight for part in model.modules()
+              if type(part) is ExpertLinear and len(part.weight) > 1]
+    return fast.grouping_obstacle(stacks[0].shape[1:], device) if stacks else None

@@ -1,191 +1,226 @@
-"""The router: which experts a token goes to, with what weight, and what keeps it fit.
+"""The router: which experts a token is sent to, and with what weights.
 
-Token-choice top-k (Shazeer et al. 2017). Logits, softmax and weights are fp32, also under autocast.
+    probs_ne = softmax(router x_n)_e
+    experts_n = the K largest of probs_n + selection_bias
+    weights_nk = probs[n, experts_nk] / sum_k probs[n, experts_nk]
 
-For k > 1 the chosen probabilities are renormalized, as in Qwen3-MoE with `norm_topk_prob=true`. For
-k = 1 that would make every weight the constant 1 and leave the router without a gradient from the
-language-model loss; so k = 1 keeps the raw probability (Switch, Fedus et al. 2021), which is
-Qwen3-MoE with `norm_topk_prob=false`: an export of a k = 1 model must write that.
+Token-choice top-k routing (Shazeer et al. 2017), in fp32 also under autocast. For K = 1 the
+division would make every weight the constant 1 and leave the router without a gradient from the
+language model's loss, so K = 1 keeps the raw probability (Switch, Fedus et al. 2021). In Qwen3-MoE
+these are `norm_topk_prob` true and false: an export of a K = 1 model must write false.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from fira.model.balance import METHODS
-from fira.model.choose import choose
-from fira.model.rows import count_each
+from fira.model import fast
 
-VOTERS = 2048  # tokens of a micro-batch that vote on the bias; more cost time and even no better
+ESTIMATE_TOKENS = 2048  # tokens per micro-batch for the bias estimate; more are slower, not better
 
 
-class Weigh(torch.autograd.Function):
-    """Weights of the chosen experts, from their logits; in backward the router's own losses join.
+class Method(NamedTuple):
+    """What a router asks of the method that keeps its load even (see the table in `balance`).
 
-    The losses are dot(mean of probs_NE, price_E) and z_weight * mean(logsumexp_N^2). Joined here,
-    they leave plain, compiled and pipelined models one signature.
+    loss_coefficients(load_share_E): what a method's loss multiplies each expert's mean probability
+    with. estimate_bias(probs_NE, threshold_N, top_k): the selection bias by one micro-batch.
+    update_bias(bias_LE, load_share_LE, mean_estimate_LE): the biases of all layers after a step; a
+    method that has it has a selection bias. hands_over: the bias fades and the loss replaces it.
+    """
+
+    loss_coefficients: Callable[[Tensor], Tensor] | None = None
+    estimate_bias: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    update_bias: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    hands_over: bool = False
+
+
+NO_METHOD = Method()
+
+
+class AddLoss(torch.autograd.Function):
+    """Return the weights unchanged and add `loss` to the training loss, times `share`.
+
+    Backward passes the weights' gradient through and gives the loss the gradient `share`, whatever
+    the training loss is multiplied with. The value of `share` in the first forward counts, so it is
+    not a saved tensor, which activation checkpointing would compute again.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_NE: Tensor, probs_NE: Tensor, experts_NK: Tensor,
-                price_E: Tensor | None, logsumexp_N: Tensor, z_weight: float) -> Tensor:
-        weights_NK = probs_NE.gather(1, experts_NK)
-        if weights_NK.shape[1] > 1:
-            weights_NK = weights_NK / weights_NK.sum(dim=1, keepdim=True)
-        ctx.z_weight = z_weight
-        ctx.save_for_backward(probs_NE, experts_NK, weights_NK, price_E, logsumexp_N)
-        return weights_NK
+    def forward(ctx: Any, weights_NK: Tensor, loss: Tensor, share: Tensor) -> Tensor:
+        ctx.share = share.clone()
+        return weights_NK.view_as(weights_NK)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NK: Tensor) -> tuple[Tensor | None, ...]:
-        probs_NE, experts_NK, weights_NK, price_E, logsumexp_N = ctx.saved_tensors
-        pulls_NK = grad_NK * weights_NK
-        total_N1 = pulls_NK.sum(dim=1, keepdim=True)
-        shared_N1 = (2 * ctx.z_weight / len(probs_NE)) * logsumexp_N.unsqueeze(1)
-        if weights_NK.shape[1] > 1:  # the weights are a softmax of the chosen logits alone
-            pulls_NK = pulls_NK - weights_NK * total_N1
-        else:
-            shared_N1 = shared_N1 - total_N1
-        if price_E is not None:
-            price_E = price_E / len(probs_NE)
-            shared_N1 = price_E + (shared_N1 - torch.mv(probs_NE, price_E).unsqueeze(1))
-        return (probs_NE * shared_N1).scatter_add_(1, experts_NK, pulls_NK), *[None] * 5
+    def backward(ctx: Any, grad_NK: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad_NK, ctx.share, None
 
 
 class Router(nn.Module):
-    """tokens_ND -> weights_NK (fp32), experts_NK.
+    """x_ND -> weights_NK (fp32), experts_NK.
 
-    `balance` names a row of balance.METHODS. Its loss, weighed by balance_weight, sees each
-    expert's share of the routed rows of the whole previous optimizer step, so it is global over
-    micro-batches and ranks (Qiu et al. 2025, 2501.11873), and the gradients of micro-batches simply
-    average. Its bias, where it has one, is added to the probabilities to select experts and not to
-    weigh them; it is saved with the weights. z-loss: z_weight * mean(logsumexp(logits)^2) (Zoph et
-    al. 2022).
+    In training its own losses join the graph: the balance method's, and the z-loss z_weight *
+    mean(logsumexp(logits)^2) (Zoph et al. 2022). Buffers, which `balance` sets between steps:
 
-    `record` is shown the experts of every pass; `replay_NK`, when set, are the experts of a pass
-    that is being run again to recompute activations, and nothing is counted. `strength` (0..1) is
-    what is left of a bias that fades; a tensor, so that compiled code need not know it.
+    load_share_E      each expert's share of the rows of the whole previous step; saved
+    selection_bias_E  added to the probabilities to choose experts, not to weigh them; saved
+    loss_share        weight of the router's own losses in the coming micro-batch
+    bias_scale        the fraction of the selection bias that is left, for methods that hand over
+
+    Counted since the last step: load_count_E (rows of each expert), entropy_sum (of the tokens'
+    probabilities), bias_sum_E and num_estimates (of the micro-batches' bias estimates).
     """
 
-    strength: Tensor
+    z_weight = 0.001  # of the router z-loss, as in ST-MoE (Zoph et al. 2022)
+
     load_share_E: Tensor
     selection_bias_E: Tensor | None
-    vote_sum_E: Tensor
-    votes: Tensor
+    loss_share: Tensor
+    bias_scale: Tensor
     load_count_E: Tensor
     entropy_sum: Tensor
+    bias_sum_E: Tensor
+    num_estimates: Tensor
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, bias: bool,
-                 balance_weight: float, z_weight: float, balance: str = "loss") -> None:
+                 method: Method = NO_METHOD, balance_weight: float = 0.0) -> None:
         super().__init__()
-        self.method = METHODS[balance]
-        self.record: Callable[[Tensor], None] | None = None
-        self.replay_NK: Tensor | None = None
+        self.num_experts = num_experts
         self.top_k = top_k
+        self.method = method
         self.balance_weight = balance_weight
-        self.z_weight = z_weight
+        self.replay_NK: Tensor | None = None
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))  # [E, D]
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None  # [E]
-        self.register_buffer("strength", torch.empty(()), persistent=False)
         self.register_buffer("load_share_E", torch.empty(num_experts))
-        biased = self.method.update is not None
-        self.register_buffer("selection_bias_E", torch.empty(num_experts) if biased else None)
-        self.register_buffer("vote_sum_E", torch.empty(num_experts), persistent=False)
-        self.register_buffer("votes", torch.empty(()), persistent=False)
+        self.register_buffer("selection_bias_E",
+                             torch.empty(num_experts) if method.update_bias else None)
+        for name in ("loss_share", "bias_scale", "entropy_sum", "num_estimates"):
+            self.register_buffer(name, torch.empty(()), persistent=False)
+        self.register_buffer("bias_sum_E", torch.empty(num_experts), persistent=False)
         self.register_buffer("load_count_E", torch.empty(num_experts, dtype=torch.int64),
                              persistent=False)
-        self.register_buffer("entropy_sum", torch.empty(()), persistent=False)
 
     def reset_buffers(self) -> None:
         """Even shares, no bias, empty counters; needed after construction on the meta device."""
-        self.strength.fill_(1)
-        self.load_share_E.fill_(1 / len(self.load_share_E))
+        self.load_share_E.fill_(1 / self.num_experts)
         if self.selection_bias_E is not None:
             self.selection_bias_E.zero_()
+        self.loss_share.fill_(1)
+        self.bias_scale.fill_(1)
         for counter in self.counters:
             counter.zero_()
 
     @property
     def counters(self) -> tuple[Tensor, ...]:
         """What is counted during a step; many ranks sum it before the step ends."""
-        return self.load_count_E, self.entropy_sum, self.vote_sum_E, self.votes
+        return self.load_count_E, self.entropy_sum, self.bias_sum_E, self.num_estimates
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x_ND.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            logits_NE = F.linear(x_ND.float(), self.weight.float(), bias)
-            with torch.no_grad():
-                probs_NE = logits_NE.softmax(dim=-1)
-                logsumexp_N = logits_NE.amax(dim=1) - probs_NE.amax(dim=1).log()
-                experts_NK, threshold_N = self._choose(probs_NE)
-            weights_NK = Weigh.apply(logits_NE, probs_NE, experts_NK, self._price(), logsumexp_N,
-                                     self.z_weight if self.training else 0.0)
-            if self.training and self.replay_NK is None:
+        logits_NE = fast.linear_fp32(x_ND, self.weight, self.bias)
+        probs_NE = logits_NE.softmax(dim=-1)
+        experts_NK, threshold_N = self._choose(probs_NE.detach())
+        weights_NK = probs_NE.gather(1, experts_NK)
+        if self.top_k > 1:
+            weights_NK = weights_NK / weights_NK.sum(dim=1, keepdim=True)
+        if self.training:
+            logsumexp_N = logits_NE.logsumexp(dim=1)
+            loss = self._own_losses(probs_NE, logsumexp_N)
+            weights_NK = AddLoss.apply(weights_NK, loss, self.loss_share)
+            if self.replay_NK is None:
                 self._count(logits_NE, probs_NE, logsumexp_N, experts_NK)
-                self._vote(probs_NE, threshold_N)
+                self._estimate_bias(probs_NE, threshold_N)
         return weights_NK, experts_NK
 
     def _choose(self, probs_NE: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Experts by probability plus bias, and each token's threshold to the others."""
+        """Experts by probability plus bias, and each token's threshold between chosen and others.
+
+        The threshold lies halfway between the K-th and the next score; there is none for K = E.
+        """
         if self.replay_NK is not None:
             return self.replay_NK, None
         if self.selection_bias_E is not None:
             probs_NE = probs_NE + self.selection_bias_E.float()
-        experts_NK, threshold_N = choose(probs_NE, self.top_k)
-        if self.record is not None:
-            self.record(experts_NK)
-        return experts_NK, threshold_N
+        if self.top_k == self.num_experts:
+            experts_E = torch.arange(self.num_experts, device=probs_NE.device)
+            return experts_E.expand_as(probs_NE), None
+        scores_NK1, experts_NK1 = probs_NE.topk(self.top_k + 1, dim=1)
+        return experts_NK1[:, :-1], scores_NK1[:, -2:].mean(dim=1)
 
-    def _price(self) -> Tensor | None:
-        if not self.training or self.method.price is None:
-            return None
-        weight = self.balance_weight * (1 - self.strength if self.method.fades else 1)
-        return weight * self.method.price(self.load_share_E)
+    def _own_losses(self, probs_NE: Tensor, logsumexp_N: Tensor) -> Tensor:
+        loss = self.z_weight * logsumexp_N.square().mean()
+        if self.method.loss_coefficients is None:
+            return loss
+        weight = self.balance_weight * (1 - self.bias_scale if self.method.hands_over else 1)
+        coefficients_E = weight * self.method.loss_coefficients(self.load_share_E)
+        return loss + (probs_NE.mean(dim=0) * coefficients_E).sum()
 
     @torch.no_grad()
     def _count(self, logits_NE: Tensor, probs_NE: Tensor, logsumexp_N: Tensor,
                experts_NK: Tensor) -> None:
-        """Routing health, counted in place so that the buffers stay the same tensors."""
-        experts_R = experts_NK.flatten()
-        if experts_R.is_cuda:
-            self.load_count_E += count_each(experts_R, len(self.load_count_E))
-        else:
-            self.load_count_E.index_add_(0, experts_R, torch.ones_like(experts_R))
+        """Count load and entropy in place; the entropy of a token is logsumexp - probs . logits."""
+        self.load_count_E += fast.count_rows(experts_NK.flatten(), self.num_experts)
         self.entropy_sum += logsumexp_N.sum() - torch.dot(probs_NE.flatten(), logits_NE.flatten())
 
     @torch.no_grad()
-    def _vote(self, probs_NE: Tensor, threshold_N: Tensor | None) -> None:
-        if self.method.vote is not None and threshold_N is not None:
-            every = max(1, len(threshold_N) // VOTERS)
-            self.vote_sum_E += self.method.vote(probs_NE[::every], threshold_N[::every], self.top_k)
-            self.votes += 1
+    def _estimate_bias(self, probs_NE: Tensor, threshold_N: Tensor | None) -> None:
+        if self.method.estimate_bias is not None and threshold_N is not None:
+            every = max(1, len(threshold_N) // ESTIMATE_TOKENS)
+            self.bias_sum_E += self.method.estimate_bias(probs_NE[::every], threshold_N[::every],
+                                                         self.top_k)
+            self.num_estimates += 1
 
 
-@torch.no_grad()
-def end_steps(layers: list[Router]) -> None:
-    """Shares and biases of the next step from the counts of this one, in place.
+def routers(module: nn.Module) -> list[Router]:
+    """The routers of a model or of a part of it, in layer order; none for a dense one."""
+    return [part for part in module.modules() if isinstance(part, Router)]
 
-    Of all layers of a device at once: a GPU waits for few launches, not for some of each layer.
+
+class Watch:
+    """What the routers of `module` chose: `experts[l]` is experts_NK of layer l's latest forward.
+
+    None before the first. Open from construction to `close` or the end of a `with` block; may be
+    opened several times. Eager mode only.
     """
-    counts_LE, shares_LE, votes_LE, votes_L = (
-        torch.stack([getattr(router, name) for router in layers])
-        for name in ("load_count_E", "load_share_E", "vote_sum_E", "votes"))
-    total_L1 = counts_LE.sum(dim=1, keepdim=True)
-    share_LE = torch.where(total_L1 > 0, counts_LE / total_L1.clamp(min=1), shares_LE)
-    torch._foreach_copy_([router.load_share_E for router in layers], list(share_LE.unbind()))
-    method = layers[0].method
-    if method.update is not None:
-        biases = [router.get_buffer("selection_bias_E") for router in layers]
-        old_LE = torch.stack(biases)
-        new_LE = method.update(old_LE, share_LE, votes_LE / votes_L.clamp(min=1).unsqueeze(1))
-        if method.fades:
-            new_LE = new_LE * torch.stack([router.strength for router in layers]).unsqueeze(1)
-        torch._foreach_copy_(biases, list(torch.where(total_L1 > 0, new_LE, old_LE).unbind()))
-    for counters in zip(*(router.counters for router in layers), strict=True):
-        torch._foreach_zero_(counters)
+
+    def __init__(self, module: nn.Module) -> None:
+        found = routers(module)
+        self.experts: list[Tensor | None] = [None] * len(found)
+        self._hooks = [router.register_forward_hook(self._note(layer))
+                       for layer, router in enumerate(found)]
+
+    def _note(self, layer: int) -> Callable[..., None]:
+        def note(router: Router, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+            self.experts[layer] = output[1]
+        return note
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def replay(module: nn.Module, experts_per_layer: Sequence[Tensor | None]) -> Iterator[None]:
+    """Let the routers of `module` take these choices; nothing is counted meanwhile.
+
+    The weights are those of the given experts, with their gradients. The sequence is read when the
+    block is entered, so it may be a `Watch`'s that is yet to be filled.
+    """
+    found = routers(module)
+    before = [router.replay_NK for router in found]
+    for router, experts_NK in zip(found, experts_per_layer, strict=True):
+        router.replay_NK = experts_NK
+    try:
+        yield
+    finally:
+        for router, experts_NK in zip(found, before, strict=True):
+            router.replay_NK = experts_NK

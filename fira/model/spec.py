@@ -1,7 +1,7 @@
 """What a model is: the numbers that fix its shapes, one class per architecture."""
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, model_validator
 
@@ -9,7 +9,7 @@ from fira.config import Config
 
 
 class Spec(Config):
-    """What both architectures need. `num_experts=1` is the dense twin: no router, one expert."""
+    """What both architectures need. `num_experts=1` is the dense baseline, without a router."""
 
     vocab_size: int = Field(50304, ge=1, description="rows of the token embedding")
     d_model: int = Field(768, ge=1, description="width of the residual stream")
@@ -20,10 +20,8 @@ class Spec(Config):
     top_k: int = Field(1, ge=1, description="experts chosen per token")
     context: int = Field(3072, ge=1, description="longest sequence, in tokens")
     balance: Literal["loss", "bias", "quantile", "handover", "none"] = Field(
-        "loss", description="what keeps experts evenly loaded")
+        "loss", description="the method that keeps experts evenly loaded")
     balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
-    z_weight: float = Field(0.001, ge=0, description="weight of the router z-loss")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
 
     @model_validator(mode="after")
     def _check(self) -> Spec:
@@ -65,8 +63,7 @@ class FIRA2Spec(Spec):
     head_dim: int = Field(64, ge=2, multiple_of=2, description="width of one head")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     tied: bool = Field(True, description="head and token embedding are one matrix")
-    look_back: bool = Field(False, description="attention begins with heads that look at the "
-                            "tokens just before")
+    look_back: bool = Field(False, description="initial heads attend to the tokens just before")
 
     @model_validator(mode="after")
     def _check_heads(self) -> FIRA2Spec:
@@ -78,3 +75,10 @@ class FIRA2Spec(Spec):
 
 
 ModelSpec = Annotated[Union[FIRASpec, FIRA2Spec], Field(discriminator="architecture")]
+
+CONSTANTS = ("z_weight", "init_std")  # settings of older files, which concern training alone
+
+
+def drop_constants(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a spec in an older config.json, without settings that are constants now."""
+    return {name: value for name, value in fields.items() if name not in CONSTANTS}

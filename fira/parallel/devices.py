@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fira import runtime
 from fira.config import ConfigError
 from fira.loss.next_token import next_token_loss
-from fira.model.moe import end_step, fade, routers
+from fira.model.balance import begin_step, end_step
+from fira.model.router import routers
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import ParallelConfig, enter, resolve_sizes
 from fira.parallel.pipeline import SCHEDULES, Stage, blocks_of
@@ -115,7 +116,7 @@ class DevicePipeline(nn.Module):
         return float(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
 
     def end_step(self, fraction: float = 0.0) -> None:
-        fade(self.model, fraction)
+        begin_step(self.model, fraction)
         end_step(self.model)
 
     def named_parameters(self, *args: Any, **options: Any) -> Any:
@@ -188,7 +189,7 @@ class RankPipeline(nn.Module):
         return norm
 
     def end_step(self, fraction: float = 0.0) -> None:
-        fade(self.model, fraction)
+        begin_step(self.model, fraction)
         self.layout.end_step()
 
     named_parameters = DevicePipeline.named_parameters

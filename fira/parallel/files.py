@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from fira.model.initialize import Piece
+from fira.model.initialize import TensorSlice as Piece
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}

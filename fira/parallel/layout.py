@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fira.config import ConfigError
+from fira.model.balance import end_step, health
 from fira.model.files import build_meta
-from fira.model.initialize import Piece, initialize
-from fira.model.moe import end_step, health, routers
-from fira.model.router import Router
+from fira.model.initialize import TensorSlice as Piece
+from fira.model.initialize import initialize
+from fira.model.router import Router, routers
 from fira.parallel.expert import keep_experts
 from fira.parallel.mesh import AXES, Mesh
 from fira.parallel.pipeline import SCHEDULES, Pipeline, keep_stages, stages_of
@@ -45,8 +46,7 @@ class Layout:
         if mesh.sizes["shard"] > 1:
             shard(model, *self._device_meshes())
         self.model: Any = model.to_empty(device=mesh.device)
-        initialize(model, spec.num_layers, spec.init_std, seed,
-                   list(self.pieces(model.named_parameters())))
+        initialize(model, seed, list(self.pieces(model.named_parameters())))
         self.pipeline = (Pipeline(model, schedule, mesh.device, mesh.group("pipeline"))
                          if mesh.sizes["pipeline"] > 1 else None)
         self.gradients = self._gradient_sum() if mesh.batch_ranks > 1 else None
@@ -80,8 +80,8 @@ class Layout:
                 if (found := routers(block))}
         if not self.spec.num_experts > 1:
             return []
-        stand_in = [here.get(str(layer)) or Router(1, self.spec.num_experts, self.spec.top_k, False,
-                                                   0, 0) for layer in range(self.spec.num_layers)]
+        stand_in = [here.get(str(layer)) or Router(1, self.spec.num_experts, self.spec.top_k, False)
+                    for layer in range(self.spec.num_layers)]
         for layer, router in enumerate(stand_in):
             if str(layer) not in here:
                 router.reset_buffers()

@@ -12,7 +12,8 @@ from math import prod
 from typing import NamedTuple
 
 from fira.config import ConfigError
-from fira.model.count import count_parameters
+from fira.model.files import build_meta
+from fira.model.transformer import count_parameters
 from fira.parallel.footprint import Work, bytes_sent, memory, micro_batches
 from fira.parallel.layout import check_fit
 from fira.parallel.mesh import AXES
@@ -86,7 +87,7 @@ def estimate(work: Work, sizes: dict[str, int], schedule: str, device: Device) -
 
 @lru_cache(maxsize=8)
 def _flops_per_token(work: Work) -> int:
-    return count_parameters(work.spec, work.sequence_length).flops_per_token
+    return count_parameters(build_meta(work.spec), work.sequence_length).flops_per_token
 
 
 def _speed(device: Device, ranks: int) -> float:

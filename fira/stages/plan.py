@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fira.config import ConfigError, load_preset
-from fira.model.count import count_parameters
+from fira.model.files import build_meta
+from fira.model.transformer import count_parameters
 from fira.parallel import plan as planning
 from fira.parallel.footprint import Work
 from fira.stages.pretrain import configure
@@ -27,7 +28,7 @@ def plan(preset: str, settings: Iterable[str], gpus: int, device_name: str, toke
     work = Work(config.model, train.batch_size, train.micro_batch, train.sequence_length,
                 config.optim.rule, train.recompute)
     found = planning.plan(work, gpus, device)
-    count = count_parameters(config.model, train.sequence_length)
+    count = count_parameters(build_meta(config.model), train.sequence_length)
     if not found:
         raise ConfigError(f"no layout of {preset} fits {gpus} x {device_name}; use more --gpus, a "
                           "smaller train.micro_batch or train.sequence_length, or another "

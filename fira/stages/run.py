@@ -20,8 +20,6 @@ from fira.checkpoint import Checkpoints, read_weights, restore
 from fira.config import Config, ConfigError, flatten, load_preset, override, parse
 from fira.data.tokenizer import Tokenizer
 from fira.convert.files import find_whole
-from fira.model.count import count_parameters
-from fira.model.experts import grouping_obstacle
 from fira.model.files import (
     CONFIG,
     WEIGHTS,
@@ -30,7 +28,9 @@ from fira.model.files import (
     knows_chat,
     read_config,
 )
+from fira.model.moe import grouping_obstacle
 from fira.model.spec import ModelSpec
+from fira.model.transformer import count_parameters
 from fira.parallel.layout import Layout, check_fit
 from fira.parallel.mesh import Mesh, ParallelConfig, joined
 from fira.runlog import NoLog, RunLog, tracker
@@ -305,7 +305,7 @@ def _check_same_tokenizer(step: Path, tokenizer: Tokenizer, folder: Path) -> Non
 
 
 def _write_config(run: Path, stage: Stage, config: Any, preset: str, start: Start | None) -> None:
-    count = count_parameters(config.model)
+    count = count_parameters(build_meta(config.model))
     files.write_json(run / CONFIG, {
         "preset": preset, "stage": stage.name,
         **({"from": str(start.folder.resolve())} if start else {}),
@@ -318,7 +318,7 @@ def _write_config(run: Path, stage: Stage, config: Any, preset: str, start: Star
 def _introduce(config: Any, state: LoopState, start: Start | None, mesh: Mesh,
                screen: Console) -> None:
     """Say what is about to run, and where a resumed run continues."""
-    count = count_parameters(config.model)
+    count = count_parameters(build_meta(config.model))
     screen.print(f"{config.model.architecture}: {count.total / 1e6:.2f}M parameters, "
                  f"{count.active / 1e6:.2f}M active per token, on {mesh}", soft_wrap=True)
     if start and not state.step:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fira.config import load_preset
-from fira.model.count import count_parameters
-from fira.model.files import CONFIG, find_model, read_config
+from fira.model.files import CONFIG, build_meta, find_model, read_config
+from fira.model.transformer import count_parameters
 from fira.stages.pretrain import PRETRAIN
 from fira.stages.run import configure
 
@@ -18,7 +18,7 @@ from fira.stages.run import configure
 def show(what: str, settings: Iterable[str]) -> None:
     """Print the table of a preset (with settings), or of the model in a run or step folder."""
     spec, length = _spec(what, settings)
-    count = count_parameters(spec, length)
+    count = count_parameters(build_meta(spec), length)
     table = Table(title=f"{what} ({spec.architecture})", title_justify="left")
     for name in ("part", "parameters", "active"):
         table.add_column(name, justify="left" if name == "part" else "right")

@@ -6,8 +6,6 @@ not count it.
 """
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -27,10 +25,4 @@ def recompute_blocks(model: Any) -> None:
 def _contexts(block: nn.Module) -> tuple[Any, Any]:
     """The contexts of a block's first run and of its run in the backward pass."""
     watch = Watch(block)
-    return watch, _replayed(block, watch)
-
-
-@contextlib.contextmanager
-def _replayed(block: nn.Module, watch: Watch) -> Iterator[None]:
-    with replay(block, watch.experts):
-        yield
+    return watch, replay(block, watch.experts)

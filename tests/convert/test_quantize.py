@@ -18,7 +18,7 @@ from fira.convert.quantize import (
     stored,
 )
 from fira.infer.load import load
-from fira.model.experts import SwiGLUExperts
+from fira.model.moe import SwiGLUExperts
 
 
 def test_int8_is_within_half_a_step_of_a_row():

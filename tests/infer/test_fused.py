@@ -24,7 +24,7 @@ from fira.infer.request import SamplingParams
 from fira.infer.step import RouterProbe
 from fira.model.files import build
 from fira.model.generate import stream
-from fira.model.moe import routers
+from fira.model.router import routers
 from fira.model.spec import FIRA2Spec, FIRASpec
 
 pytest.importorskip("numba")

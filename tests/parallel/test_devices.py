@@ -4,8 +4,9 @@ import torch
 
 from fira.config import ConfigError
 from fira.loss.next_token import next_token_loss
+from fira.model.balance import end_step, health
 from fira.model.files import build
-from fira.model.moe import end_step, health, routers
+from fira.model.router import routers
 from fira.parallel.devices import Batch
 from fira.train.optim import OptimConfig, make_optimizer
 from tests.parallel.ranks import on_ranks
