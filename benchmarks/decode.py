@@ -28,8 +28,9 @@ from record import append, machine
 
 from fira.config import load_preset
 from fira.convert.quantize import quantize
+from fira.infer.decode import find_obstacle
+from fira.infer.decode.step import FusedStep
 from fira.infer.engine import Engine
-from fira.infer.fused import FusedStep, find_obstacle
 from fira.infer.request import Piece, SamplingParams
 from fira.model.count import count_parameters
 from fira.model.files import build

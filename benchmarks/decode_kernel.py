@@ -22,7 +22,7 @@ import torch
 from decode_peers import TOP_K, llamacpp_decoder, transformers_decoder
 from record import append
 
-from fira.infer.fused import FusedStep
+from fira.infer.decode.step import FusedStep
 from fira.model.files import build
 from fira.model.generate import stream
 from fira.model.spec import FIRA2Spec, FIRASpec

@@ -33,8 +33,8 @@ from fira.config import load_preset
 from fira.convert.target import write_run
 from fira.data.text import texts
 from fira.data.tokenizer import train_tokenizer
+from fira.infer.decode import find_obstacle, open_step
 from fira.infer.edge import Edge
-from fira.infer.fused import find_obstacle, open_step
 from fira.infer.load import load
 from fira.model.count import count_parameters
 from fira.model.files import build

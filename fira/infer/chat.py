@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fira.data.chat import render
 from fira.data.tokenizer import TURN_END
-from fira.infer.fused import open_step
+from fira.infer.decode import open_step
 from fira.infer.load import load
 from fira.infer.text import pieces
 from fira.model.generate import window_length

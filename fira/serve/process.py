@@ -11,7 +11,7 @@ import uvicorn
 from rich.text import Text
 
 from fira.infer.chat import BASE, knows_chat
-from fira.infer.fused import open_step
+from fira.infer.decode import open_step
 from fira.infer.load import load
 from fira.model.files import WEIGHTS, find_model
 from fira.model.generate import window_length
