@@ -32,8 +32,9 @@ from fira.convert.hf import write_model
 from fira.convert.quantize import quantize
 from fira.data.text import texts
 from fira.data.tokenizer import Tokenizer, train_tokenizer
+from fira.infer.decode import find_obstacle
+from fira.infer.decode.step import FusedStep
 from fira.infer.engine import Engine
-from fira.infer.fused import FusedStep, find_obstacle
 from fira.infer.request import SamplingParams, Token
 from fira.model.count import count_parameters
 from fira.model.files import build

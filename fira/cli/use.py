@@ -21,7 +21,7 @@ def generate(run: Path, prompt: str, device: str, precision: str, **sampling: An
     \b
     Example: fira generate out/quickstart/run "Fellow citizens," --temperature 0.7
     """
-    from fira.infer.fused import open_step
+    from fira.infer.decode import open_step
     from fira.infer.load import load
     from fira.infer.sample import SamplingParams
     from fira.infer.text import complete

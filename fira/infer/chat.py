@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from fira.infer.fused import open_step
+from fira.infer.decode import open_step
 from fira.infer.load import load
 from fira.infer.sample import SamplingParams
 from fira.infer.text import Conversation

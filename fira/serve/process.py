@@ -12,8 +12,8 @@ import uvicorn
 from rich.text import Text
 
 from fira.infer.chat import UNTUNED
+from fira.infer.decode import open_step
 from fira.infer.engine import Engine
-from fira.infer.fused import open_step
 from fira.infer.load import load
 from fira.model.files import WEIGHTS, find_model, knows_chat
 from fira.model.generate import window_length

@@ -1,0 +1,75 @@
+"""Decode on a CPU with one compiled function per token instead of torch's operators.
+
+Plain torch dispatches about thirty small operators per layer and token, which takes longer than
+reading the weights does. `kernel.py` is one function for the whole model and runs at the speed of
+memory. It supports FIRA and FIRA2 in float32, int8 and int4; `find_obstacle` tells why it cannot
+run a model. Nothing here imports numba, which is an optional dependency, until a step is opened.
+"""
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fira.convert.quantize import quantize
+from fira.model.files import build_meta
+
+if TYPE_CHECKING:
+    from fira.infer.decode.step import FusedStep
+
+PATIENCE = 1.0  # seconds before a message; loading from numba's cache takes 0.3 s, compiling 15 s
+
+
+def open_step(model: Any, precision: str, say: Callable[[str], object]) -> FusedStep | None:
+    """The compiled decode step of a model on a CPU, or None if plain torch must decode.
+
+    `say` receives one line that tells why there is none, or what takes longer than a second.
+    Raises ValueError if `precision` is not "float32" and cannot be had.
+    """
+    obstacle = find_obstacle(model, precision)
+    if obstacle and precision != "float32":
+        raise ValueError(f"precision={precision} cannot be had: {obstacle}; "
+                         "leave --precision out")
+    if obstacle:
+        if next(model.parameters()).device.type == "cpu":
+            say(f"Decoding with plain torch: {obstacle}.")
+        return None
+    from fira.infer.decode.step import FusedStep
+
+    start = time.perf_counter()
+    timer = threading.Timer(PATIENCE, say, ["Preparing the decoding step; the first use compiles."])
+    timer.start()
+    try:
+        step = FusedStep(model, precision)
+        step(torch.zeros(1, dtype=torch.int64), model.new_cache(1, 1))
+    finally:
+        timer.cancel()
+    seconds = time.perf_counter() - start
+    if seconds > PATIENCE:
+        say(f"The decoding step is ready after {seconds:.0f} s.")
+    return step
+
+
+def find_obstacle(model: Any, precision: str = "float32") -> str | None:
+    """Why the compiled step cannot run this model here, in one line; None if it can."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed; pip install 'fira-moe[fast]'"
+    if sys.platform == "win32":
+        return "the compiled step needs Linux or macOS"
+    kind = getattr(model, "quantization", None)
+    if kind and precision != "float32":
+        return f"the weights are {kind} already"
+    plain, weights = build_meta(model.spec), model.state_dict()
+    expected = (quantize(plain, kind) if kind else plain).state_dict()
+    if {name: w.shape for name, w in weights.items()} != {n: w.shape for n, w in expected.items()}:
+        return "the model has other weights than its architecture (an adapter perhaps)"
+    odd = {f"{w.dtype} on {w.device}".removeprefix("torch.") for w in weights.values()
+           if w.device.type != "cpu" or w.is_floating_point() and w.dtype != torch.float32}
+    if odd:
+        return f"it runs float32 on cpu, and the model is {', '.join(sorted(odd))}"
+    return None

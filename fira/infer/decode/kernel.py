@@ -1,0 +1,344 @@
+"""One decode step of a whole model as a single compiled function, `decode_step`.
+
+Several threads (ranks) run it together. Each computes its share of the rows of every matrix and
+waits for the others at a barrier between the phases; norms and routing are computed by each for
+itself, which takes less time than a barrier. A weight row is read from memory once and used for
+all S tokens while it is in the processor's cache. Blocks of four or eight rows were slower.
+
+Weights are found by address in the records of `pack.py`. All compiled code is in this file, since
+numba's cache on disk notices changes in no other.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+FLOAT32, INT8, INT4 = 0, 1, 2  # a matrix's precision
+HALF = 16  # an int4 group is 32 weights in 16 bytes, with one scale (fira.convert.quantize)
+YIELD_AFTER = 2000  # reads of a barrier, about 1 us, before the processor is offered to others
+YIELD = types.ExternalFunction("sched_yield", types.int32())
+# Sums may be reordered and fused; infinities and NaN keep their meaning.
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy",
+                           "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
+compiled = njit(**OPTIONS)
+
+
+def compile_and_store(function: Any) -> Any:
+    """Compile on first use and keep the result on disk if numba finds a folder to write to."""
+    try:
+        return njit(cache=True, **OPTIONS)(function)
+    except RuntimeError:  # there is no such folder: it compiles in every process
+        return compiled(function)
+
+
+@intrinsic
+def pointer(context: Any, address: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+    return types.voidptr(types.int64), build
+
+
+@intrinsic
+def stack_memory(context: Any) -> Any:
+    """Memory of HALF floats, which the compiler can keep in a register."""
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.FloatType(), HALF))
+        return builder.bitcast(memory, ir.IntType(8).as_pointer())
+    return types.voidptr(), build
+
+
+@intrinsic
+def count_arrival(context: Any, counter: Any) -> Any:
+    """Add one and return the value before; what this thread wrote becomes visible."""
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "acq_rel")
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def read_arrivals(context: Any, counter: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(place, "acquire", 8)
+    return types.int64(types.int64), build
+
+
+@compiled
+def barrier(counter, ranks):
+    """Wait until all ranks have arrived. The counter goes on from one barrier to the next."""
+    address = counter.ctypes.data
+    target = (count_arrival(address) // ranks + 1) * ranks
+    looks = 0
+    while read_arrivals(address) < target:
+        looks += 1
+        if looks > YIELD_AFTER:
+            YIELD()
+
+
+@compiled
+def share(count, rank, ranks):
+    """The range of `count` rows that this rank computes."""
+    return range(count * rank // ranks, count * (rank + 1) // ranks)
+
+
+@compiled
+def floats(address, size):
+    return carray(pointer(address), size, np.float32)
+
+
+@compiled
+def view(array):
+    """The same memory without a reference count: counting at every x[s] doubled a step's time."""
+    return carray(pointer(array.ctypes.data), array.shape, array.dtype)
+
+
+@compiled
+def inner(w, x):
+    """The sum of w[i] x[i]; w is float32 or int8."""
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += np.float32(w[i]) * x[i]
+    return total
+
+
+@compiled
+def inner_int4(weight, scale, row, x):
+    """`inner` of an int4 row: byte i of a group holds weights i and i + 16, each plus 8.
+
+    The 16 sums fill one vector register. Summing group by group was 7 times as slow.
+    """
+    groups = len(x) // (2 * HALF)
+    w = carray(pointer(weight + row * groups * HALF), (groups, HALF), np.uint8)
+    halves = carray(pointer(x.ctypes.data), (groups, 2, HALF), np.float32)
+    scales = floats(scale + 4 * row * groups, groups)
+    sums = carray(stack_memory(), HALF, np.float32)
+    sums[:] = np.float32(0)
+    for g in range(groups):
+        for i in range(HALF):
+            low = np.float32(np.uint8(w[g, i] & 15)) - np.float32(8)
+            high = np.float32(np.uint8(w[g, i] >> 4)) - np.float32(8)
+            sums[i] += scales[g] * (low * halves[g, 0, i] + high * halves[g, 1, i])
+    return sums.sum()
+
+
+@compiled
+def dot(matrix, row, x):
+    """One row of a matrix times x, plus the row's bias."""
+    width, start = len(x), row * len(x)
+    if matrix.precision == FLOAT32:
+        total = inner(floats(matrix.weight + 4 * start, width), x)
+    elif matrix.precision == INT8:
+        numbers = carray(pointer(matrix.weight + start), width, np.int8)
+        total = inner(numbers, x) * floats(matrix.scale, row + 1)[row]
+    else:
+        total = inner_int4(matrix.weight, matrix.scale, row, x)
+    if matrix.bias:
+        total += floats(matrix.bias, row + 1)[row]
+    return total
+
+
+@compiled
+def multiply(rank, ranks, matrix, x, out, add):
+    """This rank's rows of out = matrix x, or of out += matrix x, for every token."""
+    for row in share(out.shape[1], rank, ranks):
+        for s in range(len(x)):
+            before = out[s, row] if add else np.float32(0)
+            out[s, row] = before + dot(matrix, row, x[s])
+
+
+@compiled
+def normalize(x, norm, epsilon, out):
+    """RMSNorm of every row, or LayerNorm if the norm has a bias; `out` may be x."""
+    width = x.shape[1]
+    weight, bias = floats(norm.weight, width), floats(norm.bias, width)
+    for s in range(len(x)):
+        mean, square = np.float32(0), np.float32(0)
+        if norm.bias:
+            for i in range(width):
+                mean += x[s, i]
+            mean /= np.float32(width)
+        for i in range(width):
+            square += (x[s, i] - mean) * (x[s, i] - mean)
+        scale = np.float32(1 / math.sqrt(square / width + epsilon))
+        for i in range(width):
+            out[s, i] = (x[s, i] - mean) * scale * weight[i]
+            if norm.bias:
+                out[s, i] += bias[i]
+
+
+@compiled
+def rotate(head, model, position):
+    """Rotate one head of queries or keys to its position, in place (RoPE)."""
+    half = len(head) // 2
+    cosines = floats(model.cosines + 4 * position * half, half)
+    sines = floats(model.sines + 4 * position * half, half)
+    for i in range(half):
+        a, b = head[i], head[half + i]
+        head[i] = a * cosines[i] - b * sines[i]
+        head[half + i] = b * cosines[i] + a * sines[i]
+
+
+@compiled
+def write_cache(rank, ranks, model, layer, positions, slots, qkv):
+    """Normalize and rotate queries and keys (FIRA2), and write keys and values to the cache."""
+    C, H, G = model.head_width, model.heads, model.kv_heads
+    heads = H + 2 * G  # queries, keys, values
+    for index in share(len(qkv) * heads, rank, ranks):
+        s, h = index // heads, index % heads
+        head = qkv[s, h * C:(h + 1) * C]
+        if model.cosines and h < H + G:
+            row = head.reshape(1, C)
+            normalize(row, layer.query_norm if h < H else layer.key_norm, model.epsilon, row)
+            rotate(head, model, positions[s])
+        if h >= H:
+            cache = layer.keys if h < H + G else layer.values
+            place = slots[s] * model.slot_stride + (h - H) % G * model.group_stride
+            floats(cache + 4 * (place + positions[s] * C), C)[:] = head
+
+
+@compiled
+def attend(rank, ranks, model, layer, positions, slots, qkv, scores, out):
+    """Attention of this rank's heads, of every token to the positions so far of its slot."""
+    C, H = model.head_width, model.heads
+    for index in share(len(qkv) * H, rank, ranks):
+        s, h = index // H, index % H
+        T = positions[s] + 1
+        group = h // (H // model.kv_heads)
+        place = 4 * (slots[s] * model.slot_stride + group * model.group_stride)
+        query, y = qkv[s, h * C:(h + 1) * C], out[s, h * C:(h + 1) * C]
+        largest = np.float32(-np.inf)
+        for t in range(T):
+            key = floats(layer.keys + place + 4 * t * C, C)
+            scores[t] = inner(key, query) / np.sqrt(np.float32(C))
+            largest = max(largest, scores[t])
+        total = np.float32(0)
+        y[:] = np.float32(0)
+        for t in range(T):
+            p = np.float32(math.exp(scores[t] - largest))
+            total += p
+            value = floats(layer.values + place + 4 * t * C, C)
+            for i in range(C):
+                y[i] += p * value[i]
+        for i in range(C):
+            y[i] /= total
+
+
+@compiled
+def router_probabilities(layer, x, probs):
+    """The softmax over the experts for one token; 1 for the only expert of a dense model."""
+    largest, total = np.float32(-np.inf), np.float32(0)
+    for e in range(len(probs)):
+        probs[e] = dot(layer.router, e, x) if layer.router.weight else np.float32(0)
+        largest = max(largest, probs[e])
+    for e in range(len(probs)):
+        probs[e] = math.exp(probs[e] - largest)
+        total += probs[e]
+    for e in range(len(probs)):
+        probs[e] /= total
+
+
+@compiled
+def choose_experts(layer, x, probs, weights, chosen):
+    """The K experts of every token, best first, and their weights, which sum to 1 if K > 1."""
+    K = len(chosen) // len(x)
+    bias = floats(layer.selection_bias, len(probs))
+    for s in range(len(x)):
+        router_probabilities(layer, x[s], probs)
+        total = np.float32(0)
+        for pair in range(s * K, (s + 1) * K):
+            best, highest = 0, np.float32(-np.inf)
+            for e in range(len(probs)):
+                score = probs[e] + bias[e] if layer.selection_bias else probs[e]
+                if probs[e] >= 0 and score > highest:  # -1 marks a chosen expert
+                    best, highest = e, score
+            chosen[pair], weights[pair] = best, probs[best]
+            total += probs[best]
+            probs[best] = np.float32(-1)
+        for pair in range(s * K, (s + 1) * K):
+            weights[pair] /= total if K > 1 else np.float32(1)
+
+
+@compiled
+def sort_pairs(chosen, order, starts):
+    """order[starts[e]:starts[e + 1]] = the pairs of expert e."""
+    n = 0
+    for e in range(len(starts) - 1):
+        starts[e] = n
+        for pair in range(len(chosen)):
+            if chosen[pair] == e:
+                order[n] = pair
+                n += 1
+    starts[-1] = n
+
+
+@compiled
+def up_projection(rank, ranks, layer, x, order, starts, hidden):
+    """This rank's rows of hidden = silu(gate x) * up x, or gelu(up x), for every pair."""
+    F, K = hidden.shape[1], len(hidden) // len(x)
+    for e in range(len(starts) - 1):
+        pairs = order[starts[e]:starts[e + 1]]
+        for f in share(F if len(pairs) else 0, rank, ranks):
+            for pair in pairs:
+                up = dot(layer.up, e * F + f, x[pair // K])
+                if layer.gate.weight:  # silu(z) = z * sigmoid(z)
+                    gate = dot(layer.gate, e * F + f, x[pair // K])
+                    hidden[pair, f] = up * gate / (np.float32(1) + np.float32(math.exp(-gate)))
+                else:  # gelu(x) = x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), GPT-2's tanh form
+                    z = np.float32(0.7978845608) * (up + np.float32(0.044715) * up * up * up)
+                    hidden[pair, f] = up / (np.float32(1) + np.float32(math.exp(-2 * z)))
+
+
+@compiled
+def down_projection(rank, ranks, layer, weights, order, starts, hidden, x):
+    """This rank's rows of x += weight * (down hidden), summed over a token's pairs."""
+    D, K = x.shape[1], len(hidden) // len(x)
+    for e in range(len(starts) - 1):
+        pairs = order[starts[e]:starts[e + 1]]
+        for d in share(D if len(pairs) else 0, rank, ranks):
+            for pair in pairs:
+                x[pair // K, d] += weights[pair] * dot(layer.down, e * D + d, hidden[pair])
+
+
+@compile_and_store
+def decode_step(rank, ranks, models, layers, scratch, counter, positions, slots, logits, experts):
+    """Logits [S, V] of the tokens whose embeddings are in scratch.x.
+
+    Their keys and values enter the cache at their positions; `experts` [L, S, K] receives what the
+    routers choose. Every rank calls this with the same arguments.
+    """
+    model = models[0]
+    x, qkv, mixed = view(scratch.x), view(scratch.qkv), view(scratch.mixed)
+    hidden, normed = view(scratch.hidden), view(scratch.normed[rank])
+    scores, probs = view(scratch.scores[rank]), view(scratch.probs[rank])
+    weights, chosen = view(scratch.weights[rank]), view(scratch.chosen[rank])
+    order, starts = view(scratch.order[rank]), view(scratch.starts[rank])
+    for index in range(len(layers)):
+        layer = layers[index]
+        normalize(x, layer.attention_norm, model.epsilon, normed)
+        multiply(rank, ranks, layer.qkv, normed, qkv, False)
+        barrier(counter, ranks)
+        write_cache(rank, ranks, model, layer, positions, slots, qkv)
+        barrier(counter, ranks)
+        attend(rank, ranks, model, layer, positions, slots, qkv, scores, mixed)
+        barrier(counter, ranks)
+        multiply(rank, ranks, layer.output, mixed, x, True)
+        barrier(counter, ranks)
+        normalize(x, layer.moe_norm, model.epsilon, normed)
+        choose_experts(layer, normed, probs, weights, chosen)
+        sort_pairs(chosen, order, starts)
+        if rank == 0:
+            experts[index] = chosen.reshape(experts.shape[1:])
+        up_projection(rank, ranks, layer, normed, order, starts, hidden)
+        barrier(counter, ranks)
+        down_projection(rank, ranks, layer, weights, order, starts, hidden, x)
+        barrier(counter, ranks)
+    normalize(x, model.norm, model.epsilon, normed)
+    multiply(rank, ranks, model.head, normed, logits, False)
+    barrier(counter, ranks)

@@ -1,0 +1,256 @@
+"""The compiled step equals the model it replaces, for every architecture, slot and precision."""
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import re
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fira.convert.quantize import Quantized, load_model, quantize
+from fira.infer import decode
+from fira.infer.decode import find_obstacle, open_step
+from fira.infer.engine import Engine
+from fira.infer.request import SamplingParams
+from fira.model.files import build
+from fira.model.generate import stream
+from fira.model.spec import FIRA2Spec, FIRASpec
+
+pytest.importorskip("numba")
+
+from fira.infer.decode import kernel  # noqa: E402
+from fira.infer.decode.step import FusedStep  # noqa: E402
+
+SMALL = dict(vocab_size=96, d_model=32, n_head=4, num_layers=2, d_ff=64, context=24, init_std=0.3)
+GROUPED = dict(n_kv_head=2, head_dim=16)
+SPECS = {
+    "fira2": FIRA2Spec(**SMALL, **GROUPED, num_experts=8, top_k=3),
+    "fira2, biased choice": FIRA2Spec(**SMALL, **GROUPED, num_experts=8, top_k=3, balance="bias"),
+    "fira2, top-1, every head its own keys": FIRA2Spec(**SMALL, n_kv_head=4, head_dim=8, top_k=1),
+    "fira2, dense": FIRA2Spec(**SMALL, **GROUPED, num_experts=1),
+    "fira2, untied": FIRA2Spec(**SMALL, **GROUPED, num_experts=4, top_k=2, tied=False),
+    "fira": FIRASpec(**SMALL, num_experts=4, top_k=1),
+    "fira, top-2": FIRASpec(**SMALL, num_experts=4, top_k=2),
+    "fira, dense": FIRASpec(**SMALL, num_experts=1),
+}
+
+
+def make(name):
+    """A model whose norms and biases are not the neutral ones that training starts from."""
+    model = build(SPECS[name], seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for path, tensor in model.state_dict().items():
+            if tensor.dim() == 1 or tensor.shape[0] == 1 or path.endswith("bias"):
+                tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+    return model
+
+
+def last_logits(model):
+    return lambda tokens_BT, cache: model(tokens_BT, cache)[:, -1]
+
+
+def compare(model, step, reference, rows=2, length=20):
+    """Both read the same tokens one by one; `reference` is (tokens_B1, cache) -> logits_BV."""
+    tokens_BT = torch.randint(96, (rows, length), generator=torch.Generator().manual_seed(0))
+    cache, reference_cache = model.new_cache(rows), model.new_cache(rows)
+    with torch.inference_mode():
+        for token_B in tokens_BT.T:
+            expected_BV = reference(token_B[:, None], reference_cache)
+            logits_BV = step(token_B, cache)
+            torch.testing.assert_close(logits_BV, expected_BV, rtol=0, atol=1e-4)
+            assert torch.equal(logits_BV.argmax(-1), expected_BV.argmax(-1))
+    assert cache.length == length
+
+
+def caches(cache):
+    return ([layer.keys_BGSC for layer in cache.layers],
+            [layer.values_BGSC for layer in cache.layers])
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_step_equals_the_model_over_a_whole_sequence(name, rows):
+    model = make(name)
+    compare(model, FusedStep(model), last_logits(model), rows, length=24)
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("name", ["fira2", "fira"])
+def test_generation_with_the_step_equals_generation_without(name, kind):
+    model = make(name)
+    if kind:
+        quantize(model, kind)
+    expected, found = (torch.stack(list(stream(model, [[5, 6, 7]], 60, temperature=0, step=step)))
+                       for step in (None, FusedStep(model)))
+    assert torch.equal(found, expected)  # 60 tokens: the window is shortened more than once
+    assert len(expected.unique()) > 2
+
+
+def test_rows_stand_in_any_slot_at_any_position():
+    model = make("fira2")
+    step, arrays = FusedStep(model), caches(model.new_cache(5))
+    texts = {4: [1, 2, 3], 0: [9, 8, 7, 6, 5, 4], 2: [30]}
+    for slot, text in texts.items():
+        for position, token in enumerate(text[:-1]):
+            step.step([token], [position], [slot], *arrays)
+    logits_SV, _ = step.step([text[-1] for text in texts.values()],
+                             [len(text) - 1 for text in texts.values()], list(texts), *arrays)
+    with torch.inference_mode():
+        expected = torch.stack([model(torch.tensor([text]))[0, -1] for text in texts.values()])
+    torch.testing.assert_close(logits_SV, expected, rtol=0, atol=1e-4)
+
+
+def test_the_engine_gives_the_same_tokens_and_experts_with_it(tokenizer):
+    model = make("fira2")
+    params = SamplingParams(max_new_tokens=12, temperature=0, experts=True, ignore_end=True)
+    found = []
+    for fused in (None, FusedStep(model)):
+        engine = Engine(model, tokenizer, slots=3)
+        if fused:
+            engine.decode_step = fused.decode
+        events = [list(engine.stream(prompt, params)) for prompt in ([1, 2, 3], [4, 5])]
+        found.append([[(e.id, e.experts) for e in stream[:-1]] for stream in events])
+        engine.close()
+    assert found[0] == found[1]
+
+
+def test_every_number_of_threads_gives_the_same_bits():
+    model, tokens_B = make("fira2"), torch.tensor([3, 4])
+    alone, together = (FusedStep(model, threads=threads)(tokens_B, model.new_cache(2))
+                       for threads in (1, 3))
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
+def test_changed_weights_are_read_at_once_in_float32_and_else_after_refresh(precision):
+    model, tokens_B = make("fira"), torch.tensor([3])
+    step = FusedStep(model, precision)
+    before = step(tokens_B, model.new_cache(1))
+    with torch.inference_mode():
+        model.blocks[0].moe.experts.up.weight.mul_(0.5)
+    unrefreshed = step(tokens_B, model.new_cache(1))
+    assert torch.equal(unrefreshed, before) == (precision != "float32")
+    step.decode.refresh()
+    after = step(tokens_B, model.new_cache(1))
+    assert torch.equal(after, FusedStep(model, precision)(tokens_B, model.new_cache(1)))
+    assert (after - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["fira2", "fira2, untied", "fira, top-2"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_precision_is_what_export_writes_but_for_the_rows_of_the_embedding(name, kind):
+    model = make(name)
+    step = FusedStep(model, kind)
+    exported = quantize(copy.deepcopy(model), kind)
+    head = getattr(exported, "head", exported.token_embedding)
+    exported.token_embedding = model.token_embedding
+
+    def reference(tokens_B1, cache):
+        return F.linear(exported.features(tokens_B1, cache)[:, -1], head.weight, head.bias)
+
+    compare(model, step, reference)
+    assert not any(isinstance(module, Quantized) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_stored_integers_are_decoded_without_a_copy(name, kind):
+    model = quantize(make(name), kind)
+    step = FusedStep(model)
+    addresses = {tensor.data_ptr() for tensor in step.table.tensors}
+    stored = [module for path, module in model.named_modules() if isinstance(module, Quantized)
+              and not (path == "token_embedding" and hasattr(model, "head"))]
+    assert stored and all(module.numbers.data_ptr() in addresses for module in stored)
+    compare(model, step, last_logits(model))
+
+
+def test_rows_that_int4_cannot_group_stay_float32_in_the_step():
+    spec = FIRA2Spec(**SMALL | {"d_ff": 48}, **GROUPED, num_experts=4, top_k=2)
+    model = quantize(build(spec, seed=1).eval(), "int4")
+    assert not isinstance(model.blocks[0].moe.experts.down, Quantized)
+    assert isinstance(model.blocks[0].moe.experts.up, Quantized)
+    compare(model, FusedStep(model), last_logits(model))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_run_decodes_by_the_compiled_step_or_says_why_not(kind, step_folder, fira,
+                                                                      monkeypatch, tmp_path):
+    assert fira("export", kind, step_folder.parent, tmp_path / kind).code == 0
+    said: list[str] = []
+    model = load_model(tmp_path / kind / step_folder.name)
+    assert isinstance(open_step(model, "float32", said.append), FusedStep)
+    assert not any("plain torch" in line for line in said)
+    words = ("generate", tmp_path / kind, "the state", "--max-new-tokens", 20, "--temperature", 0,
+             "--device", "cpu")
+    fast = fira(*words)
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
+    plain = fira(*words)
+    assert fast.code == 0 and fast.out == plain.out and "plain torch" not in fast.err
+    reason = "Decoding with plain torch: numba is not installed; pip install 'fira-moe[fast]'"
+    assert plain.err.count(reason) == 1
+
+
+def test_a_precision_on_top_of_another_is_refused(step_folder, fira, refused, tmp_path):
+    assert fira("export", "int8", step_folder.parent, tmp_path / "small").code == 0
+    line = refused("generate", tmp_path / "small", "the", "--precision", "int4", "--device", "cpu")
+    assert "precision=int4 cannot be had: the weights are int8 already" in line
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"tokens": [96]}, r"tokens \[96\] must be 1 numbers from 0 to 95"),
+    ({"positions": [24]}, r"positions \[24\] must be 1 numbers from 0 to 23"),
+    ({"slots": [-1]}, r"slots \[-1\] must"), ({"slots": [0, 1]}, "slots .* must be 1 numbers"),
+    ({"tokens": [1, 1], "positions": [0, 0], "slots": [1, 1]}, "repeat; give each")])
+def test_what_would_leave_memory_is_refused(change, words):
+    model = make("fira")
+    asked = {"tokens": [0], "positions": [0], "slots": [0]} | change
+    with pytest.raises(ValueError, match=words):
+        FusedStep(model).step(*asked.values(), *caches(model.new_cache(2)))
+
+
+def test_a_model_that_it_cannot_run_is_decoded_by_plain_torch_and_the_reason_is_said():
+    said, half = [], make("fira").bfloat16()
+    assert open_step(half, "float32", said.append) is None
+    reason = "it runs float32 on cpu, and the model is bfloat16 on cpu"
+    assert said == [f"Decoding with plain torch: {reason}."]
+    with pytest.raises(ValueError, match="precision=int8 cannot be had: .*; leave --precision"):
+        open_step(half, "int8", said.append)
+    adapted = make("fira2")
+    adapted.blocks[0].attention.adapter = torch.nn.Linear(2, 2)
+    assert "other weights than its architecture" in find_obstacle(adapted)
+    assert find_obstacle(make("fira"), "int4") is None
+
+
+def test_it_compiles_where_nothing_can_be_written(monkeypatch):
+    njit = kernel.njit
+
+    def without_a_folder(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(kernel, "njit", without_a_folder)
+    assert kernel.compile_and_store(lambda x: x + 1)(np.int64(1)) == 2
+
+
+def test_all_compiled_code_is_in_the_file_whose_changes_numba_notices():
+    imports = re.findall(r"^(?:from|import) .*", inspect.getsource(kernel), re.MULTILINE)
+    assert imports and not any("fira" in line for line in imports)
+
+
+def test_threads_end_with_the_step():
+    before = set(threading.enumerate())
+    step = FusedStep(make("fira2"), threads=3)
+    started = set(threading.enumerate()) - before
+    assert len(started) == 2
+    del step
+    gc.collect()
+    for thread in started:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
