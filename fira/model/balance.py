@@ -13,10 +13,10 @@ none      nothing
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fira.model.choose import rank_smallest
 
@@ -80,3 +80,16 @@ METHODS = {
                        update=lambda bias_LE, share_LE, vote_LE: vote_LE, fades=True),
     "none": Method(),
 }
+
+
+def set_loss_share(model: nn.Module, share: float) -> None:
+    """The share of the global batch's tokens that the next micro-batch holds."""
+    for module in model.modules():
+        if hasattr(module, "loss_share"):
+            module.loss_share = share
+
+
+def __getattr__(name: str) -> Any:
+    from fira.model import moe
+
+    return getattr(moe, {"begin_step": "fade"}.get(name, name))

@@ -24,13 +24,13 @@ WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
 INDEX = WEIGHTS + ".index.json"  # of models in several files, made elsewhere
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # what a model learned with, besides its spec, and how its weights are stored if not as numbers
-NOTES = ("end_of_text", "trained_length", "quantization")
+NOTES = ("end_of_text", "trained_length", "quantization", "base")
 
 
 def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:
     """A new model of `spec`; equal seeds give equal weights. Without one, torch's global state."""
     model = build_meta(spec).to_empty(device=device)
-    initialize(model, spec.num_layers, spec.init_std, seed)
+    initialize(model, seed)
     return model
 
 

@@ -40,7 +40,7 @@ class FIRA(nn.Module):
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
         self.norm = nn.LayerNorm(spec.d_model)
         self.head = nn.Linear(spec.d_model, spec.vocab_size)
-        initialize(self, spec.num_layers, spec.init_std)
+        initialize(self)
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None,
                 targets_BT: Tensor | None = None,
@@ -74,6 +74,10 @@ class FIRA(nn.Module):
         if loss is None:
             return self.logits(x_BTD)
         return loss(x_BTD, self.head.weight, self.head.bias, targets_BT)
+
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """What the head multiplies features with, [V, D], and adds, [V]."""
+        return self.head.weight, self.head.bias
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The head, for callers that need only some positions of `features`."""

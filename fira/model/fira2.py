@@ -49,7 +49,7 @@ class FIRA2(nn.Module):
         self.norm = RMSNorm(spec.d_model)
         if not spec.tied:
             self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
-        initialize(self, spec.num_layers, spec.init_std)
+        initialize(self)
 
     @property
     def prior(self) -> dict[str, Tensor]:
@@ -92,6 +92,10 @@ class FIRA2(nn.Module):
         if loss is None:
             return self.logits(x_BTD)
         return loss(x_BTD, self._head(), None, targets_BT)
+
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """What the head multiplies features with, [V, D], and adds, [V]."""
+        return self._head(), None
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """What the head says of every position."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-class Piece(NamedTuple):
+class TensorSlice(NamedTuple):
     """Rows start .. start + len(rows) of a tensor of `shape`, along its first axis."""
 
     name: str
@@ -23,16 +23,16 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
 
 
-def whole(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Piece]:
-    """Pieces that are all of their tensors: a model on one device."""
+def whole(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[TensorSlice]:
+    """Slices that are all of their tensors: a model on one device."""
     for name, tensor in tensors:
-        yield Piece(name, tensor, 0, tuple(tensor.shape))
+        yield TensorSlice(name, tensor, 0, tuple(tensor.shape))
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, num_layers: int, std: float, seed: int | None = None,
-               pieces: Iterable[Piece] | None = None) -> None:
-    """Fill every parameter and buffer of `model` in place; `pieces` are its parameters, if cut.
+def initialize(model: nn.Module, seed: int | None = None,
+               slices: Iterable[TensorSlice] | None = None) -> None:
+    """Fill every parameter and buffer of `model` in place; `slices` are its parameters, if cut.
 
     Normal with `std`; matrices that write into the residual stream (`output`, `down`) get
     std / sqrt(2L), so that its variance does not grow with depth (GPT-2); biases 0, norms 1.
@@ -44,7 +44,9 @@ def initialize(model: nn.Module, num_layers: int, std: float, seed: int | None =
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     prior = getattr(model, "prior", {})
-    for piece in whole(model.named_parameters()) if pieces is None else pieces:
+    spec: Any = getattr(model, "spec", None)
+    std, num_layers = getattr(spec, "init_std", 0.5), getattr(spec, "num_layers", 1)
+    for piece in whole(model.named_parameters()) if slices is None else slices:
         module = piece.name.split(".")[-2]
         if piece.name.endswith("bias"):
             piece.rows.zero_()
@@ -59,7 +61,7 @@ def initialize(model: nn.Module, num_layers: int, std: float, seed: int | None =
     reset_buffers(model)
 
 
-def _draw(piece: Piece, std: float, seed: int) -> None:
+def _draw(piece: TensorSlice, std: float, seed: int) -> None:
     """Normal numbers: drawn on the CPU, so that every device gets the same."""
     if ".experts." in piece.name:
         for row, tensor in enumerate(piece.rows, start=piece.start):

@@ -87,6 +87,7 @@ class Router(nn.Module):
         self.method = METHODS[balance]
         self.record: Callable[[Tensor], None] | None = None
         self.replay_NK: Tensor | None = None
+        self.loss_share = 1.0
         self.top_k = top_k
         self.balance_weight = balance_weight
         self.z_weight = z_weight
@@ -125,7 +126,7 @@ class Router(nn.Module):
                 logsumexp_N = logits_NE.amax(dim=1) - probs_NE.amax(dim=1).log()
                 experts_NK, threshold_N = self._choose(probs_NE)
             weights_NK = Weigh.apply(logits_NE, probs_NE, experts_NK, self._price(), logsumexp_N,
-                                     self.z_weight if self.training else 0.0)
+                                     self.loss_share * self.z_weight if self.training else 0.0)
             if self.training and self.replay_NK is None:
                 self._count(logits_NE, probs_NE, logsumexp_N, experts_NK)
                 self._vote(probs_NE, threshold_N)
@@ -145,7 +146,7 @@ class Router(nn.Module):
     def _price(self) -> Tensor | None:
         if not self.training or self.method.price is None:
             return None
-        weight = self.balance_weight * (1 - self.strength if self.method.fades else 1)
+        weight = self.loss_share * self.balance_weight * (1 - self.strength if self.method.fades else 1)
         return weight * self.method.price(self.load_share_E)
 
     @torch.no_grad()
