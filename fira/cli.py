@@ -160,7 +160,7 @@ def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool
               help="h100-80g, a100-80g, a100-40g, l40s-48g or rtx4090-24g.")
 @click.option("--tokens", type=click.FloatRange(0, min_open=True), metavar="T",
               help="Time and cost of so many tokens.  [default: the preset's steps]")
-@click.option("--price", type=click.FloatRange(0), help="Of a device and hour, in dollars.")
+@click.option("--price", type=click.FloatRange(0), help="Dollars per device and hour.")
 def plan(preset: str, settings: tuple[str, ...], **options: Any) -> None:
     """What training a preset on many GPUs would take.
 

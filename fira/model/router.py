@@ -146,8 +146,8 @@ class Router(nn.Module):
     def _price(self) -> Tensor | None:
         if not self.training or self.method.price is None:
             return None
-        weight = self.loss_share * self.balance_weight * (1 - self.strength if self.method.fades else 1)
-        return weight * self.method.price(self.load_share_E)
+        weight = self.balance_weight * (1 - self.strength if self.method.fades else 1)
+        return self.loss_share * weight * self.method.price(self.load_share_E)
 
     @torch.no_grad()
     def _count(self, logits_NE: Tensor, probs_NE: Tensor, logsumexp_N: Tensor,

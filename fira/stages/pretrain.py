@@ -17,12 +17,13 @@ from rich.console import Console
 from fira import runtime
 from fira.checkpoint import Checkpoints, read_weights, restore
 from fira.config import Config, ConfigError, flatten, load_preset, override, parse
-from fira.data.batches import Batch, Batches, sequential
+from fira.data.batches import Batches, sequential
 from fira.data.shards import Shards
 from fira.data.tokenizer import Tokenizer
-from fira.loss.next_token import next_token_loss
+from fira.loss.next_token import Batch, next_token_loss
 from fira.model.count import count_parameters
 from fira.model.experts import grouping_obstacle
+from fira.model.files import build_meta
 from fira.model.spec import ModelSpec
 from fira.parallel.layout import Layout, check_fit
 from fira.parallel.mesh import Mesh, ParallelConfig, joined
@@ -120,24 +121,24 @@ def pretrain(preset: str, settings: Iterable[str], run: Path, device_name: str, 
 
 def _train(preset: str, config: PretrainConfig, start: Start | None, run: Path, mesh: Mesh,
            screen: Console, held: contextlib.ExitStack) -> LoopState:
-    check_fit(mesh.sizes, config.parallel.schedule, config.model, config.train.batch_size,
+    check_fit(mesh.sizes, config.model, config.train.batch_size,
               config.train.micro_batch, config.train.sequence_length)
     data = _data_folder(config)
     train_tokens, validation_tokens = _open_data(data, config.train.validation_tokens)
     tokenizer = Tokenizer.load(data)
-    checkpoints = Checkpoints(run, data, config.train.keep, mesh)
+    checkpoints = Checkpoints(run, data, mesh)
     newest = checkpoints.newest_whole(lambda text: screen.print(text, soft_wrap=True))
     origin = newest or (start.folder if start else None)
     if origin is not None:
         _check_same_tokenizer(origin, tokenizer, config)
     check_vocabulary(tokenizer, config)
 
-    layout = Layout(mesh, config.model, config.train.seed, config.parallel.schedule)
+    layout = Layout(mesh, build_meta(config.model), config.train.seed)
     model = layout.model
     model.end_of_text = tokenizer.end_of_text
     first_length = config.train.lengths[0]
     model.trained_length = longest_read(origin, first_length) if origin else first_length
-    optimizer = make_optimizer(model, config.optim, layout.each)
+    optimizer = make_optimizer(model, config.optim)
     state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
     if start and not newest:
         read_weights(start.folder, layout)
@@ -150,9 +151,10 @@ def _train(preset: str, config: PretrainConfig, start: Start | None, run: Path, 
     token_bytes_V = torch.zeros(config.model.vocab_size, dtype=torch.long)
     lengths = torch.tensor([len(text) for text in tokenizer.token_bytes()])
     token_bytes_V[:len(lengths)] = lengths
+    _forward(model, config.train, mesh, screen)
     loop = Loop(
-        layout=layout, forward=_forward(model, config.train, mesh, screen),
-        optimizer=optimizer, clip=config.optim.clip, config=config.train, schedule=config.schedule,
+        layout=layout, optimizer=optimizer, clip=config.optim.clip, config=config.train,
+        schedule=config.schedule,
         batches=OwnRows(train_tokens, config.train, layout), loss_fn=next_token_loss,
         probe=lambda length: validate(
             layout, sequential(validation_tokens, length, config.train.rows_of(length)),
@@ -175,7 +177,7 @@ class OwnRows:
 
     def batch(self, index: int, length: int) -> Batch:
         batches, rows = self.of_length[length]
-        return batches.batch(index, rows)
+        return Batch(*batches.batch(index, rows))
 
 
 def _forward(model: Any, config: TrainConfig, mesh: Mesh, screen: Console) -> Any:

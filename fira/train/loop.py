@@ -19,6 +19,7 @@ from rich.console import Console
 
 from fira.checkpoint import Checkpoints
 from fira.model.moe import fade, routers
+from fira.parallel.accumulate import LossFn
 from fira.parallel.layout import Layout
 from fira.runlog import NoLog, ProgressLine, RunLog
 from fira.runtime import seed_step
@@ -26,7 +27,7 @@ from fira.train.collapse import PATIENCE, collapse
 from fira.train.horizon import TrainConfig, fraction_done
 from fira.train.optim import set_step
 from fira.train.schedule import ScheduleConfig, factor
-from fira.train.step import LossFn, accumulate, finish_step, gradient_norm
+from fira.train.step import finish_step
 
 MAX_SKIPS = 5  # non-finite steps in a row before a run gives up
 
@@ -64,13 +65,11 @@ class Loop:
     """One run: a stage fills in the parts, `run` does the rest.
 
     `probe` scores the model on held-out text, read in sequences of the length it is given, and
-    returns a validation row (with bits_per_byte);
-    `forward` is the model as it is called, for instance compiled. On many ranks each of them runs
+    returns a validation row (with bits_per_byte);  On many ranks each of them runs
     this loop on its own rows of every batch; `layout` knows what they do together.
     """
 
     layout: Layout
-    forward: Callable[..., torch.Tensor]
     optimizer: torch.optim.Optimizer
     clip: float
     config: TrainConfig
@@ -91,9 +90,6 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.model = self.layout.model
-        self.forward_backward = self.layout.forward_backward(accumulate)
-        alone = self.layout.mesh.size == 1
-        self.norm_of = gradient_norm if alone else self.layout.gradient_norm
 
     def run(self) -> LoopState:
         """Train to the end of the horizon.
@@ -147,10 +143,10 @@ class Loop:
         self.model.train()
         self._lengthen()
         batch = self.batches.batch(state.step, self.length)
-        mean, count = self.forward_backward(self.forward, self._micro_batches(batch), self.loss_fn)
-        norm, updated = finish_step(self.model, self.optimizer, mean, count, self.clip,
-                                    self.norm_of)
-        loss = float(mean)
+        loss, _ = self.layout.forward_backward(self._micro_batches(batch), self.loss_fn,
+                                               self._check)
+        norm, updated = finish_step(self.model, self.optimizer, loss, self.clip,
+                                    self.layout.gradient_norm())
         state.step += 1
         state.tokens += self.config.batch_tokens
         self._update_fraction()
@@ -169,19 +165,17 @@ class Loop:
         if self.model.trained_length is not None:
             self.model.trained_length = max(self.model.trained_length, self.length)
 
-    def _micro_batches(self, batch: Any) -> Iterator[Any]:
-        """Cut this rank's batch; a signal ends it between two cuts, leaving the last whole step.
-
-        Many ranks stop together, before a step.
-        """
-        device = self.layout.mesh.device
+    def _micro_batches(self, batch: Any) -> list[Any]:
+        """Cut this rank's batch."""
         count = self.config.rows_of(self.length)
-        for first in range(0, len(batch[0]), count):
-            number = self.stop_signal if self.layout.mesh.size == 1 else self.agreed_stop
-            if number is not None:
-                raise Stopped(number)
-            rows = slice(first, first + count)
-            yield type(batch)(*(part[rows].to(device, non_blocking=True) for part in batch))
+        return [type(batch)(*(part[first:first + count] for part in batch))
+                for first in range(0, len(batch[0]), count)]
+
+    def _check(self) -> None:
+        """A signal ends a step; many ranks stop together, before one."""
+        number = self.stop_signal if self.layout.mesh.size == 1 else self.agreed_stop
+        if number is not None:
+            raise Stopped(number)
 
     def _record(self, line: ProgressLine, loss: float, norm: float, rate: float, speed: float,
                 health: dict[str, Any] | None) -> None:

@@ -11,7 +11,7 @@ from fira.config import Config
 from fira.model.moe import routers
 from fira.parallel.shard import local
 from fira.train.follow import follow
-from fira.train.muon import Each, MuonAdamW, each_alone
+from fira.train.muon import MuonAdamW
 
 BETAS = 0.9, 0.95  # decay of the averages of gradients and of their squares, as GPT-3's
 
@@ -44,6 +44,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     }
     members: dict[str, list[nn.Parameter]] = {kind: [] for kind in rules}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         members[_kind(name, parameter)].append(parameter)
     return [{"params": members[kind], "kind": kind, "peak_lr": rule["lr"], **rule}
             for kind, rule in rules.items() if members[kind]]
@@ -59,17 +61,13 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
     return "embedding" if "embedding" in name else "matrix"
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig,
-                   each: Each = each_alone) -> torch.optim.Optimizer:
-    """AdamW, fused where there is such a kernel (on CPU 3-8 times the foreach form), or Muon.
-
-    `each` applies a function to every stack of matrices, as a layout divides them.
-    """
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW, fused where there is such a kernel (on CPU 3-8 times the foreach form), or Muon."""
     groups = parameter_groups(model, config)
     sharded = any(local(p) is not p for p in model.parameters())
     optimizer: torch.optim.Optimizer
     if config.rule == "muon" or sharded:
-        optimizer = MuonAdamW(groups, BETAS, each)
+        optimizer = MuonAdamW(groups, BETAS)
     else:
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=fused)

@@ -9,7 +9,6 @@ import torch
 
 from fira.loss.head import head_token_losses
 from fira.parallel.layout import Layout
-from fira.runtime import autocast
 
 
 @torch.no_grad()  # sharded weights cannot be gathered in inference mode
@@ -25,10 +24,13 @@ def validate(layout: Layout, batches: Iterable[Any],
     device = layout.mesh.device
     token_bytes_V = token_bytes_V.to(device)
     sums = torch.zeros(4, dtype=torch.float64)  # nats, of them of text; tokens, bytes
-    for batch, mine in layout.turns(batches):
+    def score(model: Any, batch: Any) -> torch.Tensor:
+        x_BTD = model.features(batch.tokens_BT)
+        return head_token_losses(x_BTD, *model.head_weights(), batch.targets_BT)
+
+    for batch, mine in layout.take_turns(batches):
         targets_BT = batch.targets_BT.to(device)
-        with autocast(device):
-            losses_BT = layout.forward(batch.tokens_BT.to(device), targets_BT, head_token_losses)
+        losses_BT = layout.score(score, batch)
         if losses_BT is None or not mine:
             continue
         losses_BT = losses_BT.double()
