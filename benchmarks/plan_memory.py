@@ -11,37 +11,31 @@ from __future__ import annotations
 import ctypes
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import torch
 from ranks import on_ranks
 from record import append, peak_memory, reset_peak
 
-from fira.loss.next_token import next_token_loss
+from fira.loss.next_token import Batch, next_token_loss
+from fira.model.files import build_meta
 from fira.model.spec import FIRA2Spec
-from fira.parallel import memory
-from fira.parallel.footprint import Work, memory_of
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
+from fira.parallel.plan import Work, memory_of
 from fira.train.optim import OptimConfig, make_optimizer
 from fira.train.recompute import recompute_blocks
-from fira.train.step import accumulate, finish_step
+from fira.train.step import finish_step
 
 CPU = torch.device("cpu")
 SHAPE = {"n_head": 8, "n_kv_head": 4, "head_dim": 64, "num_layers": 4, "num_experts": 8, "top_k": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {}, "data 2": {"data": 2}, "shard 2": {"shard": 2}, "expert 2": {"expert": 2},
-    "pipeline 2, 1f1b": {"pipeline": 2}, "pipeline 2, gpipe": {"pipeline": 2, "schedule": "gpipe"},
-    "pipeline 2, zero_bubble": {"pipeline": 2, "schedule": "zero_bubble"}}
+    "pipeline 2": {"pipeline": 2}}
 PARTS = {"weights": ("weights",), "gradients": ("gradients",), "optimizer": ("optimizer",),
-         "the rest": ("activations", "logits", "working")}
+         "the rest": ("activations", "working")}
 M_MMAP_MAX, M_MMAP_THRESHOLD = -4, -3  # glibc's malloc.h
-
-
-class Batch(NamedTuple):
-    tokens_BT: torch.Tensor
-    targets_BT: torch.Tensor
 
 
 def resident() -> int:
@@ -55,43 +49,38 @@ def map_every_tensor() -> None:
     assert mallopt(M_MMAP_MAX, 1 << 20) and mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
-def train(mesh: Mesh, work: Work, schedule: str, steps: int) -> dict[str, int]:
+def train(mesh: Mesh, work: Work, steps: int) -> dict[str, int]:
     """Resident bytes when the model is made, with gradients, after the step, at most."""
     spec = work.spec
-    layout = Layout(mesh, spec, 0, schedule)
+    layout = Layout(mesh, build_meta(spec), 0)
     model = layout.model.train()
     if work.recompute:
         recompute_blocks(model)
     optimizer, seen = make_optimizer(model, OptimConfig(rule=work.rule)), {"made": resident()}
-    run, each = layout.forward_backward(accumulate), work.micro_batch
+    each = work.micro_batch
     for step in range(steps):
         ids = torch.randint(0, spec.vocab_size, (work.batch_size, work.sequence_length + 1),
                             generator=torch.Generator().manual_seed(step))
         ids = ids[layout.rows(len(ids))]
         cut = [Batch(ids[i:i + each, :-1].contiguous(), ids[i:i + each, 1:].contiguous())
                for i in range(0, len(ids), each)]
-        loss, count = run(model, cut, next_token_loss)
+        loss, _ = layout.forward_backward(cut, next_token_loss)
         seen["backward"] = resident()
-        finish_step(model, optimizer, loss, count, 1.0, layout.gradient_norm)
+        finish_step(model, optimizer, loss, 1.0, layout.gradient_norm())
         layout.end_step()
     return seen | {"stepped": resident(), "most": peak_memory(CPU)}
 
 
-def measure(rank: int, work: Work, sizes: dict[str, int], schedule: str,
-            mapped: bool) -> dict[str, int]:
-    """Bytes by part, as the process's growth; a very small model goes before, for what stays.
-
-    Ranks use sockets, as between machines: shared memory would count as each one's own.
-    """
-    memory.FOLDER = Path("/nowhere")
+def measure(rank: int, work: Work, sizes: dict[str, int], mapped: bool) -> dict[str, int]:
+    """Bytes by part, as the process's growth; a very small model goes before, for what stays."""
     if mapped:
         map_every_tensor()
     mesh = make_mesh(sizes, rank, CPU) if prod(sizes.values()) > 1 else Mesh()
     small = work.spec.model_copy(update={"vocab_size": 64, "d_model": 16, "d_ff": 16})
-    train(mesh, Work(small, work.batch_size, work.micro_batch, 8, work.rule), schedule, 2)
+    train(mesh, Work(small, work.batch_size, work.micro_batch, 8, work.rule), 2)
     reset_peak(CPU)
     before = resident()
-    seen = train(mesh, work, schedule, 3)
+    seen = train(mesh, work, 3)
     return {"weights": seen["made"] - before, "optimizer": seen["stepped"] - seen["made"],
             "gradients": seen["backward"] - seen["stepped"],
             "the rest": seen["most"] - seen["backward"], "all": seen["most"] - before}
@@ -100,13 +89,12 @@ def measure(rank: int, work: Work, sizes: dict[str, int], schedule: str,
 def compare(name: str, work: Work, kept: bool) -> dict[str, Any]:
     """Of every pipeline rank, or the first: predicted over resident, by part."""
     sizes = dict.fromkeys(AXES, 1) | LAYOUTS[name]
-    schedule = str(sizes.pop("schedule", "1f1b"))
     world = prod(sizes.values())
     result: dict[str, Any] = {"layout": name, "ranks": []}
-    measured = on_ranks(world, measure, work, sizes, schedule, True)
-    over = on_ranks(world, measure, work, sizes, schedule, False) if kept else [None] * world
+    measured = on_ranks(world, measure, work, sizes, True)
+    over = on_ranks(world, measure, work, sizes, False) if kept else [None] * world
     for rank in range(sizes["pipeline"]):
-        parts = memory_of(work, sizes, schedule, rank)
+        parts = memory_of(work, sizes, rank)
         planned = {part: sum(parts[one] for one in ones) for part, ones in PARTS.items()}
         planned["all"] = sum(parts.values())
         row = {part: {"planned": round(planned[part]), "resident": measured[rank][part]}

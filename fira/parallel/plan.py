@@ -160,8 +160,8 @@ def sent_by(work: Work, sizes: dict[str, int], rank: int) -> dict[str, float]:
     dense = found["kept"] - found["experts"]
     sent = {"gradients": FLOAT * (_ring(data * expert) * dense + _ring(data) * found["experts"]),
             "sums": COUNT * _ring(prod(sizes.values())) * (routing + 3)}  # weight, tokens, norm
-    if shard > 1:  # per micro-batch gathered forward and backward, and gradients scattered
-        sent["shards"] = FLOAT * (shard - 1) * micros * 3 * found["kept"]
+    if shard > 1:  # per micro-batch: blocks gathered twice, ends once, gradients scattered
+        sent["shards"] = FLOAT * (shard - 1) * micros * (3 * found["kept"] - found["ends"] / shard)
     if expert > 1:  # rows there and back, forward and backward; counts once
         rows, counts = work.tokens * spec.top_k * spec.d_model, COUNT * spec.num_experts
         sent["experts"] = (FLOAT * 4 * rows + counts) * layers * micros * (expert - 1) / expert
