@@ -94,7 +94,7 @@ def compare(name: str, work: Work, kept: bool) -> dict[str, Any]:
     measured = on_ranks(world, measure, work, sizes, True)
     over = on_ranks(world, measure, work, sizes, False) if kept else [None] * world
     for rank in range(sizes["pipeline"]):
-        parts = memory_of(work, sizes, rank)
+        parts = memory_of(work, tuple(sizes[axis] for axis in AXES), rank)
         planned = {part: sum(parts[one] for one in ones) for part, ones in PARTS.items()}
         planned["all"] = sum(parts.values())
         row = {part: {"planned": round(planned[part]), "resident": measured[rank][part]}

@@ -5,8 +5,7 @@
 
 The base is one process with as many threads as there are processes, on the same global batch
 (strong), and one process with one thread on its share of it (weak). `waiting` is the share of a
-step in which the rank waits for others' words. `overlap` is the share of a step that is saved by
-summing gradients during the backward pass instead of after it. --experts: seconds of forward and
+step in which the rank waits for others. --experts: seconds of forward and
 backward at 4 to 64 experts of equal active size on one process.
 """
 from __future__ import annotations
@@ -17,40 +16,32 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from record import append
 
-from fira.loss.next_token import next_token_loss
+from fira.loss.next_token import Batch, next_token_loss
+from fira.model.files import build_meta
 from fira.model.spec import FIRA2Spec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
 from fira.runtime import keep_large_blocks
 from fira.train.optim import OptimConfig, make_optimizer
-from fira.train.step import accumulate, finish_step
+from fira.train.step import finish_step
 
 SHAPE = {"vocab_size": 4096, "d_model": 256, "n_head": 4, "n_kv_head": 2, "head_dim": 64,
          "num_layers": 4, "d_ff": 256, "num_experts": 8, "top_k": 2, "context": 256}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data 2": {"data": 2}, "shard 2": {"shard": 2}, "expert 2": {"expert": 2},
-    "pipeline 2, 1f1b": {"pipeline": 2, "schedule": "1f1b"},
-    "pipeline 2, zero_bubble": {"pipeline": 2, "schedule": "zero_bubble"}}
+    "pipeline 2": {"pipeline": 2}}
 
 
-class Batch(NamedTuple):
-    tokens_BT: torch.Tensor
-    targets_BT: torch.Tensor
-
-
-def steps_of(layout: Layout, sequences: int, steps: int, overlap: bool = True) -> dict[str, float]:
+def steps_of(layout: Layout, sequences: int, steps: int) -> dict[str, float]:
     """Median seconds of a step on `sequences` of 256, and of them in collectives."""
     optimizer = make_optimizer(layout.model, OptimConfig())
-    run = layout.forward_backward(accumulate)
-    if layout.gradients and not overlap:
-        layout.gradients.arm = lambda: None  # type: ignore[method-assign]
     spent = [0.0]
     times, waits = [], []
     layout.model.train()
@@ -63,8 +54,8 @@ def steps_of(layout: Layout, sequences: int, steps: int, overlap: bool = True) -
         spent[0] = 0.0
         with timed_waits(spent):
             start = time.perf_counter()
-            loss, count = run(layout.model, cut, next_token_loss)
-            finish_step(layout.model, optimizer, loss, count, 1.0, layout.gradient_norm)
+            loss, _ = layout.forward_backward(cut, next_token_loss)
+            finish_step(layout.model, optimizer, loss, 1.0, layout.gradient_norm())
             layout.end_step()
             seconds = time.perf_counter() - start
         if step >= 2:
@@ -94,25 +85,21 @@ def timed_waits(spent: list[float]) -> Iterator[None]:
 
 def run_jobs(rank: int, jobs: list[Any], steps: int) -> dict[str, dict[str, float]]:
     found = {}
-    for name, sizes, sequences, overlap in jobs:
-        sizes = dict(sizes)
-        schedule = sizes.pop("schedule", "1f1b")
+    for name, sizes, sequences in jobs:
         mesh = make_mesh(dict.fromkeys(AXES, 1) | sizes, rank, torch.device("cpu"))
-        found[name] = steps_of(Layout(mesh, FIRA2Spec(**SHAPE), 0, schedule), sequences, steps,
-                               overlap)
+        found[name] = steps_of(Layout(mesh, build_meta(FIRA2Spec(**SHAPE)), 0), sequences, steps)
     return found
 
 
 def alone(threads: int, sequences: int, steps: int) -> float:
     torch.set_num_threads(threads)
-    return steps_of(Layout(Mesh(), FIRA2Spec(**SHAPE), 0), sequences, steps)["seconds"]
+    return steps_of(Layout(Mesh(), build_meta(FIRA2Spec(**SHAPE)), 0), sequences, steps)["seconds"]
 
 
 def compare_layouts(arguments: argparse.Namespace) -> None:
     batch = arguments.sequences
     strong, weak = alone(2, batch, arguments.steps), alone(1, batch // 2, arguments.steps)
-    jobs = [(name, sizes, batch, True) for name, sizes in LAYOUTS.items()]
-    jobs.append(("data 2, no overlap", {"data": 2}, batch, False))
+    jobs = [(name, sizes, batch) for name, sizes in LAYOUTS.items()]
     found = on_ranks(2, run_jobs, jobs, arguments.steps)[0]
     print(f"one process: 2 threads {strong:.3f} s, 1 thread on half the batch {weak:.3f} s")
     print(f"{'layout':24} {'s/step':>7} {'tokens/s':>9} {'strong':>7} {'weak':>6} {'waiting':>8}")
@@ -121,10 +108,8 @@ def compare_layouts(arguments: argparse.Namespace) -> None:
                 "tokens_per_second": batch * 256 / row["seconds"]}
         print(f"{name:24} {row['seconds']:7.3f} {row['tokens_per_second']:9,.0f} "
               f"{row['strong']:7.2f} {row['weak']:6.2f} {row['waiting']:8.1%}", flush=True)
-    hidden = 1 - found["data 2"]["seconds"] / found["data 2, no overlap"]["seconds"]
-    print(f"overlap saves {hidden:.0%} of a step")
     if arguments.json:
-        append(Path(arguments.json), {"one_process": strong, "half_batch": weak, "overlap": hidden,
+        append(Path(arguments.json), {"one_process": strong, "half_batch": weak,
                                       "layouts": found, "sequences": batch})
 
 
@@ -134,14 +119,15 @@ def compare_experts(arguments: argparse.Namespace) -> None:
     runs = {}
     for experts in (4, 8, 16, 32, 64):
         shape = SHAPE | {"num_experts": experts, "top_k": 2}
-        runs[experts] = Layout(Mesh(), FIRA2Spec(**shape), 0)
+        runs[experts] = Layout(Mesh(), build_meta(FIRA2Spec(**shape)), 0)
     times: dict[int, list[float]] = {experts: [] for experts in runs}
     for step in range(arguments.steps + 1):
         ids = torch.randint(0, 4096, (arguments.sequences, 257))
         batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         for experts, layout in runs.items():
             start = time.perf_counter()
-            accumulate(layout.model.train(), [batch], next_token_loss)
+            layout.model.train()
+            layout.forward_backward([batch], next_token_loss)
             if step:
                 times[experts].append(time.perf_counter() - start)
             layout.model.zero_grad()

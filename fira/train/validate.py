@@ -26,7 +26,8 @@ def validate(layout: Layout, batches: Iterable[Any],
     sums = torch.zeros(4, dtype=torch.float64)  # nats, of them of text; tokens, bytes
     def score(model: Any, batch: Any) -> torch.Tensor:
         x_BTD = model.features(batch.tokens_BT)
-        return head_token_losses(x_BTD, *model.head_weights(), batch.targets_BT)
+        weight_VD, bias_V = model.head_weights()
+        return head_token_losses(x_BTD, weight_VD, bias_V, batch.targets_BT)
 
     for batch, mine in layout.take_turns(batches):
         targets_BT = batch.targets_BT.to(device)
