@@ -204,5 +204,5 @@ def show_plan(preset: str, config: Any, gpus: int, device_name: str, tokens: flo
         table.add_row(describe_sizes(sizes) or "one device", *(f"{size:.1f}" for size in gigabytes),
                       f"{speed:,.0f}", f"{hours / 24:.1f}", f"{cost:,.0f}")
     Console(highlight=False, width=140).print(
-        table, f"{len(found)} layouts fit; speeds are estimates at {UTILIZATION:.0%} of the sheet's "
-        "rate, balanced loads", soft_wrap=True)
+        table, f"{len(found)} layouts fit; speeds are estimates at {UTILIZATION:.0%} of the sheet's"
+        " rate, balanced loads", soft_wrap=True)
