@@ -1,11 +1,11 @@
 """Step folders: everything a run needs to continue, written whole or not at all.
 
 A step folder appears by one rename after its files and their checksums (manifest.json) are on the
-disk, so any folder named step-NNNNNN is complete. Weights and optimizer state are safetensors.
+disk, so any folder named step-NNNNNN is complete. Weights and optimizer state are safetensors. A
+run that trains an adapter saves the trained tensors only, and the checksum of the weights under it.
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,34 +15,35 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from fira.files import MANIFEST
-from fira.model.files import WEIGHTS, write_config
-from fira.parallel.files import create_file, read_pieces, read_rows, write_rows
+from fira.files import find_damage, sha256, sync, write_json, write_manifest
+from fira.model.files import CONFIG, WEIGHTS, build_meta, write_config
+from fira.parallel.files import Writer, create_file, read_rows, read_slices, write_rows
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
-from fira.parallel.saver import Saver
 
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+OPTIMIZER, STATE, ADAPTER = "optimizer.safetensors", "state.json", "adapter.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+KEEP = 2  # newest steps, besides the best: if the newest is damaged, the one before continues
 
 
 class Checkpoints:
-    """The step folders of one run; keeps the newest `keep` and the best.
+    """The step folders of one run; keeps the newest KEEP and the best.
 
     On many ranks all of them call every method. Each writes its own rows into the same files while
-    training goes on; the first makes the folder whole.
+    training goes on; the first makes the folder whole. With `base`, a step folder that the model's
+    frozen weights come from, only trainable tensors and the routers' buffers are saved.
     """
 
-    def __init__(self, run: Path, tokenizer_folder: Path, keep: int,
-                 mesh: Mesh | None = None) -> None:
-        self.run, self.tokenizer_folder, self.keep = run, tokenizer_folder, keep
-        self.mesh = mesh or Mesh()
-        self._saver = Saver(self.mesh)
+    def __init__(self, run: Path, tokenizer_folder: Path, mesh: Mesh | None = None,
+                 base: Path | None = None) -> None:
+        self.run, self.tokenizer_folder, self.mesh = run, tokenizer_folder, mesh or Mesh()
+        self.base = None if base is None else describe_base(base)
+        self._writer = Writer(self.mesh)
         if self.mesh.rank == 0:
             run.mkdir(parents=True, exist_ok=True)
-            for leftover in run.glob(".step-*"):  # a save that a kill cut short
+            for leftover in run.glob(".step-*"):  # of a save that a kill cut short
                 shutil.rmtree(leftover)
         self.mesh.wait()
 
@@ -50,40 +51,44 @@ class Checkpoints:
              state: dict[str, Any]) -> Path:
         """Write step-NNNNNN. Raises ValueError if the disk refuses; older steps stay whole.
 
-        On many ranks it is being written when this returns; an error comes with `wait`.
+        On many ranks it is being written when this returns; `wait` raises the error.
         """
         self.wait()
         folder = self.run / f"step-{step:06d}"
         if self.mesh.agree(folder.exists())[0]:
             return folder
         partial = self.run / f".{folder.name}.partial"
-        plans = {WEIGHTS: self._saver.plan(layout, layout.model.state_dict()),
-                 OPTIMIZER: self._saver.plan(layout, optimizer_tensors(layout.model, optimizer))}
+        weights = (layout.model.state_dict() if self.base is None
+                   else adapter_tensors(layout.model))
+        files = {WEIGHTS if self.base is None else ADAPTER: weights,
+                 OPTIMIZER: optimizer_tensors(layout.model, optimizer)}
+        contents = {name: self._writer.collect(layout, files[name]) for name in files}
+        layout.model.base = self.base
 
         def begin() -> None:
             write_config(layout.model, partial)
             for name in TOKENIZER_FILES:
                 shutil.copyfile(self.tokenizer_folder / name, partial / name)
-            (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            for name, plan in plans.items():
-                create_file(partial / name, plan)
+            write_json(partial / STATE, state)
+            for name, content in contents.items():
+                create_file(partial / name, content)
 
         def write() -> None:
-            for name, plan in plans.items():
-                write_rows(partial / name, plan)
+            for name, content in contents.items():
+                write_rows(partial / name, content)
 
         def finish() -> None:
             write_manifest(partial)
             os.rename(partial, folder)
-            _sync(self.run)
+            sync(self.run)
 
-        self._saver.start([(begin, True), (write, False), (finish, True)],
-                          lambda error: self._refused(partial, folder, error))
+        self._writer.start([(begin, True), (write, False), (finish, True)],
+                           lambda error: self._refused(partial, folder, error))
         return folder
 
     def wait(self) -> None:
-        """Until the newest save is whole. Raises ValueError if it cannot be."""
-        self._saver.wait()
+        """Wait until the newest save is whole. Raises ValueError if it cannot be."""
+        self._writer.wait()
 
     def _refused(self, partial: Path, folder: Path, error: str) -> ValueError:
         if self.mesh.rank == 0:
@@ -99,7 +104,7 @@ class Checkpoints:
                        if re.fullmatch(r"step-\d+", path.name)), key=step_number)
 
     def newest_whole(self, say: Any) -> Path | None:
-        """The newest undamaged step folder; damaged ones are reported through `say`, set aside."""
+        """The newest undamaged step folder; damaged ones are renamed and reported through `say`."""
         found = self._newest_whole(say) if self.mesh.rank == 0 else None
         number = int(self.mesh.agree(step_number(found) if found else -1)[0])
         return None if number < 0 else self.run / f"step-{number:06d}"
@@ -117,11 +122,10 @@ class Checkpoints:
         return None
 
     def prune(self, best_step: int | None) -> None:
-        """Delete all but the newest `keep` steps and the best; one still being written is not among
-        them."""
+        """Delete all but the newest KEEP steps and the best; one still being written stays."""
         if self.mesh.rank:
             return
-        for folder in self.steps()[:-self.keep]:
+        for folder in self.steps()[:-KEEP]:
             if step_number(folder) != best_step:
                 shutil.rmtree(folder)
 
@@ -130,11 +134,45 @@ def step_number(folder: Path) -> int:
     return int(folder.name.partition("-")[2])
 
 
-def optimizer_tensors(model: nn.Module,
-                      optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimizer state as one flat table, `parameter name/key` -> tensor."""
+def describe_base(folder: Path) -> dict[str, str]:
+    """What an adapter's step folder says of the weights under it: their place and checksum."""
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds no {WEIGHTS}, which an adapter needs under it; give a "
+                         "step folder with whole weights")
+    return {"path": str(folder.resolve()), "sha256": sha256(folder / WEIGHTS)}
+
+
+def _base_weights(folder: Path, layout: Layout) -> Path | None:
+    """The file of the weights under the adapter in `folder`; None if its weights are whole.
+
+    Raises ValueError on all ranks if the file is gone or was changed.
+    """
+    base = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base")
+    if base is None:
+        return None
+    path, fault = Path(base["path"]) / WEIGHTS, None
+    if layout.mesh.rank == 0:  # one rank reads all of it; the others hear the result
+        found = sha256(path) if path.is_file() else "no file"
+        if found != base["sha256"]:
+            fault = (f"{path} has checksum {found[:12]}, but the adapter {folder} was trained on "
+                     f"{base['sha256'][:12]}; put those weights back, or correct base.path in "
+                     f"{folder / CONFIG}")
+    if fault := layout.mesh.gather(fault)[0]:
+        raise ValueError(fault)
+    return path
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: trainable parameters and the buffers of the routers."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False)
+              if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer state of trainable parameters as one flat table, parameter/key -> tensor."""
     return {f"{name}/{key}": value.detach().contiguous()
-            for name, parameter in model.named_parameters()
+            for name, parameter in model.named_parameters() if parameter.requires_grad
             for key, value in optimizer.state.get(parameter, {}).items()}
 
 
@@ -143,79 +181,39 @@ def restore(folder: Path, layout: Layout, optimizer: torch.optim.Optimizer) -> d
 
     Whatever layout wrote it: every rank reads its own rows.
     """
-    model = layout.model
     read_weights(folder, layout)
     saved: dict[str, list[str]] = {}
     with safe_open(folder / OPTIMIZER, framework="pt") as file:
         for key in file.keys():
             saved.setdefault(key.rpartition("/")[0], []).append(key)
-        parameters = dict(model.named_parameters())
-        for piece in layout.pieces(parameters.items()):
-            device, state = piece.rows.device, {}
-            for key in saved.get(piece.name, []):
+        parameters = {name: p for name, p in layout.model.named_parameters() if p.requires_grad}
+        for part in layout.slices(parameters.items()):
+            device, state = part.rows.device, {}
+            for key in saved.get(part.name, []):
                 scalar = not file.get_slice(key).get_shape()
                 value = (file.get_tensor(key) if scalar
-                         else read_rows(file, key, piece.start, len(piece.rows)))
+                         else read_rows(file, key, part.start, len(part.rows)))
                 state[key.rpartition("/")[2]] = value if scalar else value.to(device)
-            optimizer.state[parameters[piece.name]] = state
+            optimizer.state[parameters[part.name]] = state
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
 def read_weights(folder: Path, layout: Layout) -> None:
-    """Put a step folder's weights in place, in the dtype of the model that is there.
+    """Put a step folder's weights in place, in the dtype of the model; an adapter's after those of
+    its base.
 
-    A router's state that the folder lacks, since it was balanced in another way, stays as it is.
+    Router buffers that the folder lacks, because it was balanced by another method, stay as they
+    are. So do an adapter's own parameters where the folder is not of an adapter. Raises ValueError,
+    one line, if the base is gone or was changed.
     """
-    state = layout.model.state_dict()
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        lacking = state.keys() - set(file.keys())
-    assert lacking.isdisjoint(dict(layout.model.named_parameters())), lacking
-    read_pieces(folder / WEIGHTS, layout.pieces(
-        (name, tensor) for name, tensor in state.items() if name not in lacking))
-
-
-def write_manifest(folder: Path) -> None:
-    """Checksum every file of `folder` into manifest.json and push all of it to the disk."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-             for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
-    for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
-
-
-def find_damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
-    """What is wrong with a step folder (or only with files `names`), in words; None if whole."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        return f"{MANIFEST} is missing or unreadable"
-    for name, facts in manifest.items():
-        if names is not None and name not in names:
-            continue
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
-        if sha256(path) != facts["sha256"]:
-            return f"{name} was altered"
-    return None
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    base, tensors = _base_weights(folder, layout), layout.model.state_dict()
+    missing = {name for name, _ in layout.model.named_parameters()}
+    if base is None:
+        missing &= {name for name, _ in build_meta(layout.model.spec).named_parameters()}
+    for path in [folder / WEIGHTS] if base is None else [base, folder / ADAPTER]:
+        with safe_open(path, framework="pt") as file:
+            found = tensors.keys() & set(file.keys())
+        read_slices(path, layout.slices((name, tensors[name]) for name in sorted(found)))
+        missing -= found
+    assert not missing, (folder, missing)

@@ -93,9 +93,12 @@ def plan(preset: str, settings: tuple[str, ...], **options: Any) -> None:
     \b
     Example: fira plan fira2-7b --gpus 64 --device h100-80g --tokens 500e9
     """
-    from fira.stages.plan import plan as print_plan
+    from fira.config import load_preset
+    from fira.parallel.plan import show_plan
+    from fira.stages.pretrain import PRETRAIN
+    from fira.stages.run import configure
 
-    print_plan(preset, settings, **options)
+    show_plan(preset, configure(PRETRAIN, load_preset(preset), settings), **options)
 
 
 def run_training(stage: Callable[[], Any], run: Path) -> Path:

@@ -26,8 +26,9 @@ INDEX = WEIGHTS + ".index.json"  # of models in several files, made elsewhere
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What config.json holds besides the spec, each an attribute of the model: the end-of-text id, the
 # longest length trained on, how weights are stored if not as floats, the stage that trained it, and
-# whether it was trained on chat turns.
-NOTES = ("end_of_text", "trained_length", "quantization", "stage", "chat")
+# whether it was trained on chat turns, the checkpoint that an adapter belongs to.
+NOTES = ("end_of_text", "trained_length", "quantization", "stage", "chat",
+         "base")
 
 
 def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:

@@ -1,7 +1,7 @@
-"""Expert parallelism: each rank keeps some experts whole; rows travel to them and back.
+"""Expert parallelism: each rank keeps some experts whole; rows are sent to them and back.
 
-The dispatch of `fira.model.moe.MoE` with two all-to-all exchanges around the experts (GShard,
-Lepikhin et al. 2020). Dropless, as the plain one: every rank sends what it has, however uneven.
+This replaces the dispatch of `fira.model.moe.MoE`: two all-to-all exchanges around the experts
+(GShard, Lepikhin et al. 2020). No row is dropped: every rank sends what it has, however uneven.
 """
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from fira.model.moe import MoE
 
 
 class AllToAll:
-    """Dispatch to experts that lie on the ranks of `group`, rank r holding the r-th part."""
+    """Dispatch to experts that are divided between the ranks of `group`, in their order."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
 
     def __call__(self, experts: nn.Module, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert, with the counts of all experts -> the rows' results, here."""
-        counts_PE = counts_E.view(self.ranks, -1)  # P ranks, each with its experts
+        """This rank's rows, sorted by expert, and the counts of all experts -> the rows' results.
+        """
+        counts_PE = counts_E.view(self.ranks, -1)  # P ranks, each with E of the experts
         arriving_PE = torch.zeros_like(counts_PE)
         dist.all_to_all_single(arriving_PE, counts_PE, group=self.group)
         send, receive = counts_PE.sum(1).tolist(), arriving_PE.sum(1).tolist()
@@ -31,13 +32,12 @@ class AllToAll:
         order_R = _by_expert(arriving_PE, len(arrived_RD))
         inverse_R = torch.empty_like(order_R)
         inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-        mixed_RD = experts(Reorder.apply(arrived_RD, order_R, inverse_R), arriving_PE.sum(0))
-        return Exchange.apply(Reorder.apply(mixed_RD, inverse_R, order_R), receive, send,
-                              self.group)
+        results_RD = experts(arrived_RD.index_select(0, order_R), arriving_PE.sum(0))
+        return Exchange.apply(results_RD.index_select(0, inverse_R), receive, send, self.group)
 
 
 def _by_expert(arriving_PE: Tensor, rows: int) -> Tensor:
-    """The order that sorts rows, arrived by rank and then by expert, by expert and then by rank."""
+    """The order of rows by expert and then by rank; they arrive by rank and then by expert."""
     experts_PE = torch.arange(arriving_PE.shape[1], device=arriving_PE.device).expand_as(
         arriving_PE)
     owners_R = experts_PE.flatten().repeat_interleave(arriving_PE.flatten(), output_size=rows)
@@ -45,7 +45,11 @@ def _by_expert(arriving_PE: Tensor, rows: int) -> Tensor:
 
 
 class Exchange(torch.autograd.Function):
-    """Send `send[r]` rows to each rank r, receive `receive[r]`; gradients go the way back."""
+    """Send `send[r]` rows to each rank r and receive `receive[r]`.
+
+    Backward sends each row's gradient to the rank that the row came from. (torch's own function
+    with a gradient is deprecated, and what replaces it is private.)
+    """
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, send: list[int], receive: list[int],
@@ -64,26 +68,13 @@ def _exchange(rows_RD: Tensor, send: list[int], receive: list[int], group: Any) 
     return arrived_RD
 
 
-class Reorder(torch.autograd.Function):
-    """rows[order], with the gradient as the inverse gather instead of a scattered sum."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_R)
-        return rows_RD.index_select(0, order_R)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        return grad_RD.index_select(0, inverse_R), None, None
-
-
 def keep_experts(model: nn.Module, part: int, parts: int, group: Any) -> None:
-    """Leave of every expert stack the `part`-th of `parts`, and dispatch through `group`."""
+    """Keep of every expert stack the `part`-th of `parts`, and dispatch through `group`."""
     for moe in model.modules():
         if isinstance(moe, MoE):
             moe.dispatch = AllToAll(group)
             for module in moe.experts.modules():
                 for name, stack in list(module.named_parameters(recurse=False)):
-                    kept = nn.Parameter(stack.detach().chunk(parts)[part].clone())
+                    kept = nn.Parameter(stack.detach().chunk(parts)[part].clone(),
+                                        requires_grad=stack.requires_grad)
                     module.register_parameter(name, kept)

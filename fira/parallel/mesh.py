@@ -1,43 +1,49 @@
-"""The ranks of a run: their grid, the groups that talk to each other, sums over all of them."""
+"""The ranks of a run: their grid, the process groups along its axes, sums over all of them."""
 from __future__ import annotations
 
 import contextlib
 import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from fira import runtime
 from fira.config import Config, ConfigError
 
-AXES = ("pipeline", "data", "expert", "shard")  # outermost first: neighbors talk most
+AXES = ("pipeline", "data", "expert", "shard")  # outermost first: neighbors communicate most
 
 
 class ParallelConfig(Config):
-    """How many ranks divide what. Their product is the number of ranks."""
+    """How many ranks divide what. The product of the sizes is the number of ranks."""
 
     data: int | None = Field(None, ge=1, description="replicas; null takes the ranks left over")
     shard: int = Field(1, ge=1, description="ranks that share the rows of every weight")
     expert: int = Field(1, ge=1, description="ranks that divide the experts")
     pipeline: int = Field(1, ge=1, description="ranks that divide the blocks")
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field(
-        "1f1b", description="order of micro-batches in the pipeline")
+    # a setting, because a slow file system delays ranks for minutes, and tests wait for seconds
     timeout: float = Field(1800.0, gt=0, description="seconds to wait for a rank that is silent")
+
+
+def describe_sizes(sizes: dict[str, int], sign: str = " ") -> str:
+    """The sizes above one, such as "data 2 x expert 4"."""
+    return " x ".join(f"{axis}{sign}{size}" for axis, size in sizes.items() if size > 1)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place: sizes and coordinates along AXES; `groups` by the axes they span.
+    """This rank's place in the grid: sizes along AXES, and `groups` by the axes they span.
 
-    `timeout` is how long a rank that is silent is waited for. A process group has a limit of its
-    own, half an hour unless told otherwise, so every group is made with it.
+    `timeout` is how long operations wait for a silent rank. A process group has a limit of its own,
+    half an hour unless told otherwise, so every group is made with this one.
     """
 
     sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 1))
@@ -61,7 +67,7 @@ class Mesh:
 
     @property
     def batch_ranks(self) -> int:
-        """Ranks between which a batch is divided."""
+        """The number of ranks that a batch is divided between."""
         return self.size // self.sizes["pipeline"]
 
     @property
@@ -71,18 +77,40 @@ class Mesh:
     def __str__(self) -> str:
         if self.size == 1:
             return str(self.device)
-        axes = " x ".join(f"{axis} {self.sizes[axis]}" for axis in AXES if self.sizes[axis] > 1)
-        return f"{self.size} {self.device.type} ranks ({axes})"
+        return f"{self.size} {self.device.type} ranks ({describe_sizes(self.sizes)})"
 
     def group(self, *axes: str) -> Any:
         """The process group of the ranks that differ from this one along `axes` only."""
         return self.groups[axes]
+
+    @cached_property
+    def shard_meshes(self) -> tuple[DeviceMesh, DeviceMesh]:
+        """The ranks as (replicas, shards) of dense weights, and as (replicas, shards) of experts,
+        which are not replicated along the expert axis."""
+        return self._shard_mesh("data", "expert"), self._shard_mesh("data")
+
+    def _shard_mesh(self, *replicas: str) -> DeviceMesh:
+        shards, copies = self.group("shard"), self.group(*replicas)
+        if copies is None:
+            return DeviceMesh.from_group(shards, self.device.type)
+        place = tuple(slice(None) if axis in (*replicas, "shard") else self.place[axis]
+                      for axis in AXES)
+        ranks = np.arange(self.size).reshape(self.shape)[place].reshape(-1, self.sizes["shard"])
+        return DeviceMesh.from_group([copies, shards], self.device.type, mesh=ranks.tolist(),
+                                     mesh_dim_names=("replica", "shard"))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks of a small CPU tensor."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """The small `value` of every rank, in the order of the ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def agree(self, *values: float) -> list[float]:
         """The largest of each value over all ranks."""
@@ -93,13 +121,13 @@ class Mesh:
         return largest.tolist()
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has called this."""
         self.agree(0.0)
 
 
 LOST = ("onnection closed", "onnection reset", "Timed out", "timed out", "imeout", "roken pipe",
-        "NCCL", "onnection refused")  # what gloo and NCCL say when a peer dies
-GROUPS = (("pipeline",), ("expert",), ("data",), ("data", "expert"), ("data", "expert", "shard"))
+        "NCCL", "onnection refused")  # parts of the messages of gloo and NCCL when a peer dies
+GROUPS = (("pipeline",), ("expert",), ("data",), ("shard",), ("data", "expert"))
 
 
 def make_mesh(sizes: dict[str, int], rank: int, device: torch.device,
@@ -119,25 +147,24 @@ def make_mesh(sizes: dict[str, int], rank: int, device: torch.device,
 
 
 def _new_group(lists: list[list[int]], rank: int, timeout: datetime.timedelta) -> Any:
-    """Make a group of every list; returns the one of `rank` (None where it is in none)."""
-    mine = None
+    """Make a group of every list of two or more; returns the one that holds `rank`, or None."""
+    found = None
     for members in lists:
         if len(members) > 1:
             group = dist.new_group(members, timeout=timeout)
-            mine = group if rank in members else mine
-    return mine
+            found = group if rank in members else found
+    return found
 
 
 def resolve_sizes(config: ParallelConfig, world: int) -> dict[str, int]:
-    """Sizes along AXES. Raises ConfigError if they do not make up `world` ranks."""
+    """Sizes along AXES. Raises ConfigError if their product is not `world`."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     others = config.shard * config.expert * config.pipeline
     if config.data is None:
         sizes["data"] = max(1, world // others)
-    if prod(sizes.values()) != world:
-        asked = " x ".join(f"{axis}={sizes[axis]}" for axis in ("data", "shard", "expert",
-                                                                "pipeline"))
-        need = prod(sizes.values())
+    need = prod(sizes.values())
+    if need != world:
+        asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ConfigError(f"parallel {asked} needs {need} ranks, but {world} run; start them with: "
                           f"torchrun --nproc-per-node {need} -m fira train ...")
     return sizes
@@ -145,10 +172,10 @@ def resolve_sizes(config: ParallelConfig, world: int) -> dict[str, int]:
 
 @contextlib.contextmanager
 def joined(config: ParallelConfig, device_name: str) -> Iterator[Mesh]:
-    """Join the ranks that a launcher started, and leave them at the end; alone without one.
+    """Join the ranks that a launcher started, and leave them at the end; one rank without one.
 
-    NCCL carries what is on CUDA devices, gloo the rest. Raises ConfigError if the sizes do not fit
-    the number of ranks, ValueError if there are fewer CUDA devices than ranks on this machine.
+    NCCL communicates tensors on CUDA devices, gloo all others. Raises ConfigError if the sizes do
+    not fit the number of ranks, ValueError if this machine has fewer CUDA devices than ranks.
     """
     launch = runtime.launch()
     sizes = resolve_sizes(config, launch.world)
@@ -170,19 +197,19 @@ def joined(config: ParallelConfig, device_name: str) -> Iterator[Mesh]:
 
 
 def enter(config: ParallelConfig, sizes: dict[str, int], device: torch.device) -> Mesh:
-    """This process's place among the ranks of its launcher, with what carries their words."""
+    """Start the process group of a launcher's ranks; returns the mesh of `sizes` over them."""
     launch = runtime.launch()
     if device.type == "cuda":
         if launch.local_rank >= torch.cuda.device_count():
             raise ValueError(f"rank {launch.rank} is number {launch.local_rank} on its machine, "
                              f"which has {torch.cuda.device_count()} CUDA devices; start at most "
-                             "one rank a device, or use --device cpu")
+                             "one rank per device, or use --device cpu")
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     limit = datetime.timedelta(seconds=config.timeout)
     if not dist.is_initialized():
         store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world, timeout=limit))
-        # torchrun keeps its store over restarts: the addresses of the dead must not be read again
+        # torchrun keeps its store over restarts: no address of a dead rank may be read again
         store = dist.PrefixStore(f"restart-{launch.restarts}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 store=store, rank=launch.rank, world_size=launch.world,

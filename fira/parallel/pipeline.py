@@ -1,153 +1,124 @@
 """Pipelines: each rank keeps some blocks, micro-batches flow through (GPipe, Huang et al. 2019).
 
-Stages share one convention: the first takes tokens, the last gives features, and the loss sees a
-model whose features are ready. Balance losses enter inside the layers, once per micro-batch.
+The first stage takes tokens, the last gives features; the loss sees a model whose features are
+ready. The router's own losses enter inside the layers.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-)
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from fira import runtime
+from fira.parallel.accumulate import LossFn, Result, run_loss, to_device
 
-SCHEDULES = {"gpipe": (ScheduleGPipe, 1), "1f1b": (Schedule1F1B, 1),  # class, stages a rank
-             "interleaved": (ScheduleInterleaved1F1B, 2),
-             "zero_bubble": (ScheduleInterleavedZeroBubble, 2)}
-
-
-def stages_of(rank: int, ranks: int, schedule: str) -> list[int]:
-    """The stages of a rank: dealt out in turn."""
-    return list(range(rank, ranks * SCHEDULES[schedule][1], ranks))
+SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 
-def blocks_of(stage: int, stages: int, num_layers: int) -> range:
-    """The layers of a stage, as even as may be."""
+def layers_of(stage: int, stages: int, num_layers: int) -> range:
+    """The layers of a stage; numbers of layers differ by at most one between stages."""
     return range(stage * num_layers // stages, (stage + 1) * num_layers // stages)
 
 
-def keep_stages(model: Any, held: Iterable[int], stages: int) -> None:
-    """Leave of `model` what the stages `held` need, under the same names."""
-    num_layers, held = len(model.blocks), list(held)
-    layers = {layer for stage in held for layer in blocks_of(stage, stages, num_layers)}
-    for layer in set(range(num_layers)) - layers:
-        del model.blocks._modules[str(layer)]  # a ModuleList would renumber the rest
-    kept = (model.before if 0 in held else ()) + (model.after if stages - 1 in held else ())
+def keep_stage(model: Any, stage: int, stages: int) -> None:
+    """Delete from `model` what belongs to other stages; the rest keeps its names."""
+    num_layers = len(model.blocks)
+    for layer in set(range(num_layers)) - set(layers_of(stage, stages, num_layers)):
+        del model.blocks._modules[str(layer)]  # `del model.blocks[layer]` would renumber the rest
+    kept = (model.before if stage == 0 else ()) + (model.after if stage == stages - 1 else ())
     for name in {*model.before, *model.after} - set(kept):
         setattr(model, name, None)
 
 
 class Stage(nn.Module):
-    """One stage of `model`: tokens or x_BTD in, x_BTD out (normalized by the last)."""
+    """`blocks` of `model`: tokens or x_BTD in, x_BTD out (normalized by the last stage)."""
 
-    def __init__(self, model: Any, stage: int, stages: int) -> None:
+    def __init__(self, model: Any, blocks: Iterable[nn.Module], first: bool, last: bool) -> None:
         super().__init__()
-        layers = blocks_of(stage, stages, model.spec.num_layers)
-        self.first, self.last = stage == 0, stage == stages - 1
-        self.blocks = nn.ModuleList(model.blocks._modules[str(layer)] for layer in layers)
-        own = (model.before if self.first else ()) + (model.after if self.last else ())
-        self.parts = nn.ModuleDict({name: getattr(model, name) for name in dict.fromkeys(own)})
-        self.embed, self.through = model.embed, model.through
+        self.model, self.first, self.last = model, first, last
+        self.layers = list(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         with runtime.autocast(x.device):
-            x = self.through(self.blocks, self.embed(x) if self.first else x)
-            return self.parts["norm"](x) if self.last else x
+            x = self.model.embed(x) if self.first else x
+            if torch.is_grad_enabled() and not x.requires_grad:
+                x = x.requires_grad_()  # a frozen embedding; a pipeline's outputs need a gradient
+            x = self.model.through(self.layers, x)
+            return self.model.norm(x) if self.last else x
 
 
-class Finished:
-    """A model whose features are there already, for the loss: every other attribute is its own."""
+class Ready:
+    """`model` for a loss function, with its features computed already; the rest is the model's."""
 
     def __init__(self, model: Any, x_BTD: Tensor) -> None:
         self.model, self.x_BTD = model, x_BTD
 
-    def __call__(self, tokens_BT: Tensor, targets_BT: Tensor | None = None,
-                 loss: Callable[..., Tensor] | None = None) -> Tensor:
-        return self.model.read_out(self.x_BTD, targets_BT, loss)
-
     def features(self, tokens_BT: Tensor) -> Tensor:
         return self.x_BTD
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        return self.model.logits(self.x_BTD)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
 
 class Pipeline:
-    """Runs the stages of this rank in step with those of the other ranks of `group`."""
+    """Runs this rank's stage of `model` together with the other ranks of `group`."""
 
     def __init__(self, model: Any, schedule: str, device: torch.device, group: Any) -> None:
-        self.model, self.schedule, self.device, self.group = model, schedule, device, group
+        self.model, self.device, self.group = model, device, group
+        self.kind = SCHEDULES[schedule]
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.stages = self.ranks * SCHEDULES[schedule][1]
-        self.held = {stage: Stage(model, stage, self.stages)
-                     for stage in stages_of(self.rank, self.ranks, schedule)}
-        self.is_last = self.stages - 1 in self.held
-        self.batch: Any = None
-        self.loss_fn: Any = None
-        self._plans: dict[Any, Any] = {}
+        self.stage = Stage(model, model.blocks, self.rank == 0, self.rank == self.ranks - 1)
+        self._schedules: dict[Any, Any] = {}
+        self._step: tuple[Sequence[Any], Sequence[float], LossFn, list[Result]]
 
-    def run(self, batches: Iterable[Any], loss_fn: Callable[..., Any]) -> tuple[float, int]:
-        """Forward and backward of every micro-batch: (sum of losses, here or 0, their number)."""
-        parts = list(batches)
-        self.batch = type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
-        self.loss_fn = loss_fn
-        rows = torch.arange(len(self.batch[0]), device=self.device)  # the loss picks its targets
-        plan = self._plan(len(parts), parts[0].tokens_BT.shape)
-        inputs = [self.batch.tokens_BT] if 0 in self.held else []
-        if self.is_last:
-            losses: list[Tensor] = []
-            plan.step(*inputs, target=rows, losses=losses, return_outputs=False)
-            total = float(torch.stack([loss.detach() for loss in losses]).sum())
-        else:
-            plan.step(*inputs, return_outputs=False)
-            total = 0.0
-        self.batch = self.loss_fn = None
-        return total, len(parts)
+    def run(self, batches: Sequence[Any], shares: Sequence[float],
+            loss_fn: LossFn) -> list[Result]:
+        """What `accumulate` does; results are on the rank of the last stage, none elsewhere."""
+        shape, count = batches[0].tokens_BT.shape, len(batches)
+        assert all(batch.tokens_BT.shape == shape for batch in batches), "unequal micro-batches"
+        self._step = [to_device(batch, self.device) if self.stage.last else batch
+                      for batch in batches], shares, loss_fn, []
+        inputs = ([torch.cat([batch.tokens_BT for batch in batches]).to(self.device)]
+                  if self.stage.first else [])
+        numbers = torch.arange(count) if self.stage.last else None  # the loss finds its batch
+        self._schedule(count, shape).step(*inputs, target=numbers, return_outputs=False)
+        return self._step[3]
 
-    def _plan(self, count: int, shape: torch.Size) -> Any:
-        """The schedule of `count` micro-batches of `shape`, with given shapes: none is probed."""
-        if (count, shape) not in self._plans:
-            made = [self._stage(stage, module, shape) for stage, module in self.held.items()]
-            kind, each = SCHEDULES[self.schedule]
-            self._plans[count, shape] = kind(
-                made[0] if each == 1 else made, n_microbatches=count,  # type: ignore[arg-type]
-                loss_fn=self._loss, scale_grads=False)
-        return self._plans[count, shape]
+    def _loss(self, x_BTD: Tensor, number: Tensor) -> Tensor:
+        """The loss of micro-batch `number`, times its share."""
+        batches, shares, loss_fn, results = self._step
+        loss, result = run_loss(Ready(self.model, x_BTD), batches[int(number)],
+                                shares[int(number)], loss_fn)
+        results.append(result)
+        return loss
 
-    def _stage(self, stage: int, module: Stage, shape: torch.Size) -> PipelineStage:
-        x_BTD = torch.empty(*shape, self.model.spec.d_model, device="meta")
-        tokens_BT = torch.empty(shape, dtype=torch.long, device="meta")
-        return PipelineStage(module, stage, self.stages, self.device,
-                             input_args=(tokens_BT if stage == 0 else x_BTD.requires_grad_(),),
-                             output_args=(x_BTD.requires_grad_(),), group=self.group)
+    def _schedule(self, count: int, shape: torch.Size) -> Any:
+        """The schedule of `count` micro-batches of `shape`; torch need not infer the shapes."""
+        if (count, shape) not in self._schedules:
+            x_BTD = torch.empty(*shape, self.model.spec.d_model, device="meta").requires_grad_()
+            tokens_BT = torch.empty(shape, dtype=torch.long, device="meta")
+            stage = PipelineStage(self.stage, self.rank, self.ranks, self.device,
+                                  input_args=(tokens_BT if self.stage.first else x_BTD,),
+                                  output_args=(x_BTD,), group=self.group)
+            self._schedules[count, shape] = self.kind(stage, n_microbatches=count,
+                                                      loss_fn=self._loss, scale_grads=False)
+        return self._schedules[count, shape]
 
-    def _loss(self, x_BTD: Tensor, rows: Tensor) -> Tensor:
-        batch = type(self.batch)(*(part[rows] for part in self.batch))
-        with runtime.autocast(x_BTD.device):
-            return self.loss_fn(Finished(self.model, x_BTD), batch)[0]
-
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None,
-                loss: Callable[..., Tensor] | None = None) -> Tensor | None:
-        """The model's forward without gradients, on the rank of the last stage; else None."""
+    def features(self, tokens_BT: Tensor) -> Tensor | None:
+        """The model's features without gradients, on the rank of the last stage; else None."""
         x = tokens_BT
-        for stage in range(self.stages):
-            owner, next_owner = stage % self.ranks, (stage + 1) % self.ranks
-            if owner == self.rank:
-                x = self.held[stage](x)
-            if stage < self.stages - 1 and owner != next_owner:
-                if owner == self.rank:
-                    dist.send(x.contiguous(), group=self.group, group_dst=next_owner)
-                elif next_owner == self.rank:
-                    x = torch.empty(*tokens_BT.shape, self.model.spec.d_model, device=self.device)
-                    dist.recv(x, group=self.group, group_src=owner)
-        return self.model.read_out(x, targets_BT, loss) if self.is_last else None
+        if not self.stage.first:
+            x = torch.empty(*tokens_BT.shape, self.model.spec.d_model, device=self.device)
+            dist.recv(x, group=self.group, group_src=self.rank - 1)
+        x = self.stage(x)
+        if self.stage.last:
+            return x
+        dist.send(x.contiguous(), group=self.group, group_dst=self.rank + 1)
+        return None

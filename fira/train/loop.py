@@ -20,6 +20,7 @@ from rich.console import Console
 from fira.checkpoint import Checkpoints
 from fira.model.balance import begin_step
 from fira.model.router import routers
+from fira.parallel.accumulate import LossFn
 from fira.parallel.layout import Layout
 from fira.runlog import NoLog, ProgressLine, RunLog
 from fira.runtime import seed_step
@@ -32,8 +33,6 @@ MAX_SKIPS = 5  # skipped steps in a row before a run gives up
 COLLAPSE_STEPS = 50
 COLLAPSE_CV = 0.75  # collapsed: above this part of the imbalance with which only K experts work
 COLLAPSE_DEAD = 0.25  # or with more than this part of a layer's experts without a token
-
-LossFn = Callable[[Any, Any], "tuple[torch.Tensor, dict[str, Any]]"]
 
 
 class BatchSource(Protocol):

@@ -3,16 +3,14 @@
 One optimizer holds both rules: groups with rule "muon" are orthogonalized, the others get AdamW.
 A stack of expert weights [E, out, in] is E matrices, orthogonalized in one batched product. Of
 sharded weights the local rows are updated; a matrix is gathered whole to be orthogonalized.
-Replicas divide the matrices between them.
 
 Orthogonalizing costs the same however few tokens an expert saw. So a group may update each expert of
-a stack only every `interval`-th step, with `interval` times the learning rate: momentum hardly changes
-in between, and `small` learns the same from a quarter of the work.
+a stack only every `interval`-th step, with `interval` times the learning rate: momentum hardly
+changes in between, and `small` learns the same from a quarter of the work.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,26 +43,14 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).reshape(matrices.shape).to(matrices.dtype)
 
 
-Each = Callable[[Callable[[Tensor], Tensor], list[Tensor], list[Tensor]], list[Tensor]]
-
-
-def each_alone(function: Callable[[Tensor], Tensor], stacks: list[Tensor],
-               owners: list[Tensor]) -> list[Tensor]:
-    """function(stack) of every stack. A layout may divide the stacks by the parameters they are of.
-    """
-    return [function(stack) for stack in stacks]
-
-
 class MuonAdamW(torch.optim.Optimizer):
     """Groups carry `rule`, `lr`, `weight_decay` and `betas`; Muon's momentum is the first beta.
 
     Groups of Muon also carry `interval` and `step`, the number of the current step.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float],
-                 each: Each = each_alone) -> None:
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
         super().__init__(groups, {"betas": betas, "interval": 1, "step": 0})
-        self.each = each
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -77,11 +63,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._adamw(parameters, group)
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        mine = [_due(p, group["step"], group["interval"]) for p in parameters]
-        stacks = [whole_matrices(self._ahead(p, rows, group["betas"][0]), p)
-                  for p, rows in zip(parameters, mine, strict=True)]
-        updates = self.each(orthogonalize, stacks, parameters)
-        for parameter, rows, update in zip(parameters, mine, updates, strict=True):
+        for parameter in parameters:
+            rows = _due(parameter, group["step"], group["interval"])
+            ahead = self._ahead(parameter, rows, group["betas"][0])
+            update = orthogonalize(whole_matrices(ahead, parameter))
             scale = RMS * max(parameter.shape[-2:]) ** 0.5
             rate = group["lr"] * (rows.step or 1)
             weights = local(parameter)[rows]

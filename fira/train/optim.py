@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fira.config import Config
 from fira.model.router import routers
 from fira.parallel.shard import local
-from fira.train.muon import Each, MuonAdamW, each_alone
+from fira.train.muon import MuonAdamW
 
 BETAS = 0.9, 0.95  # decay of the averages of gradients and of their squares, as in GPT-3
 WEIGHT_DECAY = 0.1  # decoupled, of matrices only; GPT-3's, and the same in every preset
@@ -66,20 +66,17 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
     return "embedding" if "embedding" in name else "matrix"
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, each: Each = each_alone,
+def make_optimizer(model: nn.Module, config: OptimConfig,
                    weight_decay: float = WEIGHT_DECAY) -> torch.optim.Optimizer:
     """AdamW, fused where such a kernel exists (on a CPU 3 to 8 times as fast as the foreach form),
-    or Muon. Raises ValueError if the model has no trainable parameter.
-
-    `each` applies a function to every stack of matrices, as a layout divides them.
-    """
+    or Muon. Raises ValueError if the model has no trainable parameter."""
     groups = parameter_groups(model, config, weight_decay)
     if not groups:
         raise ValueError("no parameter of the model is trainable; unfreeze some")
     sharded = any(local(p) is not p for p in model.parameters())
     optimizer: torch.optim.Optimizer
     if config.rule == "muon" or sharded:
-        optimizer = MuonAdamW(groups, BETAS, each)
+        optimizer = MuonAdamW(groups, BETAS)
     else:
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=fused)

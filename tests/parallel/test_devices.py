@@ -3,11 +3,10 @@ import pytest
 import torch
 
 from fira.config import ConfigError
-from fira.loss.next_token import next_token_loss
+from fira.loss.next_token import Batch, next_token_loss
 from fira.model.balance import end_step, health
 from fira.model.files import build
-from fira.model.router import routers
-from fira.parallel.devices import Batch
+from fira.model.moe import routers
 from fira.train.optim import OptimConfig, make_optimizer
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_parity import SPECS, batch
@@ -65,7 +64,7 @@ def test_stages_on_the_devices_of_one_process(stages, unsplit):
     assert_same(record, weights, unsplit)
 
 
-@pytest.mark.parametrize("schedule", ["GPipe", "interleaved"])
+@pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])
 def test_a_stage_on_each_rank(schedule, unsplit):
     results = on_ranks(2, train_split, unsplit[0], schedule, join=False)
     for record, weights in results:
@@ -75,7 +74,7 @@ def test_a_stage_on_each_rank(schedule, unsplit):
 
 
 @pytest.mark.parametrize("options,words", [
-    ({"schedule": "chimera"}, "schedule='chimera' is unknown; choose one of gpipe"),
+    ({"schedule": "chimera"}, "schedule='chimera' is unknown; choose GPipe or 1F1B"),
     ({"schedule": "1F1B"}, "needs a process for every stage.*torchrun --nproc-per-node 2"),
     ({"num_stages": 9}, "num_stages=9 must be from 1 to the model's 4 blocks"),
     ({"devices": ["cpu"]}, "are 1, but num_stages=2"),

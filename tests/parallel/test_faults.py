@@ -7,24 +7,22 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from fira.checkpoint import Checkpoints
+from fira.parallel.files import Writer
 from fira.parallel.mesh import AXES, Mesh, make_mesh
-from fira.parallel.saver import Saver
-from fira.parallel.shard import make_device_mesh
 from fira.runlog import read_rows
 from fira.runtime import launch
 from fira.stages.pretrain import pretrain
 from fira.train.loop import Loop
 from tests.parallel.ranks import free_port, on_ranks
-from tests.parallel.test_parity import SPECS, Batch, batch
+from tests.parallel.test_parity import SPECS, batch, cut
 
-SETTINGS = ["train.micro_batch=2", "train.steps=150", "train.save_every=6", "train.keep=3",
+SETTINGS = ["train.micro_batch=2", "train.steps=150", "train.save_every=6",
             "parallel.timeout=30"]
 
 
@@ -46,7 +44,7 @@ def undisturbed(rank, preset, data, run):
 
 
 def last_weights(run):
-    return load_file(Checkpoints(run, run, 1).steps()[-1] / "model.safetensors")
+    return load_file(Checkpoints(run, run).steps()[-1] / "model.safetensors")
 
 
 def losses(run):
@@ -133,8 +131,8 @@ def limits(rank):
     groups, limit = [], datetime.timedelta(seconds=7)
     for axis in ("data", "expert", "pipeline", "shard"):
         mesh = make_mesh(dict.fromkeys(AXES, 1) | {axis: 2}, rank, torch.device("cpu"), limit)
-        groups += [*filter(None, mesh.groups.values()), Saver(mesh).group]
-    groups += make_device_mesh(mesh.device, np.arange(2).reshape(1, 1, 2), limit).get_all_groups()
+        groups += [*filter(None, mesh.groups.values()), Writer(mesh).group]
+    groups += [group for one in mesh.shard_meshes for group in one.get_all_groups()]
     return [group._get_backend(torch.device("cpu")).options._timeout.seconds for group in groups]
 
 
@@ -156,13 +154,13 @@ def slow_disk(rank, preset, data, run):
         step(loop, line)
         done.append(loop.state.step)
 
-    def late(path, plan):
+    def late(path, content):
         if "step-000005" in str(path):
             limit = time.monotonic() + 60
             while done[-1] < 7 and time.monotonic() < limit:
                 time.sleep(0.01)
             seen.append(done[-1])
-        write(path, plan)
+        write(path, content)
 
     Loop._step, checkpoint.write_rows = counted, late
     pretrain(str(preset), [f"data.folder={data}", EVEN_CUTS, "train.micro_batch=1"], run, "cpu",
@@ -186,25 +184,24 @@ def test_training_goes_on_while_a_save_is_written(preset, data_folder, tmp_path)
 def poisoned(rank):
     """The last rank's gradient is not finite in step 1; who updated, and the weights then."""
     from fira.loss.next_token import next_token_loss
+    from fira.model.files import build_meta
     from fira.parallel.layout import Layout
     from fira.train.optim import OptimConfig, make_optimizer
-    from fira.train.step import accumulate, finish_step
+    from fira.train.step import finish_step
 
     result = []
     for sizes in ({"data": 2}, {"expert": 2}, {"shard": 2}, {"pipeline": 2}):
         mesh = make_mesh(dict.fromkeys(AXES, 1) | sizes, rank, torch.device("cpu"))
-        layout = Layout(mesh, SPECS["fira2"], 5)
+        layout = Layout(mesh, build_meta(SPECS["fira2"]), 5)
         optimizer = make_optimizer(layout.model, OptimConfig())
         updates = []
         for step in range(2):
-            own = Batch(*(part[layout.rows(8)] for part in batch(step)))
-            cut = [Batch(*(part[i:i + 2] for part in own)) for i in range(0, len(own[0]), 2)]
-            loss, count = layout.forward_backward(accumulate)(layout.model, cut, next_token_loss)
+            loss, _ = layout.forward_backward(cut(batch(step), layout.rows(8)), next_token_loss)
             if step == 0 and rank == 1:
                 grad = next(p.grad for n, p in layout.model.named_parameters() if "experts" in n)
                 getattr(grad, "_local_tensor", grad).fill_(float("nan"))
-            updates.append(finish_step(layout.model, optimizer, loss, count, 1.0,
-                                       layout.gradient_norm)[1])
+            updates.append(finish_step(layout.model, optimizer, loss, 1.0,
+                                       layout.gradient_norm())[1])
         result.append(updates)
     return result
 
@@ -226,7 +223,7 @@ def stopping(rank, preset, data, run):
     with pytest.raises(Exception, match="SIGTERM"):
         pretrain(str(preset), [f"data.folder={data}", "train.micro_batch=1"], run, "cpu", False,
                  Console(quiet=True))
-    return Checkpoints(run, run, 1).steps()[-1].name
+    return Checkpoints(run, run).steps()[-1].name
 
 
 def test_a_signal_to_one_rank_saves_and_stops_all(preset, data_folder, tmp_path):
@@ -240,11 +237,11 @@ def full_disk(rank, preset, data, run):
 
     write, calls = checkpoint.write_rows, []
 
-    def refuse(path, plan):
+    def refuse(path, content):
         calls.append(path)
         if rank == 1 and "step-000010" in str(path):
             raise OSError(28, "No space left on device")
-        write(path, plan)
+        write(path, content)
 
     checkpoint.write_rows = refuse
     with pytest.raises(ValueError, match="cannot save .*step-000010") as refused:

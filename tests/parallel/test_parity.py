@@ -1,15 +1,15 @@
 """Every layout trains as one process does: losses, gradient norms, routing, final weights."""
-from typing import NamedTuple
-
 import pytest
 import torch
 
-from fira.loss.next_token import next_token_loss
+from fira.loss.next_token import Batch, next_token_loss
+from fira.model.experts import ExpertLinear, expert_linear
+from fira.model.files import build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
 from fira.train.optim import OptimConfig, make_optimizer, set_step
-from fira.train.step import accumulate, finish_step
+from fira.train.step import finish_step
 from tests.parallel.ranks import on_ranks
 
 SHAPE = {"vocab_size": 60, "d_model": 16, "n_head": 2, "num_layers": 4, "d_ff": 24,
@@ -17,13 +17,12 @@ SHAPE = {"vocab_size": 60, "d_model": 16, "n_head": 2, "num_layers": 4, "d_ff": 
 SPECS = {"fira": FIRASpec(**SHAPE, dropout=0.0),
          "fira2": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)}
 OTHERS = {"quantile": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, balance="quantile"),
-          "untied": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, tied=False, look_back=True)}
+          "untied": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, tied=False, look_back=True),
+          "adapted": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)}
 BATCH, STEPS = 8, 20
 LAYOUTS = {
     "data2": {"data": 2}, "shard2": {"shard": 2}, "expert2": {"expert": 2},
     "gpipe2": {"pipeline": 2, "schedule": "gpipe"}, "1f1b2": {"pipeline": 2},
-    "interleaved2": {"pipeline": 2, "schedule": "interleaved"},
-    "zero_bubble2": {"pipeline": 2, "schedule": "zero_bubble"},
     "data2-expert2": {"data": 2, "expert": 2}, "data2-pipeline2": {"data": 2, "pipeline": 2},
     "expert2-pipeline2": {"expert": 2, "pipeline": 2},
     "data2-shard2": {"data": 2, "shard": 2}, "expert2-shard2": {"expert": 2, "shard": 2},
@@ -31,9 +30,32 @@ LAYOUTS = {
 LONG = [name for name in LAYOUTS if name.count("-") == 0] + ["data2-expert2", "data2-pipeline2"]
 
 
-class Batch(NamedTuple):
-    tokens_BT: torch.Tensor
-    targets_BT: torch.Tensor
+class AdaptedLinear(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x @ self.lora_down.T @ self.lora_up.T
+
+
+class AdaptedExperts(ExpertLinear):
+    def forward(self, rows_Ri, counts_E):
+        hidden_Rr = expert_linear(rows_Ri, counts_E, self.lora_down, None)
+        return super().forward(rows_Ri, counts_E) + expert_linear(hidden_Rr, counts_E,
+                                                                  self.lora_up, None)
+
+
+def adapt(model, rank=3):
+    """Freeze all weights but some norms; add low-rank ones to attention and experts."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("moe_norm" in name)
+    for block in model.blocks:
+        for module, adapted in ((block.attention.qkv, AdaptedLinear),
+                                (block.moe.experts.up, AdaptedExperts)):
+            *experts, width_out, width_in = module.weight.shape
+            module.__class__ = adapted
+            for name, shape in (("lora_down", (*experts, rank, width_in)),
+                                ("lora_up", (*experts, width_out, rank))):
+                empty = torch.empty(shape, device=module.weight.device)
+                module.register_parameter(name, torch.nn.Parameter(empty))
+    return model
 
 
 def batch(step):
@@ -45,41 +67,45 @@ def train(layout, rule, steps=STEPS, starve=False):
     """Train as the loop does; every step's loss, norm and loads, and this rank's final weights."""
     model = layout.model
     if starve:  # every row to experts 0 and 1: the second half gets none, nor a rank that has it
-        for piece in layout.pieces(model.named_parameters()):
-            if piece.name.endswith("router.weight"):
-                piece.rows.zero_()
-            elif piece.name.endswith("router.bias"):
+        for part in layout.slices(model.named_parameters()):
+            if part.name.endswith("router.weight"):
+                part.rows.zero_()
+            elif part.name.endswith("router.bias"):
                 preferred = torch.tensor([2.0, 1.0, -1.0, -2.0])
-                piece.rows.copy_(preferred[piece.start:piece.start + len(piece.rows)])
+                part.rows.copy_(preferred[part.start:part.start + len(part.rows)])
     follows = 0.25 if rule == "muon" else 0.0  # those jobs have no pipeline
     optimizer = make_optimizer(model, OptimConfig(lr=2e-3, rule=rule, turns=2, clip=0.5,
-                                                  head_follows=follows), layout.each)
-    forward_backward, record = layout.forward_backward(accumulate), []
+                                                  head_follows=follows))
+    record = []
     model.train()
     for step in range(steps):
-        own = Batch(*(part[layout.rows(BATCH)] for part in batch(step)))
-        cut = [Batch(*(part[i:i + 2] for part in own)) for i in range(0, len(own[0]), 2)]
-        loss, count = forward_backward(model, cut, next_token_loss)
+        loss, _ = layout.forward_backward(cut(batch(step), layout.rows(BATCH)), next_token_loss)
         set_step(optimizer, step, 1.0)
-        norm, updated = finish_step(model, optimizer, loss, count, 0.5, layout.gradient_norm)
+        norm, updated = finish_step(model, optimizer, loss, 0.5, layout.gradient_norm())
         assert updated
         found = layout.end_step()
-        record.append((float(loss), norm, found and found["load"], found and found["entropy"]))
+        record.append((loss, norm, found and found["load"], found and found["entropy"]))
     weights = [(p.name, p.start, p.rows.clone())
-               for p in layout.pieces(model.state_dict().items())]
+               for p in layout.slices(model.state_dict().items())]
     return record, weights
 
 
-def make_layout(rank, spec, sizes):
+def cut(whole, rows, count=2):
+    """Micro-batches of `count` rows, of a rank's rows of the whole batch."""
+    return [Batch(*(part[i:i + count] for part in whole))
+            for i in range(rows.start, rows.stop, count)]
+
+
+def make_layout(rank, arch, sizes):
     sizes = dict(sizes)
     schedule = sizes.pop("schedule", "1f1b")
     mesh = make_mesh(dict.fromkeys(AXES, 1) | sizes, rank, torch.device("cpu")) if sizes else Mesh()
-    return Layout(mesh, spec, seed=5, schedule=schedule)
+    model = build_meta((SPECS | OTHERS)[arch])
+    return Layout(mesh, adapt(model) if arch == "adapted" else model, seed=5, schedule=schedule)
 
 
 def train_all(rank, jobs):
-    specs = SPECS | OTHERS
-    return {name: train(make_layout(rank, specs[arch], LAYOUTS[layout]), rule, steps, starve)
+    return {name: train(make_layout(rank, arch, LAYOUTS[layout]), rule, steps, starve)
             for name, (arch, layout, rule, steps, starve) in jobs.items()}
 
 
@@ -113,7 +139,7 @@ def alone():
     def run(arch, rule, steps, starve):
         key = arch, rule, steps, starve
         if key not in made:
-            made[key] = train(make_layout(0, (SPECS | OTHERS)[arch], {}), rule, steps, starve)
+            made[key] = train(make_layout(0, arch, {}), rule, steps, starve)
         return made[key]
     return run
 

@@ -8,22 +8,22 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # noqa: F401 (teaches fake tensors to be sent)
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fira.config import load_preset
-from fira.loss.next_token import next_token_loss
-from fira.parallel import layout as layouts
-from fira.parallel.footprint import hold
+from fira.loss.next_token import Batch, next_token_loss
+from fira.model.files import build_meta
 from fira.parallel.layout import Layout
-from fira.parallel.mesh import AXES, make_mesh
+from fira.parallel.mesh import AXES, Mesh, make_mesh
+from fira.parallel.plan import count_elements
 from fira.stages.pretrain import configure
 from fira.train.optim import OptimConfig, make_optimizer
-from fira.train.step import accumulate, finish_step
-from tests.parallel.test_parity import Batch
+from fira.train.step import finish_step
 
+LOSS = {"loss": (1.0, 1.0)}  # from the last stage of a pipeline
 LENGTH = 128  # tokens of a sequence: divides into equal rows for all experts
 
 
@@ -38,12 +38,7 @@ class Answers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def real_mesh(*arguments):
-    with unset_fake_temporarily():
-        return MAKE_DEVICE_MESH(*arguments)
-
-
-MAKE_DEVICE_MESH, TO_EMPTY = layouts.make_device_mesh, torch.nn.Module.to_empty
+TO_EMPTY = torch.nn.Module.to_empty
 
 
 def to_empty(model, *, device):
@@ -62,28 +57,30 @@ def to_empty(model, *, device):
     return model
 
 
-def step_once(spec, sizes, schedule, rank):
+def step_once(spec, sizes, rank):
     """Build `rank`'s part of `spec` and train a step; returns its parameters and the layout."""
     mesh = make_mesh(sizes, rank, torch.device("cpu"))
+    if sizes["shard"] > 1:
+        assert mesh.shard_meshes  # made before tensors are fake
     rows = LENGTH * spec.top_k
 
     def balanced(counts):
         return [rows // len(counts)] * len(counts)
 
-    with (mock.patch.object(layouts, "make_device_mesh", real_mesh),
+    with (mock.patch.object(Mesh, "gather", lambda mesh, value: [value, LOSS]),
           mock.patch.object(torch.nn.Module, "to_empty", to_empty),
           mock.patch.object(FakeTensor, "tolist", balanced), FakeTensorMode(), Answers()):
-        layout = Layout(mesh, spec, seed=0, schedule=schedule)
+        layout = Layout(mesh, build_meta(spec), seed=0)
         layout.model.train()
         optimizer = make_optimizer(layout.model, OptimConfig())
         tokens_BT = torch.zeros(1, LENGTH, dtype=torch.long)
         cut = [Batch(tokens_BT, tokens_BT)] * (2 * sizes["pipeline"])
-        loss, count = layout.forward_backward(accumulate)(layout.model, cut, next_token_loss)
+        loss, _ = layout.forward_backward(cut, next_token_loss)
         without = [name for name, p in layout.model.named_parameters() if p.grad is None]
         assert not without
-        _, updated = finish_step(layout.model, optimizer, loss, count, 1.0, layout.gradient_norm)
+        _, updated = finish_step(layout.model, optimizer, loss, 1.0, layout.gradient_norm())
         assert updated and len(optimizer.state) == len(list(layout.model.parameters()))
-        return {p.name: p.rows.numel() for p in layout.pieces(layout.model.named_parameters())}
+        return {p.name: p.rows.numel() for p in layout.slices(layout.model.named_parameters())}
 
 
 @pytest.fixture
@@ -96,17 +93,14 @@ def rank_of_64():
 @pytest.mark.parametrize("preset,sizes", [
     ("fira2-7b", {"shard": 2, "expert": 32}),
     ("fira2-7b", {"pipeline": 8, "expert": 8}),
-    ("fira2-7b", {"pipeline": 8, "data": 2, "expert": 4, "schedule": "zero_bubble"}),
     ("fira2-30b", {"shard": 8, "expert": 8}),
     ("fira2-30b", {"pipeline": 4, "expert": 16}),
 ])
 def test_a_rank_of_64_is_built_and_steps_without_the_whole_model(preset, sizes, rank_of_64):
     spec = configure(load_preset(preset), ()).model
     sizes = dict.fromkeys(AXES, 1) | sizes
-    schedule = sizes.pop("schedule", "1f1b")
-    held = step_once(spec, sizes, schedule, rank_of_64)
+    held = step_once(spec, sizes, rank_of_64)
     place = make_mesh(sizes, rank_of_64, torch.device("cpu")).place["pipeline"]
-    planned = hold(spec, sizes, schedule, place)
-    assert sum(held.values()) == pytest.approx(planned.here(), rel=0.01)
-    whole = hold(spec, dict.fromkeys(AXES, 1), "1f1b", 0).whole()
-    assert sum(held.values()) < 0.06 * whole
+    planned = count_elements(spec, tuple(sizes[axis] for axis in AXES), place)
+    assert sum(held.values()) == pytest.approx(planned["all"] / sizes["shard"], rel=0.01)
+    assert sum(held.values()) < 0.06 * count_elements(spec, (1, 1, 1, 1), 0)["all"]
