@@ -25,12 +25,10 @@ class Watch:
 
     def __init__(self, model: Any) -> None:
         layers = routers(model)
-        self.experts: list[Tensor] = []
+        self.experts: list[Tensor | None] = [None] * len(layers)
 
         def note(router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
-            if router is layers[0]:
-                self.experts = []
-            self.experts.append(output[1])
+            self.experts[layers.index(router)] = output[1]
 
         self._hooks = [router.register_forward_hook(note) for router in layers]
 
