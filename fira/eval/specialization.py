@@ -49,7 +49,8 @@ def specialization(run: str, sources: list[str], device: str = "auto") -> dict[s
         for tokens_BT, scored_BT in given:
             nats += batch_nats(model, tokens_BT, scored_BT)
             read.append(tokens_BT[:, :-1][scored_BT].cpu())
-            experts.append([experts_NK[scored_BT.flatten()].cpu() for experts_NK in watch.experts])
+            experts.append([experts_NK[scored_BT.flatten()].cpu() for experts_NK in watch.experts
+                            if experts_NK is not None])
     with _exchanged(model):
         exchanged = sum(batch_nats(model, *batch) for batch in given)
     tokens_N = torch.cat(read)

@@ -288,7 +288,8 @@ class Engine:
 
     def _watched(self) -> Tensor | None:
         """experts_LNK of the model's latest forward; None for a dense model."""
-        return torch.stack(self._watch.experts) if self._watch.experts else None
+        experts = [chosen_NK for chosen_NK in self._watch.experts if chosen_NK is not None]
+        return torch.stack(experts) if experts else None
 
     def _count(self, experts_LNK: Tensor | None) -> None:
         if experts_LNK is not None:
