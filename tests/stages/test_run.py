@@ -31,7 +31,7 @@ def run_micro(preset, data_folder, run, *settings, resume=False, screen=QUIET):
 
 
 def last_step(run):
-    return Checkpoints(run, run, 1).steps()[-1]
+    return Checkpoints(run, run).steps()[-1]
 
 
 def weights(run):
