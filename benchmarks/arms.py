@@ -14,7 +14,8 @@ from typing import Any
 
 from fira.config import load_preset
 from fira.report.read import Run, numbers, read_run
-from fira.stages.pretrain import configure
+from fira.stages.pretrain import PRETRAIN
+from fira.stages.run import configure
 
 DONE = "done.json"
 
@@ -28,7 +29,7 @@ class Arm:
     settings: tuple[str, ...]
 
     def config(self) -> Any:
-        return configure(load_preset(self.preset), self.settings)
+        return configure(PRETRAIN, load_preset(self.preset), self.settings)
 
     def with_settings(self, *settings: str) -> Arm:
         return replace(self, settings=(*self.settings, *settings))

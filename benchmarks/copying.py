@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fira.infer.stand_in import head_weights, token_losses
 from record import append
 
 from fira.data.sources import inputs
 from fira.data.text import items
 from fira.infer.load import load
-from fira.infer.stand_in import head_weights, token_losses
 from fira.model.generate import window_length
 
 PASSAGES = 64  # of the text's beginning

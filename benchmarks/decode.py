@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from fira.model.count import count_parameters
 from record import append, machine
 
 from fira.config import load_preset
-from fira.convert.hf import write_model
 from fira.convert.quantize import quantize
 from fira.data.text import texts
 from fira.data.tokenizer import Tokenizer, train_tokenizer
@@ -36,7 +36,6 @@ from fira.infer.decode import find_obstacle
 from fira.infer.decode.step import FusedStep
 from fira.infer.engine import Engine
 from fira.infer.request import SamplingParams, Token
-from fira.model.count import count_parameters
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
 
@@ -179,7 +178,7 @@ def transformers_side(model: Any, arguments: argparse.Namespace, scratch: Path) 
 def exported(model: Any, transformers: Any, scratch: Path) -> Any:
     """transformers' class with a model's weights; FIRA's class comes with its export."""
     folder = scratch / "hf"
-    export_hf(model, small_tokenizer(), folder)
+    write_model(model, small_tokenizer(), folder)
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=model.spec.architecture == "fira").eval()
 

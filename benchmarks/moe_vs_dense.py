@@ -42,7 +42,8 @@ from training_peers import Text, read_results, run_nanochat, score_runs
 
 from fira.config import load_preset
 from fira.report.read import Run, numbers, read_run
-from fira.stages.pretrain import configure
+from fira.stages.pretrain import PRETRAIN
+from fira.stages.run import configure
 
 MOE, DENSE, LARGE = "MoE", "dense, equal active", "dense, equal total"
 COLORS = {MOE: "#d9541e", DENSE: "#3b6fb6", LARGE: "#7a8791"}
@@ -64,7 +65,7 @@ def wider(factor: int) -> str:
 def make_arms(preset: str, settings: list[str], factors: list[float],
               widths: list[int]) -> dict[str, Arm]:
     """Arms by name; one more MoE arm for each of `factors`, one more dense arm for each width."""
-    spec = configure(load_preset(preset), settings).model
+    spec = configure(PRETRAIN, load_preset(preset), settings).model
     active = spec.top_k * spec.d_ff
 
     def dense(key: str, d_ff: int) -> Arm:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fira.train.step import finish_step
 from ranks import on_ranks
 from record import append
 
@@ -30,7 +31,6 @@ from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
 from fira.runtime import keep_large_blocks
 from fira.train.optim import OptimConfig, make_optimizer
-from fira.train.step import finish_step
 
 SHAPE = {"vocab_size": 4096, "d_model": 256, "n_head": 4, "n_kv_head": 2, "head_dim": 64,
          "num_layers": 4, "d_ff": 256, "num_experts": 8, "top_k": 2, "context": 256}

@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fira.model.count import count_parameters
+from fira.train.compiled import compiled
+from fira.train.step import accumulate, finish_step
 from record import append, machine, peak_memory, reset_peak
 
 from fira.data.batches import Batch
 from fira.loss.next_token import next_token_loss
-from fira.model.count import count_parameters
 from fira.model.files import build
 from fira.model.moe import end_step
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.runtime import autocast, keep_large_blocks, pick_device
-from fira.train.compiled import compiled
 from fira.train.optim import OptimConfig, make_optimizer
-from fira.train.step import accumulate, finish_step
 
 SMALL = {"num_layers": 2, "vocab_size": 8192}
 FOUNDING = {"dropout": 0.1, "context": 3072}

@@ -2,17 +2,18 @@
 import pytest
 
 from fira.config import ConfigError, flatten, load_preset, override, preset_names
-from fira.stages.pretrain import configure, describe
+from fira.stages.pretrain import PRETRAIN
+from fira.stages.run import configure, describe
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_resolves_to_itself(name):
-    config = configure(load_preset(name), ())
-    assert configure(config.model_dump(), ()) == config
+    config = configure(PRETRAIN, load_preset(name), ())
+    assert configure(PRETRAIN, config.model_dump(), ()) == config
 
 
 def test_an_override_changes_only_its_key():
-    base, changed = (flatten(configure(load_preset("tiny"), s)) for s in ((), ("optim.lr=1e-4",)))
+    base, changed = (flatten(configure(PRETRAIN, load_preset("tiny"), s)) for s in ((), ("optim.lr=1e-4",)))
     assert {key for key in base if base[key] != changed[key]} == {"optim.lr"}
     assert changed["optim.lr"] == 1e-4
 
@@ -35,7 +36,7 @@ def test_an_override_changes_only_its_key():
 ])
 def test_a_mistake_is_one_line_with_value_rule_and_remedy(setting, words):
     with pytest.raises(ConfigError) as error:
-        configure(load_preset("tiny"), [setting])
+        configure(PRETRAIN, load_preset("tiny"), [setting])
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
@@ -43,7 +44,7 @@ def test_a_mistake_is_one_line_with_value_rule_and_remedy(setting, words):
 
 def test_heads_must_divide_the_width_of_the_founding_model():
     with pytest.raises(ConfigError, match="n_head=7 must divide d_model=768; try n_head=6"):
-        configure(load_preset("fira-334m"), ["model.n_head=7"])
+        configure(PRETRAIN, load_preset("fira-334m"), ["model.n_head=7"])
 
 
 def test_unknown_preset_names_the_nearest():
@@ -52,12 +53,12 @@ def test_unknown_preset_names_the_nearest():
 
 
 def test_a_horizon_given_replaces_the_presets():
-    assert configure(load_preset("tiny"), ["train.steps=7"]).train.minutes is None
-    assert configure(load_preset("fira-334m"), ["train.minutes=7.0"]).train.steps is None
+    assert configure(PRETRAIN, load_preset("tiny"), ["train.steps=7"]).train.minutes is None
+    assert configure(PRETRAIN, load_preset("fira-334m"), ["train.minutes=7.0"]).train.steps is None
 
 
 def test_dry_run_marks_what_differs_from_the_preset():
-    lines = describe("tiny", ["optim.lr=0.001"]).splitlines()
+    lines = describe(PRETRAIN, "tiny", ["optim.lr=0.001"]).splitlines()
     assert [line for line in lines if "# preset" in line] == ["optim.lr = 0.001   # preset: 0.01"]
 
 
@@ -68,9 +69,9 @@ def test_override_leaves_its_input_alone():
 
 
 def test_sequences_double_in_equal_parts_of_a_run():
-    train = configure(load_preset("tiny"), ["train.first_length=16"]).train
+    train = configure(PRETRAIN, load_preset("tiny"), ["train.first_length=16"]).train
     assert train.sequence_length == 128 and train.lengths == [16, 32, 64, 128]
     fractions = (0, 0.24, 0.25, 0.49, 0.5, 0.74, 0.75, 1)
     assert [train.length_at(one) for one in fractions] == [16, 16, 32, 32, 64, 64, 128, 128]
     assert [train.rows_of(one) * one for one in train.lengths] == [16 * 128] * 4
-    assert configure(load_preset("tiny"), []).train.length_at(0.5) == 128
+    assert configure(PRETRAIN, load_preset("tiny"), []).train.length_at(0.5) == 128

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from fira.cli import fira
 from fira.config import ConfigError, load_preset
-from fira.stages.pretrain import configure, pretrain
+from fira.stages.pretrain import PRETRAIN, pretrain
+from fira.stages.run import configure
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -77,7 +78,7 @@ def check_fira(words):
     presets = {"train": given.get("preset"), "show": given.get("what"), "quickstart": "tiny"}
     preset = presets.get(name)
     if preset and "/" not in preset and not preset.endswith(".toml"):  # else the reader's own
-        configure(load_preset(preset), given["settings"])
+        configure(PRETRAIN, load_preset(preset), given["settings"])
 
 
 def check_command(words):

@@ -18,6 +18,7 @@ from rich.table import Table
 from fira.config import ConfigError
 from fira.loss.head import BLOCK_ELSEWHERE
 from fira.model.files import build_meta
+from fira.model.transformer import count_parameters
 from fira.parallel.accumulate import BUCKET
 from fira.parallel.layout import check_fit
 from fira.parallel.mesh import AXES, describe_sizes
@@ -153,7 +154,7 @@ def estimate(work: Work, grid: Grid, device: Device) -> Estimate:
                         key=lambda parts: sum(parts.values())) for of in (memory_of, sent_by))
     tokens = work.batch_size * work.sequence_length
     micros = work.batch_size // prod(grid[1:]) // work.micro_batch
-    flops = count_parameters(work.spec, work.sequence_length).flops_per_token * tokens
+    flops = count_parameters(build_shapes(work.spec), work.sequence_length).flops_per_token * tokens
     busy = micros / (micros + grid[0] - 1)  # the rest of the time stages wait for others
     compute = flops / prod(grid) / (device.flops * UTILIZATION) / busy
     spans = {"shards": grid[3], "experts": grid[2] * grid[3], "gradients": prod(grid[1:]),
@@ -189,7 +190,7 @@ def show_plan(preset: str, config: Any, gpus: int, device_name: str, tokens: flo
     if not found:
         raise ConfigError(f"no layout of {preset} fits {gpus} x {device_name}; use more --gpus, a "
                           "smaller train.micro_batch or another train.batch_tokens")
-    count = count_parameters(spec)
+    count = count_parameters(build_shapes(spec))
     tokens = tokens or (train.steps or 0) * train.batch_tokens or 1e9
     table = Table("layout", title=f"{preset} on {gpus} x {device_name}: {count.total / 1e9:.2f}B "
                   f"parameters, {count.active / 1e9:.2f}B active; {tokens / 1e9:,.0f}B tokens")

@@ -18,8 +18,8 @@ from rich.console import Console
 from fira import files, runtime
 from fira.checkpoint import Checkpoints, read_weights, restore
 from fira.config import Config, ConfigError, flatten, load_preset, override, parse
-from fira.data.tokenizer import Tokenizer
 from fira.convert.files import find_whole
+from fira.data.tokenizer import Tokenizer
 from fira.model.files import (
     CONFIG,
     WEIGHTS,

@@ -4,8 +4,8 @@ One optimizer holds both rules: groups with rule "muon" are orthogonalized, the 
 A stack of expert weights [E, out, in] is E matrices, orthogonalized in one batched product. Of
 sharded weights the local rows are updated; a matrix is gathered whole to be orthogonalized.
 
-Orthogonalizing costs the same however few tokens an expert saw. So a group may update each expert of
-a stack only every `interval`-th step, with `interval` times the learning rate: momentum hardly
+Orthogonalizing costs the same however few tokens an expert saw. So a group may update each expert
+of a stack only every `interval`-th step, with `interval` times the learning rate: momentum hardly
 changes in between, and `small` learns the same from a quarter of the work.
 """
 from __future__ import annotations

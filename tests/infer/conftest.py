@@ -7,8 +7,9 @@ import pytest
 
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.files import write_manifest
-from fira.model.files import build, save_weights
+from fira.model.files import save_weights
 from fira.model.spec import FIRA2Spec
+from tests.models import build
 
 TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 8]
 
@@ -21,7 +22,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def model(tokenizer: Tokenizer):
     spec = FIRA2Spec(vocab_size=320, d_model=32, n_head=2, n_kv_head=1, head_dim=16, num_layers=2,
-                     d_ff=32, num_experts=4, top_k=2, context=64, init_std=0.3)
+                     d_ff=32, num_experts=4, top_k=2, context=64)
     return build(spec, seed=1).eval()
 
 

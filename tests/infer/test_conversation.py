@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from fira.infer.stand_in import knows_chat
 from rich.console import Console
 
 from fira.data.chat import render
 from fira.infer import text as module
 from fira.infer.chat import UNTUNED, chat, talk
 from fira.infer.sample import SamplingParams
-from fira.infer.stand_in import knows_chat
 from fira.infer.text import Conversation
 
 

@@ -17,16 +17,16 @@ from fira.infer import decode
 from fira.infer.decode import find_obstacle, open_step
 from fira.infer.engine import Engine
 from fira.infer.request import SamplingParams
-from fira.model.files import build
 from fira.model.generate import stream
 from fira.model.spec import FIRA2Spec, FIRASpec
+from tests.models import build
 
 pytest.importorskip("numba")
 
 from fira.infer.decode import kernel  # noqa: E402
 from fira.infer.decode.step import FusedStep  # noqa: E402
 
-SMALL = dict(vocab_size=96, d_model=32, n_head=4, num_layers=2, d_ff=64, context=24, init_std=0.3)
+SMALL = dict(vocab_size=96, d_model=32, n_head=4, num_layers=2, d_ff=64, context=24)
 GROUPED = dict(n_kv_head=2, head_dim=16)
 SPECS = {
     "fira2": FIRA2Spec(**SMALL, **GROUPED, num_experts=8, top_k=3),

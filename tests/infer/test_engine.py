@@ -8,12 +8,12 @@ from fira.data.chat import prompt_ids
 from fira.infer.cache import Part, SlotCache, common_prefix
 from fira.infer.engine import Engine
 from fira.infer.request import End, SamplingParams
-from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
+from tests.models import build
 from tests.trace import tracing
 
 SHAPE = dict(vocab_size=320, d_model=32, n_head=4, num_layers=2, d_ff=32, num_experts=4, top_k=2,
-             context=96, init_std=0.3)
+             context=96)
 SPECS = {"fira": FIRASpec(**SHAPE), "fira2": FIRA2Spec(**SHAPE, n_kv_head=2, head_dim=16),
          "dense": FIRA2Spec(**SHAPE | {"num_experts": 1, "top_k": 1}, n_kv_head=2, head_dim=16)}
 GREEDY = dict(max_new_tokens=20, temperature=0.0, ignore_end=True)

@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
-
 from fira.model.attention import (
     KeyValueCache,
     LayerCache,
@@ -13,6 +11,7 @@ from fira.model.attention import (
     attention,
     attention_plain,
 )
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 
 def random_qkv(H: int, G: int, T: int = 7, C: int = 8) -> list[torch.Tensor]:

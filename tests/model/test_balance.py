@@ -1,9 +1,9 @@
 """Each balance method evens a skewed router, and a bias selects without weighing."""
 import pytest
 import torch
+from fira.model.experts import SwiGLUExperts
 
 from fira.model.balance import METHODS, even_bias
-from fira.model.experts import SwiGLUExperts
 from fira.model.files import build, load_pretrained, save_weights
 from fira.model.initialize import initialize
 from fira.model.moe import MoE, end_step, fade, routers, routing_health

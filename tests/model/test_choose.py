@@ -1,9 +1,9 @@
 """Choosing by partition equals choosing by sorting."""
 import pytest
 import torch
+from fira.model.choose import choose, choose_in_rounds, rank_smallest
 
 from fira.model import choose as module
-from fira.model.choose import choose, choose_in_rounds, rank_smallest
 
 
 @pytest.mark.parametrize("tokens, experts, top_k", [(300, 32, 4), (300, 64, 1), (300, 16, 15),

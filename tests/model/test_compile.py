@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from fira.train.compiled import compiled
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
@@ -13,7 +14,6 @@ from fira.loss.head import head_loss
 from fira.model.files import build
 from fira.model.moe import end_step, fade, routing_health
 from fira.model.spec import FIRA2Spec, FIRASpec
-from fira.train.compiled import compiled
 
 TINY = dict(vocab_size=31, d_model=32, n_head=4, num_layers=1, d_ff=24, num_experts=4, top_k=2,
             context=12, init_std=0.2)

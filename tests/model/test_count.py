@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fira.model.count import count_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
-from fira.model.count import count_parameters
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
 

@@ -5,13 +5,13 @@ import contextlib
 
 import pytest
 import torch
+from fira.train.compiled import compiled
 
 from fira.loss.head import head_loss
 from fira.model.files import build
 from fira.model.moe import routers, routing_health
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.runtime import autocast
-from fira.train.compiled import compiled
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

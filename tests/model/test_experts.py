@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
-
 from fira.model.experts import (
     GELUExperts,
     SortedLinear,
@@ -15,6 +13,7 @@ from fira.model.experts import (
     grouping_obstacle,
 )
 from fira.model.products import HAS_BATCH
+from torch.nn import functional as F
 
 LOADS = [[3, 1, 4, 2], [0, 10, 0, 0], [5, 0, 0, 5], [0, 0, 1, 0]]
 

@@ -5,15 +5,15 @@ import math
 
 import pytest
 import torch
+from fira.model.experts import SwiGLUExperts
+from fira.model.rows import sum_rows, sum_rows_plain
 from torch.nn import functional as F
 
-from fira.model.experts import SwiGLUExperts
 from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2
 from fira.model.initialize import initialize
 from fira.model.moe import MoE, end_step, routers, routing_health
 from fira.model.router import Router
-from fira.model.rows import sum_rows, sum_rows_plain
 
 TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12,
             init_std=0.3)

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from fira.train.step import finish_step
 from safetensors.torch import load_file, save_file
 
 from fira.checkpoint import ADAPTER, OPTIMIZER, Checkpoints, read_weights, restore
@@ -12,7 +13,6 @@ from fira.model.files import WEIGHTS, build, build_meta, save_weights
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
 from fira.train.optim import OptimConfig, make_optimizer
-from fira.train.step import finish_step
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_parity import SPECS, adapt, batch, cut
 

@@ -183,11 +183,12 @@ def test_training_goes_on_while_a_save_is_written(preset, data_folder, tmp_path)
 
 def poisoned(rank):
     """The last rank's gradient is not finite in step 1; who updated, and the weights then."""
+    from fira.train.step import finish_step
+
     from fira.loss.next_token import next_token_loss
     from fira.model.files import build_meta
     from fira.parallel.layout import Layout
     from fira.train.optim import OptimConfig, make_optimizer
-    from fira.train.step import finish_step
 
     result = []
     for sizes in ({"data": 2}, {"expert": 2}, {"shard": 2}, {"pipeline": 2}):

@@ -1,15 +1,15 @@
 """Every layout trains as one process does: losses, gradient norms, routing, final weights."""
 import pytest
 import torch
+from fira.model.experts import ExpertLinear, expert_linear
+from fira.train.step import finish_step
 
 from fira.loss.next_token import Batch, next_token_loss
-from fira.model.experts import ExpertLinear, expert_linear
 from fira.model.files import build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
 from fira.train.optim import OptimConfig, make_optimizer, set_step
-from fira.train.step import finish_step
 from tests.parallel.ranks import on_ranks
 
 SHAPE = {"vocab_size": 60, "d_model": 16, "n_head": 2, "num_layers": 4, "d_ff": 24,

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from fira.train.step import finish_step
 
 from fira.config import load_preset
 from fira.loss.next_token import Batch, next_token_loss
@@ -23,9 +24,9 @@ from fira.parallel.plan import (
     memory_of,
     sent_by,
 )
-from fira.stages.pretrain import configure
+from fira.stages.pretrain import PRETRAIN
+from fira.stages.run import configure
 from fira.train.optim import OptimConfig, make_optimizer
-from fira.train.step import finish_step
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_parity import cut
 from tests.parallel.traffic import Traffic
@@ -142,7 +143,7 @@ def test_planned_memory_is_that_of_processes(words, tmp_path):
 def test_the_large_presets_fit_64_gpus(preset, total, active, fira):
     answer = fira("plan", preset, "--gpus", 64, "--tokens", 1e12)
     assert answer.code == 0 and "days" in answer.out and "data" in answer.out
-    spec = configure(load_preset(preset), ()).model
+    spec = configure(PRETRAIN, load_preset(preset), ()).model
     found = count_elements(spec, (1, 1, 1, 1), 0)
     assert found["all"] >= total
     idle = found["experts"] * (1 - spec.top_k / spec.num_experts)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # noqa: F401 (teaches fake tensors to be sent)
+from fira.train.step import finish_step
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -19,9 +20,9 @@ from fira.model.files import build_meta
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
 from fira.parallel.plan import count_elements
-from fira.stages.pretrain import configure
+from fira.stages.pretrain import PRETRAIN
+from fira.stages.run import configure
 from fira.train.optim import OptimConfig, make_optimizer
-from fira.train.step import finish_step
 
 LOSS = {"loss": (1.0, 1.0)}  # from the last stage of a pipeline
 LENGTH = 128  # tokens of a sequence: divides into equal rows for all experts
@@ -97,7 +98,7 @@ def rank_of_64():
     ("fira2-30b", {"pipeline": 4, "expert": 16}),
 ])
 def test_a_rank_of_64_is_built_and_steps_without_the_whole_model(preset, sizes, rank_of_64):
-    spec = configure(load_preset(preset), ()).model
+    spec = configure(PRETRAIN, load_preset(preset), ()).model
     sizes = dict.fromkeys(AXES, 1) | sizes
     held = step_once(spec, sizes, rank_of_64)
     place = make_mesh(sizes, rank_of_64, torch.device("cpu")).place["pipeline"]

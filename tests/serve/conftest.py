@@ -12,12 +12,12 @@ from fira.data.tokenizer import train_tokenizer
 from fira.infer.engine import Engine
 from fira.infer.request import End, QueueFull, Token, TokenScore
 from fira.infer.text import decode
-from fira.model.files import build
 from fira.model.spec import FIRA2Spec
 from fira.serve.api import ServedModel
 from fira.serve.guard import Keys
 from fira.serve.process import architecture, listen
 from fira.serve.server import Server, Service
+from tests.models import build
 
 TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 8]
 
@@ -155,7 +155,7 @@ def http(running):
 @pytest.fixture(scope="module")
 def model(tokenizer):
     spec = FIRA2Spec(vocab_size=320, d_model=32, n_head=2, n_kv_head=1, head_dim=16, num_layers=2,
-                     d_ff=32, num_experts=4, top_k=2, context=128, init_std=0.3)
+                     d_ff=32, num_experts=4, top_k=2, context=128)
     return build(spec, seed=1).eval()
 
 
