@@ -29,6 +29,7 @@ from fira.model.count import count_parameters
 from record import append, machine
 
 from fira.config import load_preset
+from fira.convert.hf import write_model
 from fira.convert.quantize import quantize
 from fira.data.text import texts
 from fira.data.tokenizer import Tokenizer, train_tokenizer

@@ -13,7 +13,8 @@ def test_every_preset_resolves_to_itself(name):
 
 
 def test_an_override_changes_only_its_key():
-    base, changed = (flatten(configure(PRETRAIN, load_preset("tiny"), s)) for s in ((), ("optim.lr=1e-4",)))
+    base, changed = (flatten(configure(PRETRAIN, load_preset("tiny"), settings))
+                     for settings in ((), ("optim.lr=1e-4",)))
     assert {key for key in base if base[key] != changed[key]} == {"optim.lr"}
     assert changed["optim.lr"] == 1e-4
 
