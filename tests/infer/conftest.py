@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.files import write_manifest
@@ -11,6 +12,15 @@ from fira.model.files import build, save_weights
 from fira.model.spec import FIRA2Spec
 
 TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 8]
+
+
+def vary(model):
+    """Enlarge the matrices that training starts from, so that what a model generates varies."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(15)
+    return model.eval()
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +31,8 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def model(tokenizer: Tokenizer):
     spec = FIRA2Spec(vocab_size=320, d_model=32, n_head=2, n_kv_head=1, head_dim=16, num_layers=2,
-                     d_ff=32, num_experts=4, top_k=2, context=64, init_std=0.3)
-    return build(spec, seed=1).eval()
+                     d_ff=32, num_experts=4, top_k=2, context=64)
+    return vary(build(spec, seed=1))
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ from fira.infer.engine import Engine
 from fira.infer.request import End, SamplingParams
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
+from tests.infer.conftest import vary
 from tests.trace import tracing
 
 SHAPE = dict(vocab_size=320, d_model=32, n_head=4, num_layers=2, d_ff=32, num_experts=4, top_k=2,
-             context=96, init_std=0.3)
+             context=96)
 SPECS = {"fira": FIRASpec(**SHAPE), "fira2": FIRA2Spec(**SHAPE, n_kv_head=2, head_dim=16),
          "dense": FIRA2Spec(**SHAPE | {"num_experts": 1, "top_k": 1}, n_kv_head=2, head_dim=16)}
 GREEDY = dict(max_new_tokens=20, temperature=0.0, ignore_end=True)
@@ -22,7 +23,7 @@ PROMPTS = [list(range(5, 5 + length)) for length in (1, 40, 3, 17, 60, 2, 2)]
 
 @pytest.fixture(scope="module", params=list(SPECS))
 def either(request):
-    return build(SPECS[request.param], seed=1).eval()
+    return vary(build(SPECS[request.param], seed=1))
 
 
 def run(model, tokenizer, prompts, params, **options) -> list[list]:
@@ -167,7 +168,7 @@ def test_a_prompt_may_be_scored_without_an_answer(model, tokenizer):
 
 @pytest.mark.parametrize("name", ["fira", "fira2"])
 def test_experts_and_loads_are_the_routers_choices(name, tokenizer):
-    model = build(SPECS[name], seed=1).eval()
+    model = vary(build(SPECS[name], seed=1))
     engine = Engine(model, tokenizer)
     params = SamplingParams(**GREEDY | {"max_new_tokens": 5}, experts=True)
     *tokens, _ = engine.stream(PROMPTS[3], params)
@@ -221,13 +222,13 @@ class CompiledStep:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_after_refresh_new_weights_answer_and_nothing_of_the_old_ones(tokenizer, compiled):
-    model = build(SPECS["fira2"], seed=1).eval()
+    model = vary(build(SPECS["fira2"], seed=1))
     engine = Engine(model, tokenizer)
     if compiled:
         engine.decode_step = CompiledStep(model)
     prompt, params = PROMPTS[1], SamplingParams(**GREEDY)
     before = ids(list(engine.stream(prompt, params)))
-    model.load_state_dict(build(SPECS["fira2"], seed=2).state_dict())
+    model.load_state_dict(vary(build(SPECS["fira2"], seed=2)).state_dict())
     engine.refresh()
     events = list(engine.stream(prompt, params))
     assert events[-1].cached_tokens == 0
