@@ -88,7 +88,7 @@ def test_what_cannot_be_done_is_refused_before_any_text(model, tokenizer, prompt
 
 
 def test_what_generates_text_does_not_import_what_trains() -> None:
-    modules = "fira.cli_talk, fira.infer.load, fira.infer.text, fira.infer.fused, fira.runlog"
+    modules = "fira.cli.use, fira.infer.load, fira.infer.text, fira.infer.decode, fira.runlog"
     heavy = ("fira.parallel", "fira.checkpoint", "fira.train", "numba", "matplotlib", "starlette",
              "torch.distributed.fsdp", "torch.distributed.pipelining", "torch._dynamo")
     code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from fira.infer.stand_in import knows_chat
 from rich.console import Console
 
 from fira.data.chat import render
@@ -15,6 +14,7 @@ from fira.infer import text as module
 from fira.infer.chat import UNTUNED, chat, talk
 from fira.infer.sample import SamplingParams
 from fira.infer.text import Conversation
+from fira.model.files import knows_chat
 
 
 def conversation(model, tokenizer, tuned=True, system=None, max_new_tokens=16) -> Conversation:
