@@ -21,7 +21,9 @@ def test_an_override_changes_only_its_key():
 
 @pytest.mark.parametrize("setting, words", [
     ("optim.leanring_rate=1", ["optim.leanring_rate", "unknown"]),
-    ("optim.wieght_decay=0.1", ["did you mean optim.weight_decay"]),
+    ("optim.embeding_lr=0.1", ["did you mean optim.embedding_lr"]),
+    ("optim.weight_decay=0.2", ["optim.weight_decay", "0.1 in every run"]),
+    ("optim.turns=2", ["optim.turns", "optim.expert_interval"]),
     ("model.num_expert=3", ["did you mean model.num_experts"]),
     ("optim.lr=fast", ["optim.lr=fast", "number", "peak learning rate"]),
     ("optim.lr=-1", ["optim.lr=-1", "greater than 0", "0.0006"]),

@@ -121,6 +121,10 @@ def configure(stage: Stage, preset: dict[str, Any], settings: Iterable[str],
         preset = preset | {"model": start.spec.model_dump()}
     settings = list(settings)
     given = {setting.partition("=")[0] for setting in settings}
+    for key in given & (WITHDRAWN.keys() | RENAMED.keys()):
+        raise ConfigError(f"{key} is called {RENAMED[key]} now" if key in RENAMED else
+                          f"{key} cannot be set any more: it is {WITHDRAWN[key]} in every run; "
+                          "leave it out")
     lengths = {"train.steps", "train.minutes"}
     if len(given & lengths) == 1:
         settings.append(f"{(lengths - given).pop()}=null")

@@ -207,7 +207,7 @@ class CompiledStep:
     """A decode step that keeps a copy of the weights, as a quantized one does."""
 
     def __init__(self, model):
-        self.model, self.copy = model, build(model.spec)
+        self.model, self.copy = model, build(model.spec, seed=1)
         self.refresh()
 
     def refresh(self):
