@@ -34,7 +34,7 @@ from fira.model.spec import FIRA2Spec
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "serve_load.jsonl"
 SPEC = FIRA2Spec(vocab_size=1024, d_model=64, n_head=4, n_kv_head=2, head_dim=16, num_layers=2,
-                 d_ff=64, num_experts=8, top_k=2, context=128, init_std=0.2)
+                 d_ff=64, num_experts=8, top_k=2, context=128)
 PROMPTS, TOKENS = 32, 32
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -21,8 +22,9 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def model(tokenizer: Tokenizer):
     spec = FIRA2Spec(vocab_size=320, d_model=32, n_head=2, n_kv_head=1, head_dim=16, num_layers=2,
-                     d_ff=32, num_experts=4, top_k=2, context=64, init_std=0.3)
-    return build(spec, seed=1).eval()
+                     d_ff=32, num_experts=4, top_k=2, context=64)
+    with mock.patch("fira.model.initialize.STD", 0.3):  # clear preferences
+        return build(spec, seed=1).eval()
 
 
 @pytest.fixture

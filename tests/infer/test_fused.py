@@ -29,7 +29,7 @@ from fira.model.spec import FIRA2Spec, FIRASpec
 
 pytest.importorskip("numba")
 
-SMALL = dict(vocab_size=96, d_model=32, n_head=4, num_layers=2, d_ff=64, context=24, init_std=0.3)
+SMALL = dict(vocab_size=96, d_model=32, n_head=4, num_layers=2, d_ff=64, context=24)
 GROUPED = dict(n_kv_head=2, head_dim=16)
 SPECS = {
     "fira2": FIRA2Spec(**SMALL, **GROUPED, num_experts=8, top_k=3),
@@ -41,6 +41,12 @@ SPECS = {
     "fira, top-2": FIRASpec(**SMALL, num_experts=4, top_k=2),
     "fira, dense": FIRASpec(**SMALL, num_experts=1),
 }
+
+
+@pytest.fixture(autouse=True)
+def wide_weights(monkeypatch):
+    """Initial weights large enough for clear preferences."""
+    monkeypatch.setattr("fira.model.initialize.STD", 0.3)
 
 
 def make(name):

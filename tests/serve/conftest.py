@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import threading
 import time
+from unittest import mock
 
 import httpx
 import pytest
@@ -156,8 +157,9 @@ def http(running):
 @pytest.fixture(scope="module")
 def model(tokenizer):
     spec = FIRA2Spec(vocab_size=320, d_model=32, n_head=2, n_kv_head=1, head_dim=16, num_layers=2,
-                     d_ff=32, num_experts=4, top_k=2, context=128, init_std=0.3)
-    return build(spec, seed=1).eval()
+                     d_ff=32, num_experts=4, top_k=2, context=128)
+    with mock.patch("fira.model.initialize.STD", 0.3):  # clear preferences
+        return build(spec, seed=1).eval()
 
 
 @pytest.fixture(scope="module")
