@@ -71,7 +71,7 @@ def _initial_std(model: nn.Module, name: str) -> float | None:
     module = path.rpartition(".")[2]
     if std is not None or leaf == "bias" or module.endswith("norm"):
         return std
-    num_layers = model.spec.num_layers if hasattr(model, "spec") else 1
+    num_layers: int = getattr(getattr(model, "spec", None), "num_layers", 1)
     return STD / (math.sqrt(2 * num_layers) if module in ("output", "down") else 1)
 
 

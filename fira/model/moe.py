@@ -46,7 +46,7 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         weights_NK, experts_NK = self.router(x_ND)
         order = sort_by_expert(experts_NK, self.router.num_experts)
-        rows_RD = scatter(*fast.cast_for_product(x_ND), order)
+        rows_RD = scatter(fast.cast_for_product(x_ND), order)
         rows_RD = self.dispatch(self.experts, rows_RD, order.counts_E)
         return gather(rows_RD, weights_NK, order).view(x_BTD.shape)
 

@@ -17,6 +17,12 @@ SPECS = [FIRASpec(**SHAPE, dropout=0.0), FIRA2Spec(**SHAPE, n_kv_head=1, head_di
 
 
 @pytest.fixture(autouse=True)
+def wide_weights(monkeypatch):
+    """Initial weights large enough for clear preferences."""
+    monkeypatch.setattr("fira.model.initialize.STD", 0.3)
+
+
+@pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Five rows a block, which divides none of the sizes below."""
     monkeypatch.setitem(head.BLOCK, "cpu", 5 * 57)

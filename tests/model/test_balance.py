@@ -1,22 +1,24 @@
 """Each balance method evens a skewed router, and a bias selects without weighing."""
+from unittest import mock
+
 import pytest
 import torch
-from fira.model.experts import SwiGLUExperts
 
-from fira.model.balance import METHODS, even_bias
+from fira.model.balance import METHODS, begin_step, end_step, even_bias, routing_health
 from fira.model.files import build, load_pretrained, save_weights
 from fira.model.initialize import initialize
-from fira.model.moe import MoE, end_step, fade, routers, routing_health
-from fira.model.router import Router
+from fira.model.moe import MoE, SwiGLUExperts
+from fira.model.router import Router, routers
 from fira.model.spec import FIRA2Spec
 
 
 def skewed(balance, top_k=2, num_experts=8) -> MoE:
     """A layer whose router prefers its first experts."""
-    router = Router(8, num_experts, top_k, bias=True, balance_weight=1.0, z_weight=0.0,
-                    balance=balance)
+    router = Router(8, num_experts, top_k, bias=True, method=METHODS[balance], balance_weight=1.0)
+    router.z_weight = 0.0
     moe = MoE(router, SwiGLUExperts(num_experts, 8, 4))
-    initialize(torch.nn.ModuleDict({"moe": moe}), 1, 0.3, seed=1)
+    with mock.patch("fira.model.initialize.STD", 0.3):
+        initialize(torch.nn.ModuleDict({"moe": moe}), seed=1)
     with torch.no_grad():
         router.bias.copy_(torch.linspace(1, -1, num_experts))
     return moe.train()
@@ -56,7 +58,7 @@ def test_a_handover_ends_without_a_bias_and_with_the_loss_in_its_place():
                               ("handover", 1.0)):
         moe = skewed(balance)
         moe(torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(0)))
-        fade(moe, fraction)
+        begin_step(moe, fraction)
         end_step(moe)
         moe.router.load_share_E.copy_(torch.linspace(0.2, 0.05, 8))
         moe(torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
@@ -72,7 +74,7 @@ def test_a_handover_pays_the_whole_loss_at_its_end():
     gradients = {}
     for balance in ("loss", "handover"):
         moe = skewed(balance)
-        fade(moe, 1.0)
+        begin_step(moe, 1.0)
         moe.router.load_share_E.copy_(torch.linspace(0.2, 0.05, 8))
         moe(torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
         gradients[balance] = moe.router.bias.grad
@@ -140,14 +142,14 @@ def test_a_selection_bias_survives_files_and_others_have_none(balance, tmp_path)
 
 @pytest.mark.parametrize("balance", METHODS)
 def test_layers_that_end_a_step_at_once_end_it_as_each_alone_does(balance):
-    """Three layers with loads and strengths of their own, one of which counted nothing."""
+    """Three layers with loads and bias scales of their own, one of which counted nothing."""
     def layers():
         found = torch.nn.ModuleList(skewed(balance) for _ in range(3))
         generator = torch.Generator().manual_seed(0)
         for number, moe in enumerate(found[:2]):
             for _ in range(number + 1):
                 moe((number + 1) * torch.randn(1, 64, 8, generator=generator))
-            moe.router.strength.fill_(0.9 - 0.4 * number)
+            moe.router.bias_scale.fill_(0.9 - 0.4 * number)
         return found
 
     together, alone = layers(), layers()

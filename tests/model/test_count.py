@@ -3,15 +3,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fira.model.count import count_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
-from fira.model.files import build
+from fira.model.files import build, build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
+from fira.model.transformer import count_parameters
 
 
 def test_the_founding_model_counts_part_by_part():
-    count = count_parameters(FIRASpec())
+    count = count_parameters(build_meta(FIRASpec()))
     assert {row.part: row.total for row in count.rows} == {
         "token embedding": 38_633_472, "positions": 2_359_296, "attention": 28_311_552,
         "router": 36_912, "experts": 226_676_736, "norms": 38_400, "head": 38_683_776}
@@ -34,4 +34,4 @@ def test_flops_equal_those_of_the_operations(spec):
     counts = counter.get_flop_counts()["Global"]
     matrices = sum(v for op, v in counts.items() if "attention" not in str(op))
     attention = 6 * spec.num_layers * spec.n_head * spec.head_dim * 16
-    assert count_parameters(spec, 16).flops_per_token == matrices / 32 + attention
+    assert count_parameters(model, 16).flops_per_token == matrices / 32 + attention

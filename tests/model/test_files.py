@@ -6,10 +6,18 @@ import json
 import pytest
 import torch
 
-from fira.model.files import build, build_meta, load_pretrained, newest_step, save_weights
+from fira.model.files import (
+    build,
+    build_meta,
+    knows_chat,
+    load_pretrained,
+    newest_step,
+    read_config,
+    save_weights,
+)
 from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2
-from fira.model.moe import routers
+from fira.model.router import routers
 from fira.model.spec import FIRA2Spec, FIRASpec
 
 TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12)
@@ -135,6 +143,30 @@ def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path, words):
         load_pretrained(folder)
     assert "\n" not in str(caught.value)
     assert "; " in str(caught.value)
+
+
+def test_settings_that_became_constants_are_dropped_from_older_files(tmp_path):
+    save_weights(build(SPECS[FIRA2], seed=0), tmp_path)
+    spoil_config(tmp_path, z_weight=0.002, init_std=0.1)
+    assert read_config(tmp_path / "config.json")[0] == SPECS[FIRA2]
+    assert load_pretrained(tmp_path).spec == SPECS[FIRA2]
+
+
+@pytest.mark.parametrize("notes, run, chat", [
+    ({"stage": "tune", "chat": True}, {"stage": "pretrain"}, True),
+    ({"stage": "pretrain"}, None, False), ({"chat": False}, {"stage": "tune"}, False),
+    ({}, {"stage": "tune"}, True), ({}, {"stage": "pretrain"}, False), ({}, None, False)])
+def test_a_step_folder_says_whether_its_model_knows_chat(tmp_path, notes, run, chat):
+    """An older one has only the stage in its run's config.json."""
+    model = build(SPECS[FIRA2], seed=0)
+    for name, value in notes.items():
+        setattr(model, name, value)
+    save_weights(model, tmp_path / "step-000001")
+    if run is not None:
+        (tmp_path / "config.json").write_text(json.dumps(run))
+    assert knows_chat(tmp_path / "step-000001") == chat
+    loaded = load_pretrained(tmp_path / "step-000001")
+    assert (loaded.stage, loaded.chat) == (notes.get("stage"), notes.get("chat"))
 
 
 def test_another_architecture_is_refused(tmp_path):

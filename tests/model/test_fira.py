@@ -1,13 +1,15 @@
 """FIRA has its founding size, and with one expert it is GPT-2."""
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import transformers
 
 from fira.model.fira import FIRA
 
-SMALL = dict(vocab_size=97, d_model=48, n_head=4, num_layers=2, d_ff=80, context=32, init_std=0.2)
+SMALL = dict(vocab_size=97, d_model=48, n_head=4, num_layers=2, d_ff=80, context=32)
 
 
 def gpt2(model: FIRA) -> torch.nn.Module:
@@ -39,7 +41,8 @@ def gpt2(model: FIRA) -> torch.nn.Module:
 
 def test_one_expert_equals_gpt2():
     torch.manual_seed(0)
-    model = FIRA(**SMALL, num_experts=1).eval()
+    with mock.patch("fira.model.initialize.STD", 0.2):
+        model = FIRA(**SMALL, num_experts=1).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):

@@ -1,6 +1,8 @@
 """FIRA2 is Qwen3-MoE: same weights, same logits as transformers."""
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import transformers
@@ -66,7 +68,8 @@ def qwen3(model: FIRA2) -> torch.nn.Module:
     {"num_experts": 1, "top_k": 1}, {"rope_theta": 1e6, "head_dim": 8}, {"tied": False}])
 def test_logits_equal_qwen3(changes):
     torch.manual_seed(0)
-    model = FIRA2(**SMALL | changes, init_std=0.2).eval()
+    with mock.patch("fira.model.initialize.STD", 0.2):
+        model = FIRA2(**SMALL | changes).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

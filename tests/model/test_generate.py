@@ -1,6 +1,8 @@
 """Generation with a cache equals generation without one, and refuses what it cannot do."""
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -8,15 +10,15 @@ from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2
 from fira.model.generate import sample, stream
 
-TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12,
-            init_std=0.5)
+TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12)
 
 
 def make(name: str, **fields) -> FIRA | FIRA2:
     torch.manual_seed(0)
-    if name == "fira":
-        return FIRA(**TINY | fields)
-    return FIRA2(**TINY | {"n_kv_head": 1, "head_dim": 8} | fields)
+    with mock.patch("fira.model.initialize.STD", 0.5):
+        if name == "fira":
+            return FIRA(**TINY | fields)
+        return FIRA2(**TINY | {"n_kv_head": 1, "head_dim": 8} | fields)
 
 
 @torch.no_grad()

@@ -5,27 +5,32 @@ import math
 
 import pytest
 import torch
-from fira.model.experts import SwiGLUExperts
-from fira.model.rows import sum_rows, sum_rows_plain
 from torch.nn import functional as F
 
+from fira.model import fast
+from fira.model.balance import METHODS, end_step, routing_health, set_loss_share
 from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2
 from fira.model.initialize import initialize
-from fira.model.moe import MoE, end_step, routers, routing_health
-from fira.model.router import Router
+from fira.model.moe import MoE, SwiGLUExperts, gather, scatter, sort_by_expert
+from fira.model.router import Router, routers
 
-TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12,
-            init_std=0.3)
+TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12)
 MODELS = {"fira": lambda **f: FIRA(**TINY | {"dropout": 0.0} | f),
           "fira2": lambda **f: FIRA2(**TINY | {"n_kv_head": 1, "head_dim": 8} | f)}
 
 
+@pytest.fixture(autouse=True)
+def wide_weights(monkeypatch):
+    """Initial weights large enough that routers prefer some experts."""
+    monkeypatch.setattr("fira.model.initialize.STD", 0.3)
+
+
 def layer(num_experts=4, top_k=2, balance_weight=0.01, z_weight=0.001) -> MoE:
-    router = Router(8, num_experts, top_k, bias=True, balance_weight=balance_weight,
-                    z_weight=z_weight)
+    router = Router(8, num_experts, top_k, True, METHODS["loss"], balance_weight)
+    router.z_weight = z_weight
     moe = MoE(router, SwiGLUExperts(num_experts, 8, 12))
-    initialize(torch.nn.ModuleDict({"moe": moe}), 1, 0.5, seed=1)
+    initialize(torch.nn.ModuleDict({"moe": moe}), seed=1)
     return moe
 
 
@@ -59,7 +64,9 @@ def test_layer_equals_token_by_token_in_values_and_gradients(top_k):
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_router_learns_from_the_language_model_loss(name, top_k):
     torch.manual_seed(0)
-    model = MODELS[name](top_k=top_k, balance_weight=0.0, z_weight=0.0).train()
+    model = MODELS[name](top_k=top_k, balance="none").train()
+    for router in routers(model):
+        router.z_weight = 0.0
     tokens = torch.randint(31, (2, 12))
     F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
     for router in routers(model):
@@ -68,8 +75,11 @@ def test_router_learns_from_the_language_model_loss(name, top_k):
 
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("scale", [1.0, 10.0])
-def test_joined_losses_give_the_gradients_of_explicit_ones_whatever_comes_back(top_k, scale):
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_the_routers_losses_enter_by_their_share_whatever_the_loss_is_scaled_by(top_k, scale,
+                                                                                share):
     moe = layer(top_k=top_k, balance_weight=1.0, z_weight=0.1).train()
+    set_loss_share(moe, share)
     moe.router.load_share_E.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
     x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     wanted = [x, *moe.router.parameters()]
@@ -77,7 +87,7 @@ def test_joined_losses_give_the_gradients_of_explicit_ones_whatever_comes_back(t
     logits = F.linear(x.flatten(0, 1), moe.router.weight, moe.router.bias)
     balance = 4 * (logits.softmax(-1).mean(0) * moe.router.load_share_E).sum()
     z_loss = logits.logsumexp(-1).square().mean()
-    loss = scale * moe.eval()(x).square().sum() + balance + 0.1 * z_loss
+    loss = scale * moe.eval()(x).square().sum() + share * (balance + 0.1 * z_loss)
     for ours, theirs in zip(joined, torch.autograd.grad(loss, wanted), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
@@ -86,7 +96,7 @@ def test_joined_losses_give_the_gradients_of_explicit_ones_whatever_comes_back(t
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_gradients_of_one_batch_equal_the_mean_over_its_micro_batches(name, top_k):
     torch.manual_seed(0)
-    model = MODELS[name](top_k=top_k, balance_weight=0.5, z_weight=0.1).train()
+    model = MODELS[name](top_k=top_k, balance_weight=0.5).train()
     tokens = torch.randint(31, (4, 12))
 
     def gradients(parts):
@@ -195,16 +205,32 @@ def test_training_repeats_to_the_bit(name):
     assert all(torch.equal(a, b) for a, b in zip(train(), train(), strict=True))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_rows_added_in_one_pass_equal_the_definition_in_values_and_gradients(weighted):
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_scatter_and_gather_equal_their_definitions_and_fast_forms(top_k, monkeypatch):
+    """In values and gradients; a sum by choices is what a GPU's graph does."""
     generator = torch.Generator().manual_seed(0)
-    rows_RD = torch.randn(12, 5, generator=generator, requires_grad=True)
-    index_NK = torch.randperm(12, generator=generator).view(4, 3)
-    weights_NK = torch.rand(4, 3, generator=generator, requires_grad=True) if weighted else None
-    wanted = [x for x in (rows_RD, weights_NK) if x is not None]
-    fast, plain = (add(rows_RD, index_NK, weights_NK) for add in (sum_rows, sum_rows_plain))
-    torch.testing.assert_close(fast, plain)
-    upstream = torch.randn(4, 5, generator=generator)
-    for ours, theirs in zip(torch.autograd.grad(fast, wanted, upstream),
-                            torch.autograd.grad(plain, wanted, upstream), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    order = sort_by_expert(torch.rand(6, 4, generator=generator).topk(top_k).indices, 4)
+    x_ND = torch.randn(6, 5, generator=generator, requires_grad=True)
+    weights_NK = torch.rand(6, top_k, generator=generator, requires_grad=True)
+    upstream_ND = torch.randn(6, 5, generator=generator)
+
+    def run(scatter, gather):
+        out_ND = gather(scatter(x_ND, order).square(), weights_NK, order)
+        return out_ND, *torch.autograd.grad(out_ND, [x_ND, weights_NK], upstream_ND)
+
+    plain = run(lambda x_ND, order: torch.stack([x_ND[n] for n in order.tokens_R.tolist()]),
+                lambda rows_RD, weights_NK, order: torch.stack([
+                    sum(w * rows_RD[r] for w, r in zip(weights, rows, strict=True))
+                    for weights, rows in zip(weights_NK, order.inverse_NK.tolist(), strict=True)]))
+    torch.testing.assert_close(run(scatter, gather), plain)
+    monkeypatch.setattr(fast, "needs_gathered_gradients", lambda x: True)
+    torch.testing.assert_close(run(scatter, gather), plain)
+    monkeypatch.setattr(fast, "sum_rows", fast.sum_rows_by_choice)
+    torch.testing.assert_close(run(scatter, gather), plain)
+
+
+def test_rows_are_sorted_by_expert_and_ties_by_token():
+    order = sort_by_expert(torch.tensor([[2, 0], [0, 3], [2, 0]]), 4)
+    assert order.counts_E.tolist() == [3, 0, 2, 1]
+    assert order.tokens_R.tolist() == [0, 1, 2, 0, 2, 1]
+    assert order.order_R[order.inverse_NK.flatten()].tolist() == list(range(6))

@@ -13,7 +13,7 @@ from fira.train.optim import OptimConfig, make_optimizer, set_step
 from tests.parallel.ranks import on_ranks
 
 SHAPE = {"vocab_size": 60, "d_model": 16, "n_head": 2, "num_layers": 4, "d_ff": 24,
-         "num_experts": 4, "top_k": 2, "context": 8, "balance_weight": 0.02, "z_weight": 0.002}
+         "num_experts": 4, "top_k": 2, "context": 8, "balance_weight": 0.02}
 SPECS = {"fira": FIRASpec(**SHAPE, dropout=0.0),
          "fira2": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)}
 OTHERS = {"quantile": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, balance="quantile"),

@@ -33,18 +33,16 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
-def cast_for_product(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the dtype that autocast, where it is on, multiplies in."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
+def cast_for_product(x: Tensor) -> Tensor:
+    """x in the dtype that autocast, where it is on, multiplies in."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def expert_linear(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
                   bias: Tensor | None) -> Tensor:
     """`moe.expert_linear_plain` in this device's fastest form."""
-    rows_Ri, weight = cast_for_product(rows_Ri, weight)
+    rows_Ri, weight = cast_for_product(rows_Ri), cast_for_product(weight)
     bias = None if bias is None else bias.to(rows_Ri.dtype)
     if len(weight) == 1:
         return F.linear(rows_Ri, weight.squeeze(0), None if bias is None else bias.squeeze(0))
@@ -71,7 +69,7 @@ def swiglu(rows_RD: Tensor, counts_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
 def swiglu_hidden_at_once(rows_RD: Tensor, counts_E: Tensor, gate_EFD: Tensor,
                           up_EFD: Tensor) -> Tensor:
     """silu(gate x) * up x from one product with both matrices."""
-    both_EWD = torch.cat(cast_for_product(gate_EFD, up_EFD), dim=1)
+    both_EWD = torch.cat([cast_for_product(gate_EFD), cast_for_product(up_EFD)], dim=1)
     gate_RF, up_RF = expert_linear(rows_RD, counts_E, both_EWD, None).chunk(2, dim=1)
     return F.silu(gate_RF) * up_RF
 

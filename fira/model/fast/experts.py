@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -211,7 +212,7 @@ def multiply_all(counts_E: Tensor, *products: Product) -> None:
         return counts[busy] if x.dim() == 2 else x.shape[1]
 
     def per_product(value: Callable[[Product], Any], dtype: type = np.int32) -> Any:
-        table = np.empty((len(busy), len(products)), dtype=dtype)
+        table: NDArray[Any] = np.empty((len(busy), len(products)), dtype=dtype)
         for column, product in enumerate(products):
             table[:, column] = value(product)
         return table
