@@ -5,8 +5,7 @@ waits for the others at a barrier between the phases; norms and routing are comp
 itself, which takes less time than a barrier. A weight row is read from memory once and used for
 all S tokens while it is in the processor's cache. Blocks of four or eight rows were slower.
 
-Weights are found by address in the records of `pack.py`. All compiled code is in this file, since
-numba's cache on disk notices changes in no other.
+Weights are found by address in the records of `pack.py`.
 """
 from __future__ import annotations
 
@@ -30,7 +29,10 @@ compiled = njit(**OPTIONS)
 
 
 def compile_and_store(function: Any) -> Any:
-    """Compile on first use and keep the result on disk if numba finds a folder to write to."""
+    """Compile on first use and keep the result on disk if numba finds a folder to write to.
+
+    Only changes of this file make numba compile again, so all compiled code must be here.
+    """
     try:
         return njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # there is no such folder: it compiles in every process
@@ -149,8 +151,7 @@ def multiply(rank, ranks, matrix, x, out, add):
     """This rank's rows of out = matrix x, or of out += matrix x, for every token."""
     for row in share(out.shape[1], rank, ranks):
         for s in range(len(x)):
-            before = out[s, row] if add else np.float32(0)
-            out[s, row] = before + dot(matrix, row, x[s])
+            out[s, row] = dot(matrix, row, x[s]) + (out[s, row] if add else np.float32(0))
 
 
 @compiled
@@ -159,44 +160,35 @@ def normalize(x, norm, epsilon, out):
     width = x.shape[1]
     weight, bias = floats(norm.weight, width), floats(norm.bias, width)
     for s in range(len(x)):
-        mean, square = np.float32(0), np.float32(0)
-        if norm.bias:
-            for i in range(width):
-                mean += x[s, i]
-            mean /= np.float32(width)
+        mean = np.float32(x[s].mean()) if norm.bias else np.float32(0)
+        square = np.float32(0)
         for i in range(width):
             square += (x[s, i] - mean) * (x[s, i] - mean)
         scale = np.float32(1 / math.sqrt(square / width + epsilon))
         for i in range(width):
             out[s, i] = (x[s, i] - mean) * scale * weight[i]
-            if norm.bias:
+        if norm.bias:  # in a loop of its own, so that both become vector instructions
+            for i in range(width):
                 out[s, i] += bias[i]
-
-
-@compiled
-def rotate(head, model, position):
-    """Rotate one head of queries or keys to its position, in place (RoPE)."""
-    half = len(head) // 2
-    cosines = floats(model.cosines + 4 * position * half, half)
-    sines = floats(model.sines + 4 * position * half, half)
-    for i in range(half):
-        a, b = head[i], head[half + i]
-        head[i] = a * cosines[i] - b * sines[i]
-        head[half + i] = b * cosines[i] + a * sines[i]
 
 
 @compiled
 def write_cache(rank, ranks, model, layer, positions, slots, qkv):
     """Normalize and rotate queries and keys (FIRA2), and write keys and values to the cache."""
     C, H, G = model.head_width, model.heads, model.kv_heads
-    heads = H + 2 * G  # queries, keys, values
+    heads, half = H + 2 * G, C // 2  # heads of queries, keys and values
     for index in share(len(qkv) * heads, rank, ranks):
         s, h = index // heads, index % heads
         head = qkv[s, h * C:(h + 1) * C]
         if model.cosines and h < H + G:
             row = head.reshape(1, C)
             normalize(row, layer.query_norm if h < H else layer.key_norm, model.epsilon, row)
-            rotate(head, model, positions[s])
+            cosines = floats(model.cosines + 4 * positions[s] * half, half)
+            sines = floats(model.sines + 4 * positions[s] * half, half)
+            for i in range(half):
+                a, b = head[i], head[half + i]
+                head[i] = a * cosines[i] - b * sines[i]
+                head[half + i] = b * cosines[i] + a * sines[i]
         if h >= H:
             cache = layer.keys if h < H + G else layer.values
             place = slots[s] * model.slot_stride + (h - H) % G * model.group_stride
@@ -204,44 +196,36 @@ def write_cache(rank, ranks, model, layer, positions, slots, qkv):
 
 
 @compiled
-def attend(rank, ranks, model, layer, positions, slots, qkv, scores, out):
-    """Attention of this rank's heads, of every token to the positions so far of its slot."""
-    C, H = model.head_width, model.heads
-    for index in share(len(qkv) * H, rank, ranks):
-        s, h = index // H, index % H
-        T = positions[s] + 1
-        group = h // (H // model.kv_heads)
-        place = 4 * (slots[s] * model.slot_stride + group * model.group_stride)
-        query, y = qkv[s, h * C:(h + 1) * C], out[s, h * C:(h + 1) * C]
-        largest = np.float32(-np.inf)
-        for t in range(T):
-            key = floats(layer.keys + place + 4 * t * C, C)
-            scores[t] = inner(key, query) / np.sqrt(np.float32(C))
-            largest = max(largest, scores[t])
-        total = np.float32(0)
-        y[:] = np.float32(0)
-        for t in range(T):
-            p = np.float32(math.exp(scores[t] - largest))
-            total += p
-            value = floats(layer.values + place + 4 * t * C, C)
-            for i in range(C):
-                y[i] += p * value[i]
-        for i in range(C):
-            y[i] /= total
+def softmax(scores):
+    """In place."""
+    largest, total = np.float32(-np.inf), np.float32(0)
+    for i in range(len(scores)):
+        largest = max(largest, scores[i])
+    for i in range(len(scores)):
+        scores[i] = math.exp(scores[i] - largest)
+        total += scores[i]
+    for i in range(len(scores)):
+        scores[i] /= total
 
 
 @compiled
-def router_probabilities(layer, x, probs):
-    """The softmax over the experts for one token; 1 for the only expert of a dense model."""
-    largest, total = np.float32(-np.inf), np.float32(0)
-    for e in range(len(probs)):
-        probs[e] = dot(layer.router, e, x) if layer.router.weight else np.float32(0)
-        largest = max(largest, probs[e])
-    for e in range(len(probs)):
-        probs[e] = math.exp(probs[e] - largest)
-        total += probs[e]
-    for e in range(len(probs)):
-        probs[e] /= total
+def attend(rank, ranks, model, layer, positions, slots, qkv, scores, out):
+    """Attention of this rank's heads, of every token to the positions so far of its slot."""
+    C, H, G = model.head_width, model.heads, model.kv_heads
+    for index in share(len(qkv) * H, rank, ranks):
+        s, h = index // H, index % H
+        T = positions[s] + 1
+        place = 4 * (slots[s] * model.slot_stride + h * G // H * model.group_stride)
+        query, y = qkv[s, h * C:(h + 1) * C], out[s, h * C:(h + 1) * C]
+        for t in range(T):
+            key = floats(layer.keys + place + 4 * t * C, C)
+            scores[t] = inner(key, query) / np.sqrt(np.float32(C))
+        softmax(scores[:T])
+        y[:] = np.float32(0)
+        for t in range(T):
+            value = floats(layer.values + place + 4 * t * C, C)
+            for i in range(C):
+                y[i] += scores[t] * value[i]
 
 
 @compiled
@@ -250,7 +234,9 @@ def choose_experts(layer, x, probs, weights, chosen):
     K = len(chosen) // len(x)
     bias = floats(layer.selection_bias, len(probs))
     for s in range(len(x)):
-        router_probabilities(layer, x[s], probs)
+        for e in range(len(probs)):
+            probs[e] = dot(layer.router, e, x[s]) if layer.router.weight else np.float32(0)
+        softmax(probs)
         total = np.float32(0)
         for pair in range(s * K, (s + 1) * K):
             best, highest = 0, np.float32(-np.inf)
