@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-from fira.train.compiled import compiled
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 

@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-from fira.train.compiled import compiled
 
 from fira.loss.head import head_loss
 from fira.model.balance import routing_health
