@@ -11,7 +11,7 @@ handover  quantile for most of the run; over its last part the bias fades to exa
           loss takes its place, so that the finished model needs no bias
 none      nothing
 
-A training step calls `begin_step` once, `set_loss_share` before each micro-batch, and `end_step`
+A training step calls `set_progress` once, `set_loss_share` before each micro-batch, and `end_step`
 after the optimizer; `health` reads the counters before `end_step` empties them.
 """
 from __future__ import annotations
@@ -71,7 +71,7 @@ METHODS = {
 }
 
 
-def begin_step(model: nn.Module, fraction: float) -> None:
+def set_progress(model: nn.Module, fraction: float) -> None:
     """Before a step: `fraction` (0..1) of the run is done, which decides how far a bias fades."""
     scale = min(1.0, max(0.0, (1 - fraction) / HANDOVER))
     _fill([router.bias_scale for router in routers(model)], scale)

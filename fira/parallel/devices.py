@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fira import runtime
 from fira.config import ConfigError
 from fira.loss.next_token import Batch, next_token_loss
-from fira.model.balance import begin_step, end_step, set_loss_share
+from fira.model.balance import end_step, set_loss_share, set_progress
 from fira.model.files import build_meta
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import ParallelConfig, enter, resolve_sizes
@@ -125,7 +125,7 @@ class DevicePipeline(PipelineModel):
         return float(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
 
     def end_step(self, fraction: float = 0.0) -> None:
-        begin_step(self.model, fraction)
+        set_progress(self.model, fraction)
         end_step(self.model)
 
 
@@ -174,5 +174,5 @@ class RankPipeline(PipelineModel):
         return norm
 
     def end_step(self, fraction: float = 0.0) -> None:
-        begin_step(self.model, fraction)
+        set_progress(self.model, fraction)
         self.layout.end_step()

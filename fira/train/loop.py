@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from fira.checkpoint import Checkpoints
-from fira.model.balance import begin_step
+from fira.model.balance import set_progress
 from fira.model.router import routers
 from fira.parallel.accumulate import LossFn
 from fira.parallel.layout import Layout
@@ -151,7 +151,7 @@ class Loop:
         seconds, number = mesh.agree(self._seconds(), self.stop_signal or 0)
         self.agreed_signal = int(number) or None
         self.fraction = fraction_done(self.config, self.state.step, seconds)
-        begin_step(self.layout.model, self.fraction)
+        set_progress(self.layout.model, self.fraction)
 
     def _checkpoint_due(self) -> bool:
         return self.state.step % self.config.save_every == 0 or self.fraction >= 1

@@ -4,7 +4,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fira.model.balance import METHODS, begin_step, end_step, even_bias, routing_health
+from fira.model.balance import METHODS, end_step, even_bias, routing_health, set_progress
 from fira.model.files import build, load_pretrained, save_weights
 from fira.model.initialize import initialize
 from fira.model.moe import MoE, SwiGLUExperts
@@ -58,7 +58,7 @@ def test_a_handover_ends_without_a_bias_and_with_the_loss_in_its_place():
                               ("handover", 1.0)):
         moe = skewed(balance)
         moe(torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(0)))
-        begin_step(moe, fraction)
+        set_progress(moe, fraction)
         end_step(moe)
         moe.router.load_share_E.copy_(torch.linspace(0.2, 0.05, 8))
         moe(torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
@@ -74,7 +74,7 @@ def test_a_handover_pays_the_whole_loss_at_its_end():
     gradients = {}
     for balance in ("loss", "handover"):
         moe = skewed(balance)
-        begin_step(moe, 1.0)
+        set_progress(moe, 1.0)
         moe.router.load_share_E.copy_(torch.linspace(0.2, 0.05, 8))
         moe(torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
         gradients[balance] = moe.router.bias.grad

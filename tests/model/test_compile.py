@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from fira.loss.head import head_loss
-from fira.model.balance import begin_step, end_step, routing_health, set_loss_share
+from fira.model.balance import end_step, routing_health, set_loss_share, set_progress
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
 
@@ -71,7 +71,7 @@ def test_all_blocks_are_one_graph_and_changing_balance_makes_no_new_one():
     blocks = [torch.compile(block, backend=graphs, fullgraph=True) for block in model.blocks]
     tokens_BT = torch.ones(2, 300, dtype=torch.long)
     for fraction in (0.0, 0.8, 0.9):
-        begin_step(model, fraction)
+        set_progress(model, fraction)
         set_loss_share(model, 1 - fraction / 2)
         loss_with_blocks(model, blocks, tokens_BT).backward()
         end_step(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fira.model.balance import begin_step, routing_health, set_loss_share
+from fira.model.balance import routing_health, set_loss_share, set_progress
 from fira.model.files import build
 from fira.model.router import Watch, replay, routers
 from fira.model.spec import FIRA2Spec, FIRASpec
@@ -85,7 +85,7 @@ def test_recomputed_blocks_replay_choices_and_keep_the_loss_share_of_their_forwa
     gradients = []
     for recompute in (False, True):
         model = build(SPECS[name], seed=0).train()
-        begin_step(model, 0.9)
+        set_progress(model, 0.9)
         set_loss_share(model, 0.25)
         if recompute:
             for block in model.blocks:
