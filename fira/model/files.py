@@ -114,9 +114,8 @@ def find_model(folder: str | Path) -> Path:
     """`folder` itself if it holds weights, else the newest complete step in it."""
     folder = Path(folder)
     if not folder.is_dir():
-        forms = "; fira chat and fira serve read .gguf files" if folder.suffix == ".gguf" else ""
         raise ValueError(f"{folder} is not a folder; give a run folder such as out/tiny, "
-                         f"or a step folder in it{forms}")
+                         "or a step folder in it")
     if (folder / WEIGHTS).exists():
         return folder
     if (folder / INDEX).exists():

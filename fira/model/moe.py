@@ -147,7 +147,9 @@ class SwiGLUExperts(nn.Module):
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         parts = self.gate, self.up, self.down
         if all(type(part) is ExpertLinear for part in parts):  # none is adapted or quantized
-            return fast.swiglu(rows_RD, counts_E, *(part.weight for part in parts))
+            weights = [part.weight for part in parts]
+            if fast.should_batch(rows_RD, weights):
+                return fast.BatchedSwiGLU.apply(rows_RD, counts_E, *weights)
         hidden_RF = F.silu(self.gate(rows_RD, counts_E)) * self.up(rows_RD, counts_E)
         return self.down(hidden_RF, counts_E)
 

@@ -7,7 +7,7 @@ train deterministically without waiting for single rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from fira.model.fast.experts import (
     add_bias,
     grouped_linear,
 )
+
+__all__ = ["BatchedSwiGLU", "Gather", "Scatter", "cast_for_product", "count_rows", "expert_linear",
+           "grouping_obstacle", "linear_fp32", "needs_gathered_gradients", "should_batch"]
 
 # Multiplications per expert, below which dividing one product between the cores costs more than
 # it gains: with two threads the batched form is then 5 to 6% of a training step of `tiny` faster.
@@ -53,34 +56,17 @@ def expert_linear(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
     return out_Ro if bias is None else add_bias(out_Ro, counts_E, bias)
 
 
-def swiglu(rows_RD: Tensor, counts_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
-           down_EDF: Tensor) -> Tensor:
-    """down(silu(gate x) * up x) for rows sorted by expert, in this device's fastest form."""
-    if _should_batch(rows_RD, gate_EFD, up_EFD, down_EDF):
-        return BatchedSwiGLU.apply(rows_RD, counts_E, gate_EFD, up_EFD, down_EDF)
-    if rows_RD.is_cuda:  # fewer and larger products
-        hidden_RF = swiglu_hidden_at_once(rows_RD, counts_E, gate_EFD, up_EFD)
-    else:
-        hidden_RF = (F.silu(expert_linear(rows_RD, counts_E, gate_EFD, None))
-                     * expert_linear(rows_RD, counts_E, up_EFD, None))
-    return expert_linear(hidden_RF, counts_E, down_EDF, None)
+def should_batch(rows_RD: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether `BatchedSwiGLU` is the fastest form: float32 on a CPU, and products so small that
+    dividing each between the cores costs more than it gains.
 
-
-def swiglu_hidden_at_once(rows_RD: Tensor, counts_E: Tensor, gate_EFD: Tensor,
-                          up_EFD: Tensor) -> Tensor:
-    """silu(gate x) * up x from one product with both matrices."""
-    both_EWD = torch.cat([cast_for_product(gate_EFD), cast_for_product(up_EFD)], dim=1)
-    gate_RF, up_RF = expert_linear(rows_RD, counts_E, both_EWD, None).chunk(2, dim=1)
-    return F.silu(gate_RF) * up_RF
-
-
-def _should_batch(rows_RD: Tensor, *weights: Tensor) -> bool:
-    """Whether each expert's product is too small to be divided between the cores of a CPU."""
+    It always computes the gradients of all weights, so frozen ones take the other form.
+    """
     frozen = torch.is_grad_enabled() and not all(weight.requires_grad for weight in weights)
-    return (HAS_BATCH and len(weights[0]) > 1 and type(rows_RD) is Tensor
-            and rows_RD.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return (HAS_BATCH and not frozen and len(weights[0]) > 1
+            and type(rows_RD) is Tensor and rows_RD.device.type == "cpu"
             and rows_RD.dtype == weights[0].dtype == torch.float32
-            and not frozen  # BatchedSwiGLU always computes the gradients of all weights
+            and not torch.is_autocast_enabled("cpu")
             and len(rows_RD) * weights[0][0].numel() < SMALL_PRODUCT * len(weights[0]))
 
 
