@@ -89,17 +89,12 @@ def sort_by_expert(experts_NK: Tensor, num_experts: int) -> Order:
 
 def scatter(x_ND: Tensor, order: Order) -> Tensor:
     """Copy each token to its rows: rows_r = x[tokens_r]."""
-    if fast.needs_gathered_gradients(x_ND):
-        return fast.Scatter.apply(x_ND, order.tokens_R, order.inverse_NK)
-    return F.embedding(order.tokens_R, x_ND)
+    return fast.Scatter.apply(x_ND, order.tokens_R, order.inverse_NK)
 
 
 def gather(rows_RD: Tensor, weights_NK: Tensor, order: Order) -> Tensor:
     """Sum each token's rows by weight: x_n = sum_k weights_nk rows[inverse_nk]."""
-    if fast.needs_gathered_gradients(rows_RD):
-        return fast.Gather.apply(rows_RD, weights_NK, order.order_R, order.inverse_NK)
-    return F.embedding_bag(order.inverse_NK, rows_RD, mode="sum",
-                           per_sample_weights=weights_NK.to(rows_RD.dtype))
+    return fast.Gather.apply(rows_RD, weights_NK, order.order_R, order.inverse_NK)
 
 
 class ExpertLinear(nn.Module):

@@ -23,7 +23,7 @@ from fira.model.fast.experts import (
 )
 
 __all__ = ["BatchedSwiGLU", "Gather", "Scatter", "cast_for_product", "count_rows", "expert_linear",
-           "grouping_obstacle", "linear_fp32", "needs_gathered_gradients", "should_batch"]
+           "grouping_obstacle", "linear_fp32", "should_batch"]
 
 # Multiplications per expert, below which dividing one product between the cores costs more than
 # it gains: with two threads the batched form is then 5 to 6% of a training step of `tiny` faster.
@@ -89,17 +89,13 @@ def count_rows(experts_R: Tensor, num_experts: int) -> Tensor:
     return counts_E.index_add_(0, experts_R, torch.ones_like(experts_R))
 
 
-def needs_gathered_gradients(x: Tensor) -> bool:
-    """Whether torch's own gradient of a gather would add rows by atomic additions.
-
-    Their order, and so the last bits of the sum, would differ between runs: on a GPU, and in
-    compiled graphs. There `Scatter` and `Gather` have gradients that only gather.
-    """
-    return x.is_cuda or torch.compiler.is_compiling()
-
-
 class Scatter(torch.autograd.Function):
-    """rows_r = x[tokens_r]; the gradient is dx_n = sum_k drows[inverse_nk]."""
+    """rows_r = x[tokens_r]; the gradient is dx_n = sum_k drows[inverse_nk].
+
+    torch's own gradient of a gather adds row by row: with two threads that costs 6 to 9% of a
+    training step (`small`, `tiny`), and on a GPU the order of additions, and so the last bits of
+    the sum, would differ between runs. The gradients of `Scatter` and `Gather` only gather.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, tokens_R: Tensor, inverse_NK: Tensor) -> Tensor:
@@ -113,9 +109,9 @@ class Scatter(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """x_n = sum_k w_nk rows[inverse_nk]; the gradients, for row r that is choice k of token n, are
+    """x_n = sum_k w_nk rows[inverse_nk].
 
-    drows_r = w_nk dx_n and dw_nk = dx_n . rows_r.
+    The gradients are drows_r = w_nk dx_n and dw_nk = dx_n . rows_r, where row r is choice k of n.
     """
 
     @staticmethod
@@ -144,7 +140,7 @@ def sum_rows_by_choice(rows_RD: Tensor, index_NK: Tensor,
                        weights_NK: Tensor | None = None) -> Tensor:
     """`sum_rows` as K additions, which a GPU's graph fuses into one pass.
 
-    A sum over an axis of 8 is compiled as a reduction, three times as slow (8 ms layer, H100).
+    A sum over an axis of 8 is compiled as a reduction, three times as slow on an H100.
     """
     parts = [rows_RD[index_N] for index_N in index_NK.unbind(dim=1)]
     if weights_NK is not None:
