@@ -89,17 +89,12 @@ def sort_by_expert(experts_NK: Tensor, num_experts: int) -> Order:
 
 def scatter(x_ND: Tensor, order: Order) -> Tensor:
     """Copy each token to its rows: rows_r = x[tokens_r]."""
-    if fast.needs_gathered_gradients(x_ND):
-        return fast.Scatter.apply(x_ND, order.tokens_R, order.inverse_NK)
-    return F.embedding(order.tokens_R, x_ND)
+    return fast.Scatter.apply(x_ND, order.tokens_R, order.inverse_NK)
 
 
 def gather(rows_RD: Tensor, weights_NK: Tensor, order: Order) -> Tensor:
     """Sum each token's rows by weight: x_n = sum_k weights_nk rows[inverse_nk]."""
-    if fast.needs_gathered_gradients(rows_RD):
-        return fast.Gather.apply(rows_RD, weights_NK, order.order_R, order.inverse_NK)
-    return F.embedding_bag(order.inverse_NK, rows_RD, mode="sum",
-                           per_sample_weights=weights_NK.to(rows_RD.dtype))
+    return fast.Gather.apply(rows_RD, weights_NK, order.order_R, order.inverse_NK)
 
 
 class ExpertLinear(nn.Module):
@@ -147,7 +142,9 @@ class SwiGLUExperts(nn.Module):
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         parts = self.gate, self.up, self.down
         if all(type(part) is ExpertLinear for part in parts):  # none is adapted or quantized
-            return fast.swiglu(rows_RD, counts_E, *(part.weight for part in parts))
+            weights = [part.weight for part in parts]
+            if fast.should_batch(rows_RD, weights):
+                return fast.BatchedSwiGLU.apply(rows_RD, counts_E, *weights)
         hidden_RF = F.silu(self.gate(rows_RD, counts_E)) * self.up(rows_RD, counts_E)
         return self.down(hidden_RF, counts_E)
 

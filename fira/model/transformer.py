@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -203,8 +202,7 @@ class Block(nn.Module):
         return x_BTD + F.dropout(mixed_BTD, self.dropout, self.training)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One part of a model: its parameters, and those that one token passes through."""
 
     part: str
@@ -212,8 +210,7 @@ class Row:
     active: int
 
 
-@dataclass(frozen=True)
-class Count:
+class Count(NamedTuple):
     """`rows` by part, their sums, and floating-point operations per token in training."""
 
     rows: tuple[Row, ...]

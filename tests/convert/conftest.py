@@ -60,10 +60,10 @@ def founding_run(preset, data_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chat_run(run, tmp_path_factory):
-    """The same run, as an older version records that it was tuned for chat: in the run alone."""
+    """The same run, whose step folders say that the model knows chat turns."""
     folder = shutil.copytree(run, tmp_path_factory.mktemp("chat") / "chat")
-    record = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(record | {"stage": "tune"}))
+    for path in folder.glob("step-*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat": True}))
     return folder
 
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from fira.model.fast import expert_linear, swiglu_hidden_at_once
+from fira.model.fast import expert_linear
 from fira.model.fast.experts import HAS_BATCH, SortedLinear, add_bias, grouped_linear
 from fira.model.moe import GELUExperts, SwiGLUExperts, expert_linear_plain, grouping_obstacle
 
@@ -43,21 +42,6 @@ def test_fast_paths_equal_row_by_row_in_values_and_gradients(path, bias, load):
     upstream = torch.randn_like(slow)
     for ours, theirs in zip(torch.autograd.grad(fast, wanted, upstream),
                             torch.autograd.grad(slow, wanted, upstream), strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_gate_and_up_at_once_equal_one_after_the_other_in_values_and_gradients():
-    rows, counts, *_ = problem([3, 0, 4, 2], bias=False)
-    experts = SwiGLUExperts(4, 8, 16)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter)
-    wanted = [rows, experts.gate.weight, experts.up.weight]
-    once = swiglu_hidden_at_once(rows, counts, experts.gate.weight, experts.up.weight)
-    apart = F.silu(experts.gate(rows, counts)) * experts.up(rows, counts)
-    torch.testing.assert_close(once, apart)
-    upstream = torch.randn_like(once)
-    for ours, theirs in zip(torch.autograd.grad(once, wanted, upstream),
-                            torch.autograd.grad(apart, wanted, upstream), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

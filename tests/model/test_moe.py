@@ -223,8 +223,6 @@ def test_scatter_and_gather_equal_their_definitions_and_fast_forms(top_k, monkey
                     sum(w * rows_RD[r] for w, r in zip(weights, rows, strict=True))
                     for weights, rows in zip(weights_NK, order.inverse_NK.tolist(), strict=True)]))
     torch.testing.assert_close(run(scatter, gather), plain)
-    monkeypatch.setattr(fast, "needs_gathered_gradients", lambda x: True)
-    torch.testing.assert_close(run(scatter, gather), plain)
     monkeypatch.setattr(fast, "sum_rows", fast.sum_rows_by_choice)
     torch.testing.assert_close(run(scatter, gather), plain)
 

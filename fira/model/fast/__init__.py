@@ -7,7 +7,7 @@ train deterministically without waiting for single rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from fira.model.fast.experts import (
     add_bias,
     grouped_linear,
 )
+
+__all__ = ["BatchedSwiGLU", "Gather", "Scatter", "cast_for_product", "count_rows", "expert_linear",
+           "grouping_obstacle", "linear_fp32", "should_batch"]
 
 # Multiplications per expert, below which dividing one product between the cores costs more than
 # it gains: with two threads the batched form is then 5 to 6% of a training step of `tiny` faster.
@@ -53,34 +56,17 @@ def expert_linear(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
     return out_Ro if bias is None else add_bias(out_Ro, counts_E, bias)
 
 
-def swiglu(rows_RD: Tensor, counts_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
-           down_EDF: Tensor) -> Tensor:
-    """down(silu(gate x) * up x) for rows sorted by expert, in this device's fastest form."""
-    if _should_batch(rows_RD, gate_EFD, up_EFD, down_EDF):
-        return BatchedSwiGLU.apply(rows_RD, counts_E, gate_EFD, up_EFD, down_EDF)
-    if rows_RD.is_cuda:  # fewer and larger products
-        hidden_RF = swiglu_hidden_at_once(rows_RD, counts_E, gate_EFD, up_EFD)
-    else:
-        hidden_RF = (F.silu(expert_linear(rows_RD, counts_E, gate_EFD, None))
-                     * expert_linear(rows_RD, counts_E, up_EFD, None))
-    return expert_linear(hidden_RF, counts_E, down_EDF, None)
+def should_batch(rows_RD: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether `BatchedSwiGLU` is the fastest form: float32 on a CPU, and products so small that
+    dividing each between the cores costs more than it gains.
 
-
-def swiglu_hidden_at_once(rows_RD: Tensor, counts_E: Tensor, gate_EFD: Tensor,
-                          up_EFD: Tensor) -> Tensor:
-    """silu(gate x) * up x from one product with both matrices."""
-    both_EWD = torch.cat([cast_for_product(gate_EFD), cast_for_product(up_EFD)], dim=1)
-    gate_RF, up_RF = expert_linear(rows_RD, counts_E, both_EWD, None).chunk(2, dim=1)
-    return F.silu(gate_RF) * up_RF
-
-
-def _should_batch(rows_RD: Tensor, *weights: Tensor) -> bool:
-    """Whether each expert's product is too small to be divided between the cores of a CPU."""
+    It always computes the gradients of all weights, so frozen ones take the other form.
+    """
     frozen = torch.is_grad_enabled() and not all(weight.requires_grad for weight in weights)
-    return (HAS_BATCH and len(weights[0]) > 1 and type(rows_RD) is Tensor
-            and rows_RD.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return (HAS_BATCH and not frozen and len(weights[0]) > 1
+            and type(rows_RD) is Tensor and rows_RD.device.type == "cpu"
             and rows_RD.dtype == weights[0].dtype == torch.float32
-            and not frozen  # BatchedSwiGLU always computes the gradients of all weights
+            and not torch.is_autocast_enabled("cpu")
             and len(rows_RD) * weights[0][0].numel() < SMALL_PRODUCT * len(weights[0]))
 
 
@@ -103,17 +89,13 @@ def count_rows(experts_R: Tensor, num_experts: int) -> Tensor:
     return counts_E.index_add_(0, experts_R, torch.ones_like(experts_R))
 
 
-def needs_gathered_gradients(x: Tensor) -> bool:
-    """Whether torch's own gradient of a gather would add rows by atomic additions.
-
-    Their order, and so the last bits of the sum, would differ between runs: on a GPU, and in
-    compiled graphs. There `Scatter` and `Gather` have gradients that only gather.
-    """
-    return x.is_cuda or torch.compiler.is_compiling()
-
-
 class Scatter(torch.autograd.Function):
-    """rows_r = x[tokens_r]; the gradient is dx_n = sum_k drows[inverse_nk]."""
+    """rows_r = x[tokens_r]; the gradient is dx_n = sum_k drows[inverse_nk].
+
+    torch's own gradient of a gather adds row by row: with two threads that costs 6 to 9% of a
+    training step (`small`, `tiny`), and on a GPU the order of additions, and so the last bits of
+    the sum, would differ between runs. The gradients of `Scatter` and `Gather` only gather.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, tokens_R: Tensor, inverse_NK: Tensor) -> Tensor:
@@ -127,9 +109,9 @@ class Scatter(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """x_n = sum_k w_nk rows[inverse_nk]; the gradients, for row r that is choice k of token n, are
+    """x_n = sum_k w_nk rows[inverse_nk].
 
-    drows_r = w_nk dx_n and dw_nk = dx_n . rows_r.
+    The gradients are drows_r = w_nk dx_n and dw_nk = dx_n . rows_r, where row r is choice k of n.
     """
 
     @staticmethod
@@ -158,7 +140,7 @@ def sum_rows_by_choice(rows_RD: Tensor, index_NK: Tensor,
                        weights_NK: Tensor | None = None) -> Tensor:
     """`sum_rows` as K additions, which a GPU's graph fuses into one pass.
 
-    A sum over an axis of 8 is compiled as a reduction, three times as slow (8 ms layer, H100).
+    A sum over an axis of 8 is compiled as a reduction, three times as slow on an H100.
     """
     parts = [rows_RD[index_N] for index_N in index_NK.unbind(dim=1)]
     if weights_NK is not None:
