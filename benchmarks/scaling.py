@@ -24,7 +24,7 @@ from fira.train.step import finish_step
 from ranks import on_ranks
 from record import append
 
-from fira.loss.next_token import Batch, next_token_loss
+from fira.loss.head import Batch, next_token_loss
 from fira.model.files import build_meta
 from fira.model.spec import FIRA2Spec
 from fira.parallel.layout import Layout

@@ -30,7 +30,7 @@ from fira.train.step import accumulate, finish_step
 from record import append, machine, peak_memory, reset_peak
 
 from fira.data.batches import Batch
-from fira.loss.next_token import next_token_loss
+from fira.loss.head import next_token_loss
 from fira.model.files import build
 from fira.model.moe import end_step
 from fira.model.spec import FIRA2Spec, FIRASpec

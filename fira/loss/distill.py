@@ -24,6 +24,7 @@ def distillation_loss(student: Any, teacher_x_BTD: Tensor, teacher_head: tuple[T
         return (p_RV * (teacher_RV - logs_RV)).sum(dim=1), logs_RV.exp() - p_RV
 
     x_BTD = student.features(tokens_BT)
+    head_VD, offset_V = student.head_weights()
     weights_N = (targets_BT != IGNORED).flatten().float()
-    return mean_cost(divergence, x_BTD, *student.head_weights(), weights_N,
+    return mean_cost(divergence, x_BTD, head_VD, offset_V, weights_N,
                      teacher_x_BTD.flatten(0, -2).detach())

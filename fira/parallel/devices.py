@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fira import runtime
 from fira.config import ConfigError
-from fira.loss.next_token import Batch, next_token_loss
+from fira.loss.head import Batch, next_token_loss
 from fira.model.balance import end_step, set_loss_share, set_progress
 from fira.model.files import build_meta
 from fira.parallel.layout import Layout

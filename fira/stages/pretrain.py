@@ -13,7 +13,7 @@ from fira.config import Config, ConfigError
 from fira.data.batches import Batch, Batches, sequential
 from fira.data.shards import Shards
 from fira.data.tokenizer import Tokenizer
-from fira.loss.next_token import next_token_loss
+from fira.loss.head import next_token_loss
 from fira.parallel.layout import Layout
 from fira.stages.run import Opened, RunConfig, Stage, train_run
 from fira.train.config import TrainConfig

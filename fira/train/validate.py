@@ -34,4 +34,6 @@ def validate(layout: Layout, batches: Iterable[Any], token_bytes_V: Tensor) -> d
 
 
 def _losses(model: Any, batch: Any) -> Tensor:
-    return token_losses(model.features(batch.tokens_BT), *model.head_weights(), batch.targets_BT)
+    x_BTD = model.features(batch.tokens_BT)
+    weight_VD, bias_V = model.head_weights()
+    return token_losses(x_BTD, weight_VD, bias_V, batch.targets_BT)

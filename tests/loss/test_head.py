@@ -7,8 +7,7 @@ from torch.nn import functional as F
 
 from fira.loss import head
 from fira.loss.distill import distillation_loss
-from fira.loss.head import IGNORED, head_loss, token_losses
-from fira.loss.next_token import next_token_loss, next_token_loss_plain
+from fira.loss.head import IGNORED, head_loss, next_token_loss, next_token_loss_plain, token_losses
 from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from fira.checkpoint import ADAPTER, OPTIMIZER, Checkpoints, read_weights, restore
 from fira.files import find_damage
-from fira.loss.next_token import next_token_loss
+from fira.loss.head import next_token_loss
 from fira.model.files import WEIGHTS, build, build_meta, save_weights
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh

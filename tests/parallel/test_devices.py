@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fira.config import ConfigError
-from fira.loss.next_token import Batch, next_token_loss
+from fira.loss.head import Batch, next_token_loss
 from fira.model.balance import end_step, health
 from fira.model.files import build
 from fira.model.moe import routers

@@ -185,7 +185,7 @@ def poisoned(rank):
     """The last rank's gradient is not finite in step 1; who updated, and the weights then."""
     from fira.train.step import finish_step
 
-    from fira.loss.next_token import next_token_loss
+    from fira.loss.head import next_token_loss
     from fira.model.files import build_meta
     from fira.parallel.layout import Layout
     from fira.train.optim import OptimConfig, make_optimizer

@@ -11,7 +11,7 @@ import torch
 from fira.train.step import finish_step
 
 from fira.config import load_preset
-from fira.loss.next_token import Batch, next_token_loss
+from fira.loss.head import Batch, next_token_loss
 from fira.model.files import build, build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fira.config import load_preset
-from fira.loss.next_token import Batch, next_token_loss
+from fira.loss.head import Batch, next_token_loss
 from fira.model.files import build_meta
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from fira import runtime
 from fira.checkpoint import Checkpoints
 from fira.files import find_damage
-from fira.loss.next_token import next_token_loss
+from fira.loss.head import next_token_loss
 from fira.model.files import load_pretrained
 from fira.runlog import read_rows
 from fira.stages.pretrain import TextBatches, pretrain

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from fira.loss.next_token import next_token_loss
+from fira.loss.head import next_token_loss
 from fira.model.balance import routing_health
 from fira.model.files import build
 from fira.model.router import routers

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fira.data.batches import Batch
-from fira.loss.next_token import next_token_loss
+from fira.loss.head import next_token_loss
 from fira.model.files import build, build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
