@@ -38,7 +38,7 @@ TOKENS, TARGETS = IDS[:, :-1].contiguous(), IDS[:, 1:].contiguous()
 def as_on_many_machines():
     """A plan is for any machines: sums through sockets, experts that any device can have."""
     with (mock.patch("fira.parallel.memory.FOLDER", Path("/nowhere")),
-          mock.patch("fira.model.experts.HAS_BATCH", False)):
+          mock.patch("fira.model.fast.HAS_BATCH", False)):
         yield
 
 
