@@ -44,7 +44,7 @@ TOKENS, TARGETS = IDS[:, :-1].contiguous(), IDS[:, 1:].contiguous()
 @pytest.fixture(scope="module", autouse=True)
 def plain_experts():
     """A plan is for any device, with the experts that any device can have."""
-    with mock.patch("fira.model.experts.HAS_BATCH", False):
+    with mock.patch("fira.model.fast.HAS_BATCH", False):
         yield
 
 
