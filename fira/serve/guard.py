@@ -27,24 +27,19 @@ MAX_DISCARDED = 16 * MAX_BODY  # bytes of a too large body that are read, so tha
 BODY_SECONDS = 60
 MAX_ERRORS = 1000  # wrong fields in one request; more are only counted
 UNSUPPORTED = {  # fields of OpenAI's API for which this server has no function
-    "best_of": "answers are not ranked; ask for n answers and choose",
+    "best_of": "choices are not ranked; ask for n choices and choose one",
     "suffix": "text is only continued, not filled in",
-    "tools": "the model calls no tools", "tool_choice": "the model calls no tools",
-    "parallel_tool_calls": "the model calls no tools", "functions": "the model calls no functions",
-    "function_call": "the model calls no functions", "audio": "the model has no voice",
-    "modalities": "the model writes text only", "store": "the server stores nothing",
-    "metadata": "the server stores nothing", "prediction": "predicted outputs are not used",
-    "reasoning_effort": "the model's effort cannot be set",
-    "web_search_options": "the server reaches no network",
-    "moderation": "nothing is moderated", "service_tier": "there is one tier",
-    "verbosity": "the model's verbosity cannot be set",
-    "safety_identifier": "give the label as user",
-    "prompt_cache_key": "prompts are cached without it",
-    "prompt_cache_options": "prompts are cached without them",
-    "prompt_cache_retention": "prompts stay cached while there is room",
+    "service_tier": "there is one tier", "safety_identifier": "give the label as user",
+    "moderation": "nothing is moderated", "web_search_options": "the server uses no network",
+    **dict.fromkeys(("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
+                    "the model calls no tools"),
+    **dict.fromkeys(("audio", "modalities"), "the model writes text only"),
+    **dict.fromkeys(("store", "metadata"), "the server stores nothing"),
+    **dict.fromkeys(("reasoning_effort", "verbosity", "prediction"), "the model has no such mode"),
+    **dict.fromkeys(("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+                    "every prompt is cached while there is room"),
 }
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:]+)(:\d+)?")  # a name or an address, and the port
-_PYDANTIC_SUBJECT = re.compile(r"^(Input|List|Dictionary|String|Value) should ")
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -57,20 +52,18 @@ class Keys:
     @classmethod
     def load(cls, path: Path) -> Keys:
         """Read one key per line. Blank lines and lines that begin with # are skipped."""
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is not UTF-8 text; give a file with one key per line"
-                             ) from None
-        keys = {number: line.strip() for number, line in enumerate(lines, 1)
-                if line.strip() and not line.startswith("#")}
-        if not keys:
-            raise ValueError(f"{path} has no key; write one key per line")
-        for number, key in keys.items():
+        keys = []
+        for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+            key = line.strip()
+            if not key or key.startswith("#"):
+                continue
             if not key.isascii() or " " in key:
                 raise ValueError(f"{path}:{number} is not a key, because it has spaces or letters "
                                  "outside ASCII; write one key per line")
-        return cls(list(keys.values()))
+            keys.append(key)
+        if not keys:
+            raise ValueError(f"{path} has no key; write one key per line")
+        return cls(keys)
 
     def check(self, request: Request) -> None:
         """Raise APIError(401) without a known bearer key; the time does not depend on the key."""
@@ -138,12 +131,9 @@ def _explain(schema: type[BaseModel], invalid: ValidationError) -> APIError:
         return APIError(400, f"the request has {invalid.error_count()} errors; /openapi.json lists "
                         "the fields", code="invalid_value")
     errors = invalid.errors(include_url=False)
-    if errors[0]["type"] == "json_invalid":
-        reason = errors[0]["ctx"]["error"]
-        return APIError(400, f"the body is not valid JSON ({reason}); send one JSON object",
-                        code="invalid_json")
     if not errors[0]["loc"]:
-        return APIError(400, "the body must be one JSON object, such as {\"model\": ...}")
+        return APIError(400, f"the body is not a JSON object ({errors[0]['msg']}); send one, such "
+                        "as {\"model\": ...}", code="invalid_json")
     # a union reports an error per member; the member that got deepest is what the caller meant
     error = max(errors, key=lambda error: len(error["loc"]))
     path = _path(error)
@@ -152,13 +142,9 @@ def _explain(schema: type[BaseModel], invalid: ValidationError) -> APIError:
         return APIError(400, _unknown_field(schema, param, path), param, "unknown_field")
     if error["type"] == "missing":
         return APIError(400, f"{param} is missing; give it", param, "missing_field")
-    rule = _PYDANTIC_SUBJECT.sub("must ", error["msg"].partition(" after validation")[0])
-    rule = rule.replace("a valid integer", "an integer").replace("a valid array", "a list")
-    rule = rule.replace("a valid", "a")
-    field = schema.model_fields.get(path[0])
-    tried = {str(other["loc"]) for other in errors if other["loc"][0] == error["loc"][0]}
-    if len(tried) > 1 and field and field.description and len(path) <= 2:
-        rule = f"must be {field.description}"
+    meaning = schema.model_fields[path[0]].description
+    rule = (f"must be {meaning}" if meaning else
+            re.sub(r"^\w+ should", "must", error["msg"].partition(" after validation")[0]))
     return APIError(400, f"{param}={_shorten(error['input'])} {rule}", param, "invalid_value")
 
 
