@@ -6,7 +6,6 @@ APIError for a request that cannot be fulfilled as it is; nothing is adjusted.
 """
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -35,20 +34,18 @@ class ServedModel:
     vocab_size: int  # rows of the language-model head
     chat_tuned: bool  # whether the model was trained on chat turns
     created: int = 0  # seconds since 1970
-    architecture: schema.Architecture | None = None  # shown in /v1/models
+    architecture: dict[str, str | int] | None = None  # shown in /v1/models
 
     def __post_init__(self) -> None:
-        self.token_bytes = self.tokenizer.token_bytes()
+        names = self.tokenizer.token_bytes()
         for token in self.tokenizer.description["added_tokens"]:
-            self.token_bytes[token["id"]] = token["content"].encode()
-
-    def bytes_of(self, id: int) -> bytes:
-        """The bytes of a token; for a special token, its name."""
-        return self.token_bytes[id] if id < len(self.token_bytes) else b""
+            names[token["id"]] = token["content"].encode()
+        # by token id; a special token has its name, a row that only pads the vocabulary has nothing
+        self.token_bytes = names + [b""] * (self.vocab_size - len(names))
 
     def name_of(self, id: int) -> str:
         """A token as a string; one that is not valid UTF-8 is written as OpenAI does, in bytes."""
-        data = self.bytes_of(id)
+        data = self.token_bytes[id]
         try:
             return data.decode()
         except UnicodeDecodeError:
@@ -63,11 +60,6 @@ class Generation:
     choices: list[tuple[list[int], SamplingParams]]  # prompt ids and parameters, by choice index
     echoes: list[str]  # for each choice, the prompt text to repeat before the generated text
     hidden_tokens: int = 0  # leading prompt ids that are not part of the caller's text
-
-    @property
-    def logprobs(self) -> bool:
-        """Whether the response has them. 0 asks for those of the generated tokens alone."""
-        return self.choices[0][1].logprobs is not None
 
     @property
     def prompt_tokens(self) -> int:
@@ -248,24 +240,24 @@ EVENT = {"type": "object", "required": ["data"], "properties": {"data": {
 REF = "#/components/schemas/{model}"
 
 
-@functools.cache
-def openapi(keys: bool) -> dict[str, Any]:
-    """The OpenAPI description. `keys` says whether the server requires an API key."""
+def openapi() -> dict[str, Any]:
+    """The OpenAPI description of all operations."""
     types = [type for operation in OPERATIONS.values()
              for type in (operation.request, operation.response) if type]
     _, schemas = TypeAdapter.json_schemas([(type.__name__, "validation", TypeAdapter(type))
                                            for type in (*types, schema.Error)], ref_template=REF)
-    key = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if keys else {}
     return {"openapi": "3.1.0",
             "info": {"title": "FIRA", "version": __version__,
                      "description": "An OpenAI-compatible server of one FIRA model."},
+            "security": [{}, {"key": []}],  # a key is required if the server was given --keys
             "paths": {path.replace(":path", ""): {
-                "post" if operation.request else "get": _describe(path, operation, keys)}
+                "post" if operation.request else "get": _describe(path, operation)}
                 for path, operation in OPERATIONS.items()},
-            "components": {"schemas": schemas["$defs"], **key}}
+            "components": {"schemas": schemas["$defs"], "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"}}}}
 
 
-def _describe(path: str, operation: Operation, keys: bool) -> dict[str, Any]:
+def _describe(path: str, operation: Operation) -> dict[str, Any]:
     errors = {**ERRORS, **(POST_ERRORS if operation.request else {})}
     content = _json(operation.response)
     if operation.function in (chat, complete):
@@ -280,8 +272,6 @@ def _describe(path: str, operation: Operation, keys: bool) -> dict[str, Any]:
     if "{model" in path:
         described["parameters"] = [{"name": "model", "in": "path", "required": True,
                                     "schema": {"type": "string"}}]
-    if keys and path != "/health":
-        described["security"] = [{"key": []}]
     return described
 
 

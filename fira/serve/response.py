@@ -41,6 +41,7 @@ class ResponseBuilder:
         self.generation, self.model, self.request = generation, model, generation.request
         self.choices = [ChoiceState() for _ in generation.choices]
         self.is_chat = isinstance(self.request, ChatRequest)
+        self.logprobs = generation.choices[0][1].logprobs is not None
         options = self.request.stream_options
         self.include_usage = bool(options and options.include_usage)
         kind = "chat.completion" if self.is_chat else "text_completion"
@@ -117,7 +118,7 @@ class ResponseBuilder:
                 tokens: list[tuple[Token, int]] | None) -> dict[str, Any]:
         """A choice with the log-probabilities and experts of `tokens`, if they were asked for."""
         choice = {"index": index, **content, "finish_reason": reason, "logprobs": None}
-        if tokens is not None and self.generation.logprobs:
+        if tokens is not None and self.logprobs:
             choice["logprobs"] = (self._chat_logprobs(tokens) if self.is_chat else
                                   self._text_logprobs(index, tokens))
         if tokens is not None and self.request.experts:
@@ -132,7 +133,7 @@ class ResponseBuilder:
     def _logprob(self, id: int, value: float | None) -> dict[str, Any]:
         assert value is not None, "only a prompt's first token has no log-probability"
         return {"token": self.model.name_of(id), "logprob": max(value, MIN_LOGPROB),
-                "bytes": list(self.model.bytes_of(id))}
+                "bytes": list(self.model.token_bytes[id])}
 
     def _text_logprobs(self, index: int, tokens: list[tuple[Token, int]]) -> dict[str, Any]:
         scores = [token.score for token, _ in tokens if token.score]
@@ -160,7 +161,7 @@ class ResponseBuilder:
         offsets, length = [], 0
         for score in prompt:
             offsets.append(length)
-            length += len(decoder.decode(self.model.bytes_of(score.id)))
+            length += len(decoder.decode(self.model.token_bytes[score.id]))
         return offsets
 
 

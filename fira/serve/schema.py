@@ -35,9 +35,6 @@ class APIError(Exception):
                           "param": self.param, "code": self.code}}
 
 
-# Requests
-
-
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -133,9 +130,6 @@ class DetokenizeRequest(Strict):
     tokens: list[TokenId] = Field(fail_fast=True)
 
 
-# Responses
-
-
 class ErrorDetail(TypedDict):
     message: str
     type: str
@@ -147,15 +141,11 @@ class Error(TypedDict):
     error: ErrorDetail
 
 
-class PromptTokensDetails(TypedDict):
-    cached_tokens: int
-
-
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: dict[Literal["cached_tokens"], int]
 
 
 class TokenLogprob(TypedDict):
@@ -213,14 +203,6 @@ class TextCompletion(Completion):
     choices: list[TextChoice]
 
 
-class Architecture(TypedDict):
-    architecture: str
-    layers: int
-    num_experts: int
-    top_k: int
-    parameters: int
-
-
 class Model(TypedDict):
     id: str
     object: str
@@ -228,7 +210,7 @@ class Model(TypedDict):
     owned_by: str
     max_model_len: int
     chat_tuned: bool
-    fira: NotRequired[Architecture]
+    fira: NotRequired[dict[str, str | int]]  # numbers that the chat page shows
 
 
 class Models(TypedDict):

@@ -1,5 +1,4 @@
-"""The HTTP application: routes, event streams, errors. It runs in one event loop; the engine has
-a thread of its own."""
+"""The HTTP application: routes, event streams, errors. It runs in one event loop."""
 from __future__ import annotations
 
 import asyncio
@@ -11,8 +10,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -28,37 +28,31 @@ from fira.serve.response import KEEPALIVE, Event, ResponseBuilder, sse
 from fira.serve.schema import APIError
 
 PAGE = Path(__file__).with_name("page.html")
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 KEEPALIVE_SECONDS = 10  # proxies close connections that are silent for longer, often for 60 s
 Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-class Service(NamedTuple):
-    """A loaded model: its description, and its started engine."""
-
-    model: api.ServedModel
-    engine: Any
+Service = tuple[api.ServedModel, Any]  # the description of a loaded model, and its started engine
 
 
 class Server:
     """The application's state. The server listens while `load` is still loading the model."""
 
-    def __init__(self, load: Callable[[], Service], keys: Keys | None = None,
-                 loopback: bool = False, failed: Callable[[Exception], None] | None = None) -> None:
-        """`loopback`: the server listens on a loopback address, so that only programs on this
-        machine may use it. `failed` is called with the exception if `load` raises one."""
-        self.load, self.keys, self.loopback, self.failed = load, keys, loopback, failed
+    def __init__(self, load: Callable[[], Service], failed: Callable[[Exception], None],
+                 keys: Keys | None = None, loopback: bool = False) -> None:
+        """`failed` is called with the exception if `load` raises one. `loopback`: the server
+        listens on a loopback address, so that only programs on this machine may use it."""
+        self.load, self.failed, self.keys, self.loopback = load, failed, keys, loopback
         self.service: Service | None = None
-        self.metrics = Metrics(lambda: self.service and self.service.engine)
-        self.page = PAGE.read_text(encoding="utf-8")
-        self.page_headers = page_headers(self.page)
+        self.metrics = Metrics(lambda: self.service and self.service[1])
 
     def app(self) -> Starlette:
+        page, description = PAGE.read_text(encoding="utf-8"), api.openapi()
+        headers = page_headers(page)
         pages: dict[str, Callable[[], Response]] = {
-            "/": lambda: HTMLResponse(self.page, headers=self.page_headers),
-            "/metrics": lambda: Response(self.metrics.text(), media_type=METRICS_TYPE),
-            "/openapi.json": lambda: JSONResponse(api.openapi(bool(self.keys)))}
+            "/": lambda: HTMLResponse(page, headers=headers),
+            "/metrics": lambda: Response(generate_latest(self.metrics.registry),
+                                         media_type=CONTENT_TYPE_LATEST),
+            "/openapi.json": lambda: JSONResponse(description)}
         routes = [Route(path, self.guarded(path, partial(self.show, page)))
                   for path, page in pages.items()]
         for path, operation in api.OPERATIONS.items():
@@ -73,14 +67,12 @@ class Server:
         yield
         await loading
         if self.service:
-            await asyncio.to_thread(self.service.engine.close)
+            await asyncio.to_thread(self.service[1].close)
 
     async def _load(self) -> None:
         try:
             self.service = await asyncio.to_thread(self.load)
         except Exception as error:
-            if not self.failed:
-                raise
             self.failed(error)
 
     def guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
@@ -114,24 +106,23 @@ class Server:
 
     async def call(self, operation: api.Operation, request: Request) -> Response:
         """Run an operation on the request's body, if it has one, and on the model."""
-        service = self.ready()
-        name, arguments = request.path_params.get("model"), [service.model]
+        model, engine = self.ready()
+        name, arguments = request.path_params.get("model"), [model]
         if operation.request:
             body: Any = parse(operation.request, await read_body(request))
-            name, arguments = body.model, [body, service.model]
-        api.check_model(name, service.model)
+            name, arguments = body.model, [body, model]
+        api.check_model(name, model)
         result = await asyncio.to_thread(operation.function, *arguments)
         if isinstance(result, api.Generation):
-            return await self.generate(service, result, request)
+            events = Events(engine, result, lambda: self.metrics.first_token.observe(
+                _elapsed(request)))
+            return await self.generate(request, ResponseBuilder(result, model), events)
         return JSONResponse(result)
 
-    async def generate(self, service: Service, generation: api.Generation,
-                       request: Request) -> Response:
+    async def generate(self, request: Request, builder: ResponseBuilder,
+                       events: Events) -> Response:
         """Raises ClientDisconnect if the client leaves before the response is complete."""
-        builder = ResponseBuilder(generation, service.model)
-        events = Events(service.engine, generation,
-                        lambda: self.metrics.first_token.observe(_elapsed(request)))
-        if generation.request.stream:
+        if builder.request.stream:
             return EventStream(self.stream(request, builder, events), events)
         watching = asyncio.create_task(events.watch(request))
         try:
@@ -259,12 +250,9 @@ def _error_response(error: APIError) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the shape of every other error."""
     assert isinstance(error, HTTPException)
-    path = request.scope["path"][:80]
-    messages = {404: f"there is no {path}; /openapi.json lists the paths",
-                405: f"{path} does not take {request.method}; /openapi.json lists the methods"}
-    return _error_response(APIError(error.status_code,
-                                    messages.get(error.status_code, error.detail),
-                                    headers=dict(error.headers or {})))
+    return _error_response(APIError(
+        error.status_code, f"there is no {request.method} {request.scope['path'][:80]}; "
+        "/openapi.json lists the paths and their methods", headers=dict(error.headers or {})))
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:

@@ -16,7 +16,7 @@ from fira.model.spec import FIRA2Spec
 from fira.serve.api import ServedModel
 from fira.serve.guard import Keys
 from fira.serve.process import architecture, listen
-from fira.serve.server import Server, Service
+from fira.serve.server import Server
 from tests.models import build
 
 TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 8]
@@ -105,7 +105,7 @@ class RunningServer:
     """A server in a thread; `http` is a client of it."""
 
     def __init__(self, load, keys=None, loopback=True):
-        self.server = Server(load, keys and Keys(keys), loopback)
+        self.server = Server(load, self.fail, keys and Keys(keys), loopback)
         self.socket = listen("127.0.0.1", 0)
         self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         config = uvicorn.Config(self.server.app(), log_level="error", lifespan="on",
@@ -121,6 +121,9 @@ class RunningServer:
         while self.http.get("/health").status_code != 200:
             time.sleep(0.01)
         return self
+
+    def fail(self, error):
+        raise error
 
     def stop(self):
         self.http.close()
@@ -144,7 +147,7 @@ def start():
 
 @pytest.fixture
 def running(start, served, engine):
-    return start(lambda: Service(served, engine)).wait()
+    return start(lambda: (served, engine)).wait()
 
 
 @pytest.fixture
@@ -176,6 +179,6 @@ def over_engine(model, tokenizer, window):
     engine.start()
     served = ServedModel("tiny", tokenizer, window, 320, chat_tuned=True,
                          architecture=architecture(model))
-    running = RunningServer(lambda: Service(served, engine)).wait()
+    running = RunningServer(lambda: (served, engine)).wait()
     yield running
     running.stop()

@@ -171,8 +171,7 @@ def test_an_old_conversation_drops_its_oldest_turns(page, engine, served):
 
 
 def test_a_key_is_asked_for(browser, start, served, engine):
-    from fira.serve.server import Service
-    running = start(lambda: Service(served, engine), keys=["sesame"])
+    running = start(lambda: (served, engine), keys=["sesame"])
     page = browser.new_page()
     page.goto(running.address)
     page.wait_for_selector("#settings[open]")
