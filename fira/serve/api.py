@@ -207,8 +207,8 @@ def _choices(request: schema.GenerationRequest, ids: list[int],
 def _check_ids(ids: Sequence[int], size: int, param: str) -> None:
     largest = max(ids, default=0)
     if largest >= size:
-        raise APIError(400, f"token id {largest} is outside the vocabulary of {size}; use "
-                       "/tokenize", param, "invalid_value")
+        raise APIError(400, f"token id {largest} is outside the vocabulary of {size}; "
+                       "/tokenize gives valid ids", param, "invalid_value")
 
 
 class Operation(NamedTuple):

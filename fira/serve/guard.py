@@ -24,9 +24,9 @@ MAX_DISCARDED = 16 * MAX_BODY  # bytes of a too large body that are read, so tha
 # which sends before it listens, receives the error instead of a closed connection
 MAX_ERRORS = 1000  # wrong fields in one request; more are only counted
 UNSUPPORTED = {  # fields of OpenAI's API for which this server has no function
-    "best_of": "choices are not ranked; ask for n choices and choose one",
-    "suffix": "text is only continued, not filled in",
-    "safety_identifier": "give the label as user",
+    "best_of": "the server does not rank choices",
+    "suffix": "the model only continues text",
+    "safety_identifier": "the label belongs into user",
     **dict.fromkeys(("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
                     "the model calls no tools"),
     **dict.fromkeys(("audio", "modalities"), "the model writes text only"),
