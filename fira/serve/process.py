@@ -35,9 +35,9 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     notes = console()
     if host not in LOOPBACK and not accepted:
-        notes.print(Text(f"Anyone who reaches {address} may use the model: there are no --keys.",
+        notes.print(Text(f"Without --keys, anyone who reaches {address} may use the model.",
                          style="yellow"), soft_wrap=True)
-    notes.print(f"loading {folder}, listening at {address}", soft_wrap=True)
+    notes.print(f"loading {folder}, listening on {address}", soft_wrap=True)
 
     def load_service() -> Service:
         model, engine = open_service(run, name, slots, queue, device, precision)
@@ -88,17 +88,15 @@ def run_until_signal(load_service: Callable[[], Service], keys: Keys | None, loo
 def open_service(run: Path, name: str, slots: int, queue: int, device: str,
                  precision: str) -> Service:
     """Load the model of a run and start an engine for it."""
-    loaded = load(run, device)
-    engine = Engine(loaded.model, loaded.tokenizer, slots=slots, max_waiting=queue)
-    fused = open_step(loaded.model, precision, console().print)
+    model, tokenizer, folder = load(run, device)
+    engine = Engine(model, tokenizer, slots=slots, max_waiting=queue)
+    fused = open_step(model, precision, console().print)
     if fused is not None:
         engine.decode_step = fused.decode
     engine.start()
-    created = int((loaded.folder / WEIGHTS).stat().st_mtime)
-    served = ServedModel(name, loaded.tokenizer, window_length(loaded.model),
-                         loaded.model.spec.vocab_size, knows_chat(loaded.folder), created,
-                         architecture(loaded.model))
-    return served, engine
+    created = int((folder / WEIGHTS).stat().st_mtime)
+    return ServedModel(name, tokenizer, window_length(model), model.spec.vocab_size,
+                       knows_chat(folder), created, architecture(model)), engine
 
 
 def architecture(model: Any) -> dict[str, str | int]:

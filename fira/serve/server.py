@@ -46,10 +46,10 @@ class Server:
         self.metrics = Metrics(lambda: self.service and self.service[1])
 
     def app(self) -> Starlette:
-        page, description = PAGE.read_text(encoding="utf-8"), api.openapi()
-        headers = page_headers(page)
+        html, description = PAGE.read_text(encoding="utf-8"), api.openapi()
+        headers = page_headers(html)
         pages: dict[str, Callable[[], Response]] = {
-            "/": lambda: HTMLResponse(page, headers=headers),
+            "/": lambda: HTMLResponse(html, headers=headers),
             "/metrics": lambda: Response(generate_latest(self.metrics.registry),
                                          media_type=CONTENT_TYPE_LATEST),
             "/openapi.json": lambda: JSONResponse(description)}

@@ -10,8 +10,7 @@ import uvicorn
 
 from fira.data.tokenizer import train_tokenizer
 from fira.infer.engine import Engine
-from fira.infer.request import End, QueueFull, Token, TokenScore
-from fira.infer.text import decode
+from fira.infer.request import End, QueueFull, Release, Token, TokenScore
 from fira.model.spec import FIRA2Spec
 from fira.serve.api import ServedModel
 from fira.serve.guard import Keys
@@ -54,36 +53,29 @@ class FakeEngine:
         self.cancelled |= set(self.running)
 
     def _generate(self, number, ids, params, listener):
-        table, new, text, held = self.tokenizer.token_bytes(), [], "", ""
-        reason = "length"
-        while len(new) < params.max_new_tokens:
-            if self.pause:
-                time.sleep(self.pause)
+        text, count, reason = Release(self.tokenizer.token_bytes(), params.stop), 0, "length"
+        while count < params.max_new_tokens and reason == "length":
+            time.sleep(self.pause)
             if number in self.cancelled or self.fault:
                 reason = "error" if self.fault else "cancelled"
                 break
-            new.append(self.said[len(new) % len(self.said)])
-            whole = "".join(decode(new, table))
-            piece, text = whole[len(text):], whole
-            cuts = [text.index(stop) for stop in params.stop if stop in text]
-            if cuts:
-                piece, reason = piece[:max(0, min(cuts) - len(text))], "stop"
-            listener(Token(new[-1], piece, self._score(new[-1], params.logprobs),
+            new = self.said[count % len(self.said)]
+            count += 1
+            listener(Token(new, text.push(new), self._score(new, params.logprobs),
                            ((0, 1), (2, 3)) if params.experts else None))
-            if cuts:
-                break
+            reason = "stop" if text.stopped else reason
         del self.running[number]
-        prompt = [self._score(id, params.prompt_logprobs) for id in ids
-                  ] if params.prompt_logprobs is not None else []
-        if prompt:
+        prompt = []
+        if params.prompt_logprobs is not None:
+            prompt = [self._score(id, params.prompt_logprobs) for id in ids]
             prompt[0] = TokenScore(ids[0], None)
-        listener(End(reason, held, len(ids), 0, len(new), prompt=prompt, error=self.fault))
+        listener(End(reason, text.finish(), len(ids), 0, count, prompt=prompt, error=self.fault))
 
-    def _score(self, id, rivals):
-        if rivals is None:
+    def _score(self, id, others):
+        if others is None:
             return None
-        ranked = ((id, -0.5), *((other, -2.0 - other) for other in range(rivals)))
-        return TokenScore(id, -0.5, ranked[:rivals])
+        ranked = ((id, -0.5), *((other, -2.0 - other) for other in range(others)))
+        return TokenScore(id, -0.5, ranked[:others])
 
 
 @pytest.fixture(scope="session")
@@ -165,19 +157,9 @@ def model(tokenizer):
 @pytest.fixture(scope="module")
 def real(model, tokenizer):
     """A server over a real engine."""
-    yield from over_engine(model, tokenizer, 128)
-
-
-@pytest.fixture(scope="module")
-def short(model, tokenizer):
-    """The same with a short window, so that responses are short."""
-    yield from over_engine(model, tokenizer, 40)
-
-
-def over_engine(model, tokenizer, window):
-    engine = Engine(model, tokenizer, slots=8, capacity=window)
+    engine = Engine(model, tokenizer, slots=8, capacity=128)
     engine.start()
-    served = ServedModel("tiny", tokenizer, window, 320, chat_tuned=True,
+    served = ServedModel("tiny", tokenizer, 128, 320, chat_tuned=True,
                          architecture=architecture(model))
     running = RunningServer(lambda: (served, engine)).wait()
     yield running

@@ -102,11 +102,11 @@ def test_extreme_parameters_are_answered(real, extreme):
 
 
 @pytest.fixture
-def described(short):
+def described(real):
     """The server's OpenAPI description, read by schemathesis."""
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
-    schema = schemathesis.openapi.from_dict(short.http.get("/openapi.json").json())
-    schema.config.update(base_url=short.address)
+    schema = schemathesis.openapi.from_dict(real.http.get("/openapi.json").json())
+    schema.config.update(base_url=real.address)
     return schema
 
 
