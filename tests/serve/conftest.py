@@ -94,7 +94,7 @@ def engine(tokenizer):
 
 
 class RunningServer:
-    """A server in a thread; `http` is a client of it."""
+    """A server in a thread; `http` is a client of it; `chat` and `text` ask for 17 tokens."""
 
     def __init__(self, load, keys=None, loopback=True):
         self.server = Server(load, self.fail, keys and Keys(keys), loopback)
@@ -107,6 +107,15 @@ class RunningServer:
                                        kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()
         self.http = httpx.Client(base_url=self.address, timeout=20)
+
+    def chat(self, headers=None, **changes):
+        messages = [{"role": "user", "content": "Hi"}]
+        return self.http.post("/v1/chat/completions", headers=headers,
+                              json={"messages": messages, "max_tokens": 17, **changes})
+
+    def text(self, headers=None, **changes):
+        return self.http.post("/v1/completions", headers=headers,
+                              json={"prompt": "The state", "max_tokens": 17, **changes})
 
     def wait(self):
         """Wait until the model is loaded."""
