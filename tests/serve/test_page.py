@@ -92,7 +92,7 @@ def test_stop_frees_the_slot_and_keeps_the_words(page, engine):
     assert engine.running == {}
 
 
-def test_a_token_shows_probability_rivals_and_experts(page):
+def test_a_token_shows_its_details_and_every_control_has_a_name(page):
     ask(page, "Hello")
     finished(page)
     page.locator(".reply span").first.click()
@@ -107,6 +107,11 @@ def test_a_token_shows_probability_rivals_and_experts(page):
     assert page.locator(".reply span.routed").count() == page.locator(".reply span").count()
     page.locator("#map td").nth(2).click()
     assert page.locator(".reply span.routed").count() == 0
+    controls = "button, input, textarea, td, aside, nav, dialog"
+    nameless = page.evaluate("""controls => [...document.querySelectorAll(controls)]
+        .filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length
+                       || e.getAttribute("aria-labelledby"))).map(e => e.outerHTML)""", controls)
+    assert nameless == []
 
 
 def test_keys_walk_through_tokens_and_map(page):
@@ -195,14 +200,3 @@ def test_it_fits_a_phone(browser, running):
     page.click("#menu")
     assert page.locator("#list").is_visible()
     page.close()
-
-
-def test_every_control_has_a_name(page):
-    ask(page, "Hello")
-    finished(page)
-    page.locator(".reply span").first.click()
-    controls = "button, input, textarea, td, aside, nav, dialog"
-    nameless = page.evaluate("""controls => [...document.querySelectorAll(controls)]
-        .filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length
-                       || e.getAttribute("aria-labelledby"))).map(e => e.outerHTML)""", controls)
-    assert nameless == []

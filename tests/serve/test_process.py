@@ -1,6 +1,7 @@
 """`fira serve` as a process: start, restart after a kill, end by a signal, errors at the start."""
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -20,37 +21,30 @@ TEXT = {"prompt": "The state", "max_tokens": 40, "ignore_eos": True}
 
 
 class Process:
-    """`fira serve RUN` on a port of its own."""
+    """`fira serve RUN` on a port of its own; ready when made."""
 
     def __init__(self, run):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+            port = str(probe.getsockname()[1])
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20)
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "fira", "serve", str(run), "--port", str(self.port)],
+            [sys.executable, "-m", "fira", "serve", str(run), "--port", port],
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-    def wait(self):
-        for _ in range(600):
-            try:
-                if self.http.get("/health").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                assert self.child.poll() is None, self.child.stderr.read()
+        while not self.ready():
+            assert self.child.poll() is None, self.child.stderr.read()
             time.sleep(0.1)
-        raise AssertionError("not ready within a minute")
+
+    def ready(self):
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get("/health").status_code == 200
 
 
 @pytest.fixture
 def serve(trained_run):
     started = []
-
-    def begin(run=trained_run):
-        started.append(Process(run))
-        return started[-1]
-    yield begin
+    yield lambda: started.append(Process(trained_run)) or started[-1]
     for process in started:
         process.child.kill()
         process.child.communicate()
@@ -59,12 +53,12 @@ def serve(trained_run):
 
 def test_it_comes_back_after_a_kill_and_ends_well_at_sigterm(serve):
     greedy = {**TEXT, "temperature": 0, "max_tokens": 9}
-    first = serve().wait()
+    first = serve()
     said = first.http.post("/v1/completions", json=greedy)
     assert first.http.get("/v1/models").json()["data"][0]["chat_tuned"] is False
     first.child.send_signal(signal.SIGKILL)
     assert first.child.wait(10) == -signal.SIGKILL
-    second = serve().wait()
+    second = serve()
     again = second.http.post("/v1/completions", json=greedy)
     assert again.json()["choices"] == said.json()["choices"]
     body = {**TEXT, "stream": True, "max_tokens": 20}

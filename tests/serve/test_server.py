@@ -105,11 +105,6 @@ def test_text_parts_and_developers_are_read_as_text_and_system(running, engine):
     assert engine.asked[0][0] == engine.asked[1][0]
 
 
-def test_a_stop_string_ends_the_answer_before_it(running):
-    choice = running.text(stop="of").json()["choices"][0]
-    assert (choice["text"], choice["finish_reason"]) == ("Größe 🙂 ", "stop")
-
-
 def test_tokenize_and_detokenize_are_inverse(http, tokenizer):
     found = http.post("/tokenize", json={"prompt": "naïve 🙂", "add_special_tokens": False}).json()
     assert found["tokens"] == tokenizer.encode("naïve 🙂") and found["max_model_len"] == 200
