@@ -18,10 +18,6 @@ def run(trained_run, tmp_path_factory):
     return shutil.copytree(trained_run, tmp_path_factory.mktemp("cli") / "run")
 
 
-def content(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def verbs(group=cli.fira, path=()):
     for name, command in group.commands.items():
         yield (*path, name), command
@@ -124,10 +120,12 @@ def test_report_and_show_read_the_run(run, fira):
 
 
 def test_resume_of_a_finished_run_changes_nothing(run, preset, fira):
-    before = content(sorted(run.glob("step-*"))[-1])
+    def content():
+        return {path: path.read_bytes() for path in sorted(run.glob("step-*"))[-1].iterdir()}
+    before = content()
     answer = fira("train", preset, "--run", run, "--resume")
     assert answer.code == 0, answer.err
-    assert content(sorted(run.glob("step-*"))[-1]) == before
+    assert content() == before
 
 
 @pytest.mark.parametrize("verb", ["train", "show"])
@@ -161,7 +159,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(words, expected, refused):
 
 
 def test_a_preset_file_that_is_no_toml_is_one_line(refused, tmp_path):
-    for number, wrong in enumerate((b"\xff\xfe", b"[model")):
-        path = tmp_path / f"{number}.toml"
+    path = tmp_path / "wrong.toml"
+    for wrong in (b"\xff\xfe", b"[model"):
         path.write_bytes(wrong)
         assert f"{path} is not valid TOML" in refused("train", path, code=2)

@@ -22,10 +22,7 @@ TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and �
 
 
 class FakeEngine:
-    """Generates one sentence again and again; each request has a thread of its own.
-
-    It sleeps for `pause` seconds before each token. `running` holds the unfinished requests.
-    """
+    """Repeats one sentence, and sleeps `pause` seconds before each token, a thread per request."""
 
     def __init__(self, tokenizer, capacity=1000, pause=0.0):
         self.tokenizer, self.capacity, self.pause = tokenizer, capacity, pause

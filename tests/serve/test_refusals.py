@@ -113,14 +113,12 @@ def test_a_long_list_is_refused_at_its_first_fault(schema, body):
     assert found.value.error_count() < 10
 
 
-@pytest.mark.parametrize("body", [
-    {"prompt": "a", "logit_bias": {str(id): "" for id in range(2000)}},
-    {"prompt": "a", **{f"x{number}": 0 for number in range(2000)}},
-])
-def test_very_many_faults_are_counted_not_told(body):
-    with pytest.raises(APIError, match="has 2000 errors") as found:
-        parse(CompletionRequest, json.dumps(body).encode())
-    assert found.value.status == 400 and found.value.param is None
+def test_very_many_faults_are_counted_not_told():
+    for fields in ({"logit_bias": {str(id): "" for id in range(2000)}},
+                   {f"x{number}": 0 for number in range(2000)}):
+        with pytest.raises(APIError, match="has 2000 errors") as found:
+            parse(CompletionRequest, json.dumps({"prompt": "a", **fields}).encode())
+        assert found.value.status == 400 and found.value.param is None
 
 
 @pytest.mark.parametrize("body", [{"x" * 10_000: 1}, {"logit_bias": {"x" * 10_000: ""}},

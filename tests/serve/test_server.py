@@ -99,9 +99,8 @@ def test_parameters_reach_the_engine(running, engine):
 
 def test_text_parts_and_developers_are_read_as_text_and_system(running, engine):
     parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief"}]
-    for first in ({"role": "system", "content": "Be\nbrief"},
-                  {"role": "developer", "content": parts}):
-        running.chat(messages=[first, {"role": "user", "content": "Hi"}])
+    for role, content in (("system", "Be\nbrief"), ("developer", parts)):
+        running.chat(messages=[{"role": role, "content": content}])
     assert engine.asked[0][0] == engine.asked[1][0]
 
 
