@@ -18,13 +18,6 @@ def run(trained_run, tmp_path_factory):
     return shutil.copytree(trained_run, tmp_path_factory.mktemp("cli") / "run")
 
 
-def content(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-# Help
-
-
 def verbs(group=cli.fira, path=()):
     for name, command in group.commands.items():
         yield (*path, name), command
@@ -41,21 +34,15 @@ def test_help_answers_without_torch():
     assert done.stdout.splitlines()[-1] == "[]" and "quickstart" in done.stdout
 
 
-def test_every_verb_fits_its_line_in_the_list(fira):
-    text = fira("--help").out + fira("tokenizer", "--help").out
-    assert "..." not in text.replace("[ARGS]...", "")
-    for name in cli.fira.commands:
-        assert f"\n  {name} " in text
-
-
 @pytest.mark.parametrize("width", [80, 100])
 def test_help_lists_every_verb_once_under_its_heading(fira, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     lines = fira("--help").out.splitlines()
-    listed = [line.split()[0].rstrip(":") for line in lines[lines.index("Prepare:"):] if line]
-    assert listed == [name for heading, verbs in cli.VERBS.items()
-                      for name in (heading, *(verb.name for verb in verbs))]
-    assert max(map(len, lines)) <= width
+    listed = lines[lines.index("Prepare:"):]
+    assert [line.split()[0].rstrip(":") for line in listed if line] == [
+        name for heading, verbs in cli.VERBS.items()
+        for name in (heading, *(verb.name for verb in verbs))]
+    assert max(map(len, lines)) <= width and "..." not in "".join(listed)
 
 
 @pytest.mark.parametrize("path, command", list(verbs()), ids=lambda part: " ".join(part)
@@ -73,12 +60,6 @@ def test_the_presets_are_listed_where_one_is_asked_for(fira):
         assert f"Presets: {', '.join(preset_names())}." in text
 
 
-def test_the_founding_model_is_counted(fira):
-    answer = fira("show", "fira-334m")
-    assert answer.code == 0 and "334.74M parameters" in answer.out
-    assert "334,740,144" in answer.out
-
-
 def test_dry_run_prints_what_differs_and_makes_nothing(fira, tmp_path):
     answer = fira("train", "tiny", "optim.lr=0.001", "--dry-run", "--run", tmp_path / "run")
     assert answer.code == 0 and "optim.lr = 0.001   # preset: 0.01" in answer.out
@@ -93,9 +74,6 @@ def test_debug_shows_the_traceback_wherever_it_stands(tmp_path):
         assert "ValueError: nowhere" in done.stderr
 
 
-# The whole path
-
-
 def test_text_becomes_tokenizer_data_and_a_run(corpus, preset, fira, tmp_path):
     tokenizer, data = tmp_path / "tokenizer", tmp_path / "data"
     assert fira("tokenizer", "train", corpus, "--vocab-size", 600, "--out", tokenizer).code == 0
@@ -108,15 +86,11 @@ def test_text_becomes_tokenizer_data_and_a_run(corpus, preset, fira, tmp_path):
             "step-000002"} == {path.name for path in (tmp_path / "run").iterdir()}
 
 
-def test_generate_starts_with_the_prompt_and_repeats_with_a_seed(run, fira):
-    words = ("generate", run, "The state", "--max-new-tokens", 20, "--seed")
-    first, again, other = (fira(*words, seed).out for seed in (1, 1, 2))
+def test_generate_starts_with_the_prompt_and_repeats_if_seeded_or_greedy(run, fira):
+    words = ("generate", run, "The state", "--max-new-tokens", 20)
+    first, again, other = (fira(*words, "--seed", seed).out for seed in (1, 1, 2))
     assert first == again != other and first.startswith("The state")
-
-
-def test_greedy_generation_needs_no_seed(run, fira):
-    words = ("generate", run, "Our", "--temperature", 0, "--max-new-tokens", 8)
-    assert fira(*words).out == fira(*words).out
+    assert fira(*words, "--temperature", 0).out == fira(*words, "--temperature", 0).out
 
 
 def test_chat_answers_each_line_of_a_pipe(run, fira, monkeypatch):
@@ -142,36 +116,31 @@ def test_report_and_show_read_the_run(run, fira):
         assert str(run / name) in answer.out and (run / name).stat().st_size > 0
     shown = fira("show", run)
     assert shown.code == 0 and "active" in shown.out and "Routing at step 10" in shown.out
+    assert "334,740,144" in fira("show", "fira-334m").out
 
 
 def test_resume_of_a_finished_run_changes_nothing(run, preset, fira):
-    before = content(sorted(run.glob("step-*"))[-1])
+    def content():
+        return {path: path.read_bytes() for path in sorted(run.glob("step-*"))[-1].iterdir()}
+    before = content()
     answer = fira("train", preset, "--run", run, "--resume")
     assert answer.code == 0, answer.err
-    assert content(sorted(run.glob("step-*"))[-1]) == before
+    assert content() == before
 
 
-# Mistakes: settings and usage
-
-
-@pytest.mark.parametrize("setting, words", [
-    ("optim.learning_rate=1", ["unknown key optim.learning_rate", "did you mean optim.lr?"]),
-    ("model.num_expert=8", ["did you mean model.num_experts?"]),
-    ("speed=9", ["unknown key speed", "--dry-run lists every key"]),
-    ("optim.lr=fast", ["optim.lr=fast", "valid number", "default is optim.lr=0.0006"]),
-    ("optim.lr=1e999", ["optim.lr=inf", "finite number"]),
-    ("train.steps=1.5", ["train.steps=1.5", "valid integer"]),
-    ("train.steps=0", ["train.steps=0", "greater than or equal to 1"]),
-    ("model=5", ["model is a section", "write model.KEY=VALUE"]),
-    ("model.top_k=5", ["top_k=5", "num_experts=4", "at most 4"]),
-    ("model.n_head=7", ["n_head=7 must divide d_model=768", "try n_head=6"]),
-    ("model.context=256", ["train.sequence_length=512", "model.context=256",
-                           "try train.sequence_length=256"]),
-])
-def test_a_wrong_setting_is_one_line_and_exit_code_2(setting, words, refused):
-    for verb in (("train", "fira-334m", setting), ("show", "fira-334m", setting)):
-        line = refused(*verb, code=2)
-        assert all(word in line for word in words), line
+@pytest.mark.parametrize("verb", ["train", "show"])
+def test_a_wrong_setting_is_one_line_and_exit_code_2(verb, refused):
+    for setting, rule, remedy in (
+        ("optim.learning_rate=1", "unknown key optim.learning_rate", "did you mean optim.lr?"),
+        ("speed=9", "unknown key speed", "--dry-run lists every key"),
+        ("optim.lr=fast", "optim.lr=fast", "default is optim.lr=0.0006"),
+        ("optim.lr=1e999", "optim.lr=inf", "finite number"),
+        ("train.steps=1.5", "train.steps=1.5", "valid integer"),
+        ("train.steps=0", "train.steps=0", "greater than or equal to 1"),
+        ("model=5", "model is a section", "write model.KEY=VALUE"),
+    ):
+        line = refused(verb, "fira-334m", setting, code=2)
+        assert rule in line and remedy in line, line
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -180,7 +149,6 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(setting, words, refused):
     (["train", "tinny"], ["unknown preset 'tinny'", "did you mean tiny", "fira-334m"]),
     (["train", "nowhere.toml"], ["nowhere.toml does not exist", "tiny"]),
     (["generate", "run", "hi", "--top-k", "0"], ["'--top-k'", "x>=1"]),
-    (["generate", "run", "hi", "--temperature", "-1"], ["'--temperature'", "x>=0"]),
     (["generate", "run", "hi", "--top-p", "1.5"], ["'--top-p'", "0<x<=1"]),
     (["eval", "run"], ["Missing option '--text'", "fira eval --help"]),
     (["data", "sotu", "--out", "x"], ["Missing option '--tokenizer'"]),
@@ -191,7 +159,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(words, expected, refused):
 
 
 def test_a_preset_file_that_is_no_toml_is_one_line(refused, tmp_path):
-    for number, wrong in enumerate((b"\xff\xfe", b"[model")):
-        path = tmp_path / f"{number}.toml"
+    path = tmp_path / "wrong.toml"
+    for wrong in (b"\xff\xfe", b"[model"):
         path.write_bytes(wrong)
         assert f"{path} is not valid TOML" in refused("train", path, code=2)

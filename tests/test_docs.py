@@ -127,7 +127,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("verb", list(verbs()), ids=lambda verb: verb.callback.__name__)
 def test_the_help_shows_an_example_that_parses(verb):
-    examples = re.findall(r"Example: (.*)", verb.help)
+    examples = re.findall(r"Example: (.*)", verb.epilog)
     assert examples
     for words in shell_commands("\n".join(examples)):
         check_command(words)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import click
 
-from fira.cli.command import OrderedGroup, run_command
-from fira.cli.measure import evaluate, report, show
+from fira.cli.command import run_command
 from fira.cli.move import export, import_
-from fira.cli.prepare import data, tokenizer
-from fira.cli.training import plan, quickstart, train
-from fira.cli.use import chat, generate, serve
+from fira.cli.training import data, plan, quickstart, tokenizer, train
+from fira.cli.use import chat, evaluate, generate, report, serve, show
 
 VERBS: dict[str, tuple[click.Command, ...]] = {
     "Prepare": (tokenizer, data),
@@ -20,7 +18,7 @@ VERBS: dict[str, tuple[click.Command, ...]] = {
 }
 
 
-class VerbGroup(OrderedGroup):
+class VerbGroup(click.Group):
     """The group of all verbs; its help lists them under the headings of VERBS."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -37,14 +35,11 @@ class VerbGroup(OrderedGroup):
              context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="fira-moe", prog_name="fira")
 @click.option("--debug", is_flag=True,
-              help="Show the traceback of an error (works after a verb, too).")
+              help="Show the traceback of an error; may also follow the command.")
 def fira(debug: bool) -> None:
     """Train, measure and use small Mixture-of-Experts language models.
 
-    fira VERB --help explains a verb and shows an example.
-
-    \b
-    Example: fira quickstart
+    Begin with fira quickstart. fira COMMAND --help explains a command and shows an example.
     """
 
 

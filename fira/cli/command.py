@@ -1,4 +1,4 @@
-"""What all verbs share: parameters, groups in a given order, errors as one line."""
+"""What all verbs share: parameters, the end of their help, errors as one line."""
 from __future__ import annotations
 
 import sys
@@ -11,6 +11,7 @@ EXISTING = click.Path(path_type=Path)  # a file or folder; the reader says why i
 NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
 PRESETS = "Presets: " + ", ".join(sorted(
     path.stem for path in (Path(__file__).parents[1] / "presets").glob("*.toml"))) + "."
+RUN = "RUN is a run folder, whose newest checkpoint is used, or one of its step-N folders."
 settings_argument = click.argument("settings", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 device_option = click.option("--device", default="auto", show_default=True,
                              help="Device to compute on: auto, cpu, cuda, cuda:N or mps.")
@@ -20,31 +21,29 @@ precision_option = click.option(
                             "on a CPU; int8 and int4 need numba.")
 
 
+def example(command: str, *paragraphs: str) -> str:
+    """The end of a verb's help: paragraphs, and an example, which is not wrapped."""
+    return "\n\n".join([*paragraphs, f"\b\nExample: {command}"])
+
+
 def sampling_options(command: Any) -> Any:
     """The options of every verb that samples text."""
     for option in reversed([
         click.option("--max-new-tokens", type=click.IntRange(0), default=200, show_default=True,
                      help="Largest number of tokens to generate."),
         click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True,
-                     help="Divisor of the logits: 0 is greedy, 1 the model's own distribution."),
+                     help="Divisor of the logits; 0 always takes the likeliest token."),
         click.option("--top-k", type=click.IntRange(1), show_default="all",
                      help="Sample only among the k likeliest tokens."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), show_default="1",
-                     help="Sample only among the likeliest tokens whose probabilities reach p."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
+                     help="Sample only among the likeliest tokens of total probability p."),
         click.option("--seed", type=int, show_default="random",
-                     help="Seed of the random choices; with a seed the text repeats."),
+                     help="Seed of the random choices; the same seed gives the same text."),
         precision_option,
         device_option,
     ]):
         command = option(command)
     return command
-
-
-class OrderedGroup(click.Group):
-    """A group that lists its commands in the order in which they were added."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
 
 
 def run_command(command: click.Command, name: str) -> None:

@@ -7,21 +7,17 @@ from typing import Any
 
 import click
 
-from fira.cli.command import EXISTING, NEW_FOLDER, OrderedGroup
+from fira.cli.command import EXISTING, NEW_FOLDER, example
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")
 
 
-@click.group(cls=OrderedGroup)
+@click.group(epilog=example("fira export hf out/quickstart/run out/hf"))
 def export() -> None:
-    """Write a run in another format or with smaller weights.
-
-    \b
-    Example: fira export hf out/quickstart/run out/hf
-    """
+    """Write a run in another format or with smaller weights."""
 
 
-@export.command("hf")
+@export.command("hf", epilog=example("fira export hf out/quickstart/run out/hf --dtype bfloat16"))
 @click.argument("run", type=EXISTING)
 @click.argument("folder", type=NEW_FOLDER)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -31,9 +27,6 @@ def export_hf(run: Path, folder: Path, dtype: str | None) -> None:
 
     FOLDER is created. A FIRA2 model becomes a Qwen3 model, which transformers 4 and 5 load without
     other code. A FIRA model is written together with its code, for trust_remote_code=True.
-
-    \b
-    Example: fira export hf out/quickstart/run out/hf --dtype bfloat16
     """
     from fira.convert.hf import export_run
     from fira.runlog import console
@@ -41,7 +34,8 @@ def export_hf(run: Path, folder: Path, dtype: str | None) -> None:
     export_run(run, folder, dtype, console())
 
 
-@export.command("gguf")
+@export.command("gguf", epilog=example(
+    "fira export gguf out/quickstart/run out/fira.gguf --type q8_0"))
 @click.argument("run", type=EXISTING)
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--type", "type_name", type=click.Choice(GGUF_TYPES), default="f16",
@@ -50,9 +44,6 @@ def export_gguf(run: Path, file: Path, type_name: str) -> None:
     """Write RUN as a GGUF file for llama.cpp and Ollama.
 
     The file contains the tokenizer. A Modelfile for ollama create is written beside it.
-
-    \b
-    Example: fira export gguf out/quickstart/run out/fira.gguf --type q8_0
     """
     from fira.convert.gguf import export_run
     from fira.runlog import console
@@ -64,12 +55,9 @@ def _quantized(kind: str, weights: str) -> click.Command:
     """The command `fira export int8` or `fira export int4`."""
     @click.command(kind, help=f"""Write RUN with {weights} of the size.
 
-    FOLDER is a run folder again, for fira generate, chat, serve and eval. The command prints how
-    each tensor is stored; routers, norms and biases keep their precision.
-
-    \b
-    Example: fira export {kind} out/quickstart/run out/{kind} --text README.md
-    """)
+    FOLDER is created as a run folder, for fira generate, chat, serve and eval. The command prints
+    how each tensor is stored; routers, norms and biases keep their precision.
+    """, epilog=example(f"fira export {kind} out/quickstart/run out/{kind} --text README.md"))
     @click.argument("run", type=EXISTING)
     @click.argument("folder", type=NEW_FOLDER)
     @click.option("--text", "texts", multiple=True, metavar="SOURCE",
@@ -96,25 +84,18 @@ export.add_command(_quantized("int8", "8-bit weights, a quarter"))
 export.add_command(_quantized("int4", "4-bit weights, about a sixth"))
 
 
-@click.group("import", cls=OrderedGroup)
+@click.group("import", epilog=example("fira import hf Qwen3-0.6B out/qwen"))
 def import_() -> None:
-    """Convert a model of another program into a run.
-
-    \b
-    Example: fira import hf Qwen3-0.6B out/qwen
-    """
+    """Convert a model of another program into a run."""
 
 
-@import_.command("hf")
+@import_.command("hf", epilog=example("fira import hf out/hf out/again"))
 @click.argument("folder", type=EXISTING)
 @click.argument("run", type=NEW_FOLDER)
 def import_hf(folder: Path, run: Path) -> None:
     """Convert the Hugging Face model in FOLDER into RUN.
 
     FOLDER contains a Qwen3 or Qwen3-MoE checkpoint. Nothing is downloaded.
-
-    \b
-    Example: fira import hf out/hf out/again
     """
     from fira.convert.hf import import_run
     from fira.runlog import console

@@ -1,4 +1,4 @@
-"""The verbs `fira quickstart`, `fira train` and `fira plan`."""
+"""The verbs from text to a trained model: tokenizer, data, quickstart, train, plan."""
 from __future__ import annotations
 
 import sys
@@ -8,10 +8,72 @@ from typing import Any
 
 import click
 
-from fira.cli.command import EXISTING, NEW_FOLDER, PRESETS, device_option, settings_argument
+from fira.cli.command import (
+    EXISTING,
+    NEW_FOLDER,
+    PRESETS,
+    device_option,
+    example,
+    settings_argument,
+)
 
 
-@click.command()
+@click.group(epilog=example("fira tokenizer train corpus/ --vocab-size 32768 --out tok"))
+def tokenizer() -> None:
+    """Learn the vocabulary of a tokenizer from text."""
+
+
+@tokenizer.command("train", epilog=example(
+    "fira tokenizer train sotu --vocab-size 4096 --out out/tok"))
+@click.argument("sources", nargs=-1, required=True)
+@click.option("--out", type=NEW_FOLDER, required=True, help="Folder to write the tokenizer to.")
+@click.option("--vocab-size", type=int, default=50304, show_default=True,
+              help="Number of tokens, including special tokens.")
+@click.option("--max-bytes", type=click.IntRange(1), default=1_000_000_000, show_default=True,
+              help="Number of bytes of text to learn from; the rest is not read.")
+def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_bytes: int) -> None:
+    """Learn a byte-level BPE vocabulary from SOURCES.
+
+    SOURCES are given as for fira data: files, folders, globs, hub:OWNER/NAME[:CONFIG] or sotu.
+    """
+    from fira.data.prepare import learn_tokenizer
+    from fira.runlog import console
+
+    learn_tokenizer(list(sources), out, vocab_size, max_bytes, console())
+
+
+@click.command(epilog=example(
+    "fira data hub:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer tok --out data/edu"))
+@click.argument("sources", nargs=-1, required=True)
+@click.option("--tokenizer", "tokenizer_path", type=EXISTING, required=True,
+              help="tokenizer.json, or the folder that contains it.")
+@click.option("--out", type=NEW_FOLDER, required=True, help="Folder to write the shards to.")
+@click.option("--validation-every", type=click.IntRange(2), metavar="N", default=20,
+              show_default=True, help="Use every N-th document for validation.")
+@click.option("--validation", multiple=True, metavar="SOURCE",
+              help="Use this source for validation and all of SOURCES for training; may be "
+                   "repeated.")
+@click.option("--workers", type=click.IntRange(1), show_default="one per core",
+              help="Number of processes.")
+def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_every: int,
+         validation: tuple[str, ...], workers: int | None) -> None:
+    """Tokenize text and write it as shards for training.
+
+    SOURCES are .txt, .md, .jsonl (.gz .xz .zst) and .parquet files, folders and globs of them,
+    hub:OWNER/NAME[:CONFIG] (streamed from the Hugging Face hub), or sotu (249 State of the Union
+    addresses, which are installed with FIRA).
+
+    If the command is interrupted, the same command continues it.
+    """
+    from fira.data.prepare import prepare
+    from fira.data.tokenizer import Tokenizer
+    from fira.runlog import console
+
+    prepare(sources, out, Tokenizer.load(tokenizer_path), validation_every=validation_every,
+            validation_sources=validation, workers=workers, screen=console())
+
+
+@click.command(epilog=example("fira quickstart train.minutes=2"))
 @click.option("--out", type=NEW_FOLDER, default=Path("out/quickstart"), show_default=True,
               help="Folder to write the tokenizer, the data and the run to.")
 @settings_argument
@@ -20,9 +82,6 @@ def quickstart(out: Path, settings: tuple[str, ...]) -> None:
 
     Learns a tokenizer from 249 State of the Union addresses, which are installed with FIRA, trains
     the preset tiny on them, and prints samples and what to try next.
-
-    \b
-    Example: fira quickstart train.minutes=2
     """
     from fira.report.page import report as write_report
     from fira.report.read import read_run
@@ -38,7 +97,8 @@ def quickstart(out: Path, settings: tuple[str, ...]) -> None:
     console().print(next_steps(out), soft_wrap=True)
 
 
-@click.command(epilog=PRESETS)
+@click.command(epilog=example(
+    "fira train tiny data.folder=out/quickstart/data train.steps=500 optim.lr=1e-3", PRESETS))
 @click.argument("preset")
 @settings_argument
 @click.option("--run", "--run-folder", "run", type=NEW_FOLDER, show_default="out/PRESET",
@@ -55,10 +115,7 @@ def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool
           source: Path | None, dry_run: bool, device: str) -> None:
     """Train the model of a preset on data that fira data prepared.
 
-    PRESET is a name or a .toml file. SECTION.KEY=VALUE changes a setting; --dry-run lists them.
-
-    \b
-    Example: fira train tiny data.folder=out/quickstart/data train.steps=500 optim.lr=1e-3
+    PRESET is a name or a .toml file. SECTION.KEY=VALUE changes a setting; --dry-run lists all.
     """
     from fira.stages.pretrain import PRETRAIN, pretrain
     from fira.stages.run import describe
@@ -72,7 +129,8 @@ def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool
     run_training(lambda: pretrain(preset, settings, run, device, resume, console(), source), run)
 
 
-@click.command(epilog=PRESETS)
+@click.command(epilog=example(
+    "fira plan fira2-7b --gpus 64 --device h100-80g --tokens 500e9", PRESETS))
 @click.argument("preset")
 @settings_argument
 @click.option("--gpus", type=click.IntRange(1), default=8, show_default=True,
@@ -87,11 +145,8 @@ def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool
 def plan(preset: str, settings: tuple[str, ...], **options: Any) -> None:
     """Estimate memory, speed and cost of training on many GPUs.
 
-    Prints every layout that fits into the devices' memory, the fastest first: memory per GPU by
-    part, bytes sent, tokens per second, time and cost. Nothing is trained.
-
-    \b
-    Example: fira plan fira2-7b --gpus 64 --device h100-80g --tokens 500e9
+    Prints every parallel layout that fits into the devices' memory, the fastest first: memory per
+    GPU by part, bytes sent, tokens per second, time and cost. Nothing is trained.
     """
     from fira.config import load_preset
     from fira.parallel.plan import show_plan

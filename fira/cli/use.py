@@ -1,4 +1,4 @@
-"""The verbs `fira generate`, `fira chat` and `fira serve`."""
+"""The verbs that read a run: eval, show, report, generate, chat, serve."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,28 +6,106 @@ from typing import Any
 
 import click
 
-from fira.cli.command import EXISTING, device_option, precision_option, sampling_options
+from fira.cli.command import (
+    EXISTING,
+    PRESETS,
+    RUN,
+    device_option,
+    example,
+    precision_option,
+    sampling_options,
+    settings_argument,
+)
 
 
-@click.command()
+@click.command("eval", epilog=example("fira eval out/quickstart/run --text README.md", RUN))
+@click.argument("run", type=EXISTING)
+@click.option("--text", "texts", multiple=True, required=True, metavar="SOURCE",
+              help="Text to score, given as for fira data; may be repeated.")
+@click.option("--context", type=click.IntRange(2), show_default="the training length",
+              help="Largest number of tokens in the model's context.")
+@click.option("--routing", is_flag=True, help="Also measure how far the experts specialize.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@device_option
+def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bool, as_json: bool,
+             device: str) -> None:
+    """Measure bits per byte and loss of a model on any text.
+
+    Every byte is scored exactly once, so models with different tokenizers can be compared.
+    """
+    import json
+
+    from fira.eval.bits_per_byte import evaluate as score_text
+    from fira.runlog import console
+
+    result = score_text(run, list(texts), context, device, console())
+    if routing:
+        from fira.eval.specialization import specialization
+
+        result["routing"] = specialization(str(run), list(texts), device)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    routed = result.pop("routing", {})
+    layers = routed.pop("token_information", ())
+    for name, value in {**routed, **result}.items():
+        click.echo(f"{name.replace('_', ' ')}: {value}")
+    for number, layer in enumerate(layers):
+        click.echo(f"layer {number}: the token determines {layer['information']:.1%} of the "
+                   f"expert, {layer['by_chance']:.1%} by chance")
+
+
+@click.command(epilog=example("fira show fira-334m model.num_experts=8", PRESETS))
+@click.argument("what")
+@settings_argument
+def show(what: str, settings: tuple[str, ...]) -> None:
+    """Count the parameters, total and active, of a preset or a run.
+
+    WHAT is a preset, whose settings can be changed, or a run folder, whose expert load is
+    printed, too.
+    """
+    from fira.stages.show import show as print_model
+
+    print_model(what, settings)
+    if (Path(what) / "metrics.jsonl").is_file():
+        from rich.console import Console
+
+        from fira.report.read import read_run
+        from fira.report.routing import routing_view
+
+        Console(highlight=False).print(routing_view(read_run(Path(what))))
+
+
+@click.command(epilog=example("fira report out/quickstart/run"))
+@click.argument("run", type=EXISTING)
+def report(run: Path) -> None:
+    """Draw a run's progress and expert load as a report page.
+
+    Writes training_progress.png, routing.png and report.html into the run folder.
+    """
+    from fira.report.page import print_summary
+    from fira.report.page import report as write_report
+    from fira.runlog import console
+
+    for path in write_report(run):
+        click.echo(path)
+    print_summary(run, console())
+
+
+@click.command(epilog=example(
+    'fira generate out/quickstart/run "Fellow citizens," --temperature 0.7', RUN))
 @click.argument("run", type=EXISTING)
 @click.argument("prompt")
 @sampling_options
 def generate(run: Path, prompt: str, device: str, precision: str, **sampling: Any) -> None:
-    """Continue a prompt.
-
-    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
-
-    \b
-    Example: fira generate out/quickstart/run "Fellow citizens," --temperature 0.7
-    """
+    """Continue a prompt."""
     from fira.infer.decode import open_step
     from fira.infer.load import load
     from fira.infer.sample import SamplingParams
     from fira.infer.text import complete
     from fira.runlog import console
 
-    params = SamplingParams(**_given(sampling))
+    params = SamplingParams(**sampling)
     loaded = load(run, device)
     step = open_step(loaded.model, precision, console().print)
     text = complete(loaded.model, loaded.tokenizer, prompt, params, step)
@@ -37,29 +115,23 @@ def generate(run: Path, prompt: str, device: str, precision: str, **sampling: An
     click.echo()
 
 
-@click.command()
+@click.command(epilog=example("fira chat out/quickstart/run", RUN))
 @click.argument("run", type=EXISTING)
 @click.option("--system", show_default="none", help="System message.")
 @sampling_options
 def chat(run: Path, system: str | None, device: str, precision: str, **sampling: Any) -> None:
-    """Chat with a model in the terminal or through a pipe.
-
-    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
-
-    \b
-    Example: fira chat out/quickstart/run
-    """
+    """Chat with a model in the terminal or through a pipe."""
     from fira.infer.chat import chat as run_chat
     from fira.infer.sample import SamplingParams
 
-    run_chat(run, SamplingParams(**_given(sampling)), system, device, precision)
+    run_chat(run, SamplingParams(**sampling), system, device, precision)
 
 
-@click.command()
+@click.command(epilog=example("fira serve out/quickstart/run --port 8000", RUN))
 @click.argument("run", type=EXISTING)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
-              help="Port to listen at; 0 takes a free one.")
+              help="Port to listen on; 0 takes a free one.")
 @click.option("--keys", type=click.Path(dir_okay=False, path_type=Path),
               show_default="no key is required",
               help="File with the accepted API keys, one per line.")
@@ -71,13 +143,7 @@ def chat(run: Path, system: str | None, device: str, precision: str, **sampling:
 @precision_option
 @device_option
 def serve(run: Path, **options: Any) -> None:
-    """Serve a model over HTTP: OpenAI's API and a chat page.
-
-    RUN is a run folder (its newest checkpoint is used) or a step folder in it.
-
-    \b
-    Example: fira serve out/quickstart/run --port 8000
-    """
+    """Serve a model over HTTP: OpenAI's API and a chat page."""
     try:
         from fira.serve.process import serve as run_server
     except ModuleNotFoundError as error:
@@ -85,8 +151,3 @@ def serve(run: Path, **options: Any) -> None:
                          "pip install 'fira-moe[serve]'") from None
 
     run_server(run, **options)
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given; `SamplingParams` holds the defaults of the others."""
-    return {name: value for name, value in options.items() if value is not None}

@@ -1,33 +1,23 @@
-"""Each API request becomes prompt ids and sampling parameters for the engine. No input or output.
+"""The operations of the API. Each turns a checked request into a response, or into prompt ids and
+sampling parameters for the engine. No input or output.
 
-Functions raise APIError for a request that cannot be fulfilled as it is; nothing is adjusted.
+OPERATIONS lists all of them; the routes and /openapi.json are made from it. Operations raise
+APIError for a request that cannot be fulfilled as it is; nothing is adjusted.
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from pydantic import BaseModel, TypeAdapter
+
+from fira import __version__
 from fira.data.chat import prompt_ids
 from fira.data.tokenizer import TURN_END, Tokenizer
 from fira.infer.request import SamplingParams
-from fira.serve.schema import (
-    MAX_CHOICES,
-    SEED_LIMIT,
-    APIError,
-    Architecture,
-    ChatRequest,
-    CompletionRequest,
-    Detokenized,
-    DetokenizeRequest,
-    GenerationRequest,
-    Message,
-    Model,
-    Models,
-    TokenizeRequest,
-    Tokens,
-)
+from fira.serve import schema
+from fira.serve.schema import MAX_CHOICES, APIError, ChatRequest, CompletionRequest
 
 COMPLETION_TOKENS = 16  # OpenAI's default for a completion; a chat's default is what fits
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
@@ -44,53 +34,37 @@ class ServedModel:
     vocab_size: int  # rows of the language-model head
     chat_tuned: bool  # whether the model was trained on chat turns
     created: int = 0  # seconds since 1970
-    architecture: Architecture | None = None  # shown in /v1/models
+    architecture: dict[str, str | int] | None = None  # shown in /v1/models
 
     def __post_init__(self) -> None:
-        added = self.tokenizer.description["added_tokens"]
-        self.token_bytes = self.tokenizer.token_bytes()
-        self.special_tokens: dict[int, str] = {token["id"]: token["content"] for token in added}
-        self.longest_token = max(map(len, self.token_bytes))  # bytes
-
-    def bytes_of(self, id: int) -> bytes:
-        """The bytes of a token; for a special token, its name."""
-        if id in self.special_tokens:
-            return self.special_tokens[id].encode()
-        return self.token_bytes[id] if id < len(self.token_bytes) else b""
+        names = self.tokenizer.token_bytes()
+        for token in self.tokenizer.description["added_tokens"]:
+            names[token["id"]] = token["content"].encode()
+        # by token id; a special token has its name, a row that only pads the vocabulary has nothing
+        self.token_bytes = names + [b""] * (self.vocab_size - len(names))
 
     def name_of(self, id: int) -> str:
         """A token as a string; one that is not valid UTF-8 is written as OpenAI does, in bytes."""
-        data = self.bytes_of(id)
+        data = self.token_bytes[id]
         try:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    def describe(self) -> Model:
-        entry: Model = {"id": self.name, "object": "model", "created": self.created,
-                        "owned_by": "fira", "max_model_len": self.window,
-                        "chat_tuned": self.chat_tuned}
-        return {**entry, "fira": self.architecture} if self.architecture else entry
 
 
 @dataclass(frozen=True)
 class Generation:
     """What the engine is to generate for one request, and what the response needs to know."""
 
-    request: GenerationRequest
+    request: schema.GenerationRequest
     choices: list[tuple[list[int], SamplingParams]]  # prompt ids and parameters, by choice index
     echoes: list[str]  # for each choice, the prompt text to repeat before the generated text
-    hidden_tokens: int  # leading prompt ids that are not part of the caller's text
-    prompt_tokens: int
+    hidden_tokens: int = 0  # leading prompt ids that are not part of the caller's text
 
     @property
-    def is_chat(self) -> bool:
-        return isinstance(self.request, ChatRequest)
-
-    @property
-    def logprobs(self) -> bool:
-        """Whether the response has them. 0 asks for those of the generated tokens alone."""
-        return self.choices[0][1].logprobs is not None
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts; the choices of one prompt count it once."""
+        return sum(len(ids) for ids, _ in self.choices[::self.request.n or 1])
 
 
 def chat(request: ChatRequest, model: ServedModel) -> Generation:
@@ -101,15 +75,14 @@ def chat(request: ChatRequest, model: ServedModel) -> Generation:
         raise APIError(400, f"max_tokens={other} and max_completion_tokens={limit} differ; "
                        "give one of them", "max_tokens")
     ids = _chat_ids(request.messages, model)
-    room = _room(ids, model, "messages")
-    if room == 0:
-        raise _too_long(f"{len(ids)} tokens, with one generated token,", model, "messages")
+    room = _room(ids, model, "messages", least=1)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     limit = limit if limit is not None else other
     params = _params(request, model, room, room if limit is None else limit, logprobs)
     if model.chat_tuned:
         params = replace(params, stop_ids=(model.tokenizer.special(TURN_END),))
-    return _generation(request, [(ids, params)], [""], 0)
+    choices = _choices(request, ids, params)
+    return Generation(request, choices, [""] * len(choices))
 
 
 def complete(request: CompletionRequest, model: ServedModel) -> Generation:
@@ -117,42 +90,51 @@ def complete(request: CompletionRequest, model: ServedModel) -> Generation:
         raise APIError(400, "echo with logprobs cannot stream: a prompt's log-probabilities come "
                        "at the end; leave out stream", "stream")
     prompts = _prompts(request, model)
-    work, echoes = [], []
+    choices, echoes = [], []
     for prompt in prompts:
+        # a text prompt follows an end of text, as every document did in training
         ids = _text_ids(prompt, model) if isinstance(prompt, str) else list(prompt)
         room = _room(ids, model, "prompt")
-        limit = request.max_tokens
-        params = _params(request, model, room,
-                         min(room, COMPLETION_TOKENS) if limit is None else limit,
-                         request.logprobs)
-        if request.echo and request.logprobs is not None:
+        limit = min(room, COMPLETION_TOKENS) if request.max_tokens is None else request.max_tokens
+        params = _params(request, model, room, limit, request.logprobs)
+        if request.echo:
             params = replace(params, prompt_logprobs=request.logprobs)
-        work.append((ids, params))
         text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
-        echoes.append(text if request.echo else "")
-    hidden = 1 if isinstance(prompts[0], str) else 0  # the end of text before a text prompt
-    return _generation(request, work, echoes, hidden)
+        added = _choices(request, ids, params)
+        choices += added
+        echoes += [text if request.echo else ""] * len(added)
+    return Generation(request, choices, echoes, int(isinstance(prompts[0], str)))
 
 
-def tokenize(request: TokenizeRequest, model: ServedModel) -> Tokens:
+def tokenize(request: schema.TokenizeRequest, model: ServedModel) -> schema.Tokens:
     if (request.prompt is None) == (request.messages is None):
         raise APIError(400, "give either prompt or messages", "prompt")
     if request.messages is not None:
         ids = _chat_ids(request.messages, model)
     else:
-        ids = _encode(request.prompt or "", model)
-        if request.add_special_tokens is not False:
-            ids = [model.tokenizer.end_of_text, *ids]
+        ids = _text_ids(request.prompt or "", model)
+        ids = ids[1:] if request.add_special_tokens is False else ids
     return {"tokens": ids, "count": len(ids), "max_model_len": model.window}
 
 
-def detokenize(request: DetokenizeRequest, model: ServedModel) -> Detokenized:
+def detokenize(request: schema.DetokenizeRequest, model: ServedModel) -> schema.Detokenized:
     _check_ids(request.tokens, model.tokenizer.vocab_size, "tokens")
     return {"prompt": model.tokenizer.decode(request.tokens)}
 
 
-def list_models(model: ServedModel) -> Models:
-    return {"object": "list", "data": [model.describe()]}
+def describe_model(model: ServedModel) -> schema.Model:
+    entry: schema.Model = {"id": model.name, "object": "model", "created": model.created,
+                           "owned_by": "fira", "max_model_len": model.window,
+                           "chat_tuned": model.chat_tuned}
+    return {**entry, "fira": model.architecture} if model.architecture else entry
+
+
+def list_models(model: ServedModel) -> schema.Models:
+    return {"object": "list", "data": [describe_model(model)]}
+
+
+def report_health(model: ServedModel) -> schema.Health:
+    return {"status": "ok"}
 
 
 def check_model(name: str | None, model: ServedModel) -> None:
@@ -166,7 +148,7 @@ def _prompts(request: CompletionRequest, model: ServedModel) -> list[str] | list
     prompts: Any = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     if len(prompts) * (request.n or 1) > MAX_CHOICES:
         raise APIError(400, f"{len(prompts)} prompts with n={request.n} are more than "
-                       f"{MAX_CHOICES} answers; send several requests", "n")
+                       f"{MAX_CHOICES} choices; send several requests", "n")
     for ids in prompts:
         if not isinstance(ids, str):
             _check_ids(ids, model.vocab_size, "prompt")
@@ -174,23 +156,30 @@ def _prompts(request: CompletionRequest, model: ServedModel) -> list[str] | list
 
 
 def _text_ids(text: str, model: ServedModel) -> list[int]:
-    """A text prompt follows an end of text, as every document did in training."""
-    _check_size([text], model, "prompt")
-    return [model.tokenizer.end_of_text, *_encode(text, model)]
+    return [model.tokenizer.end_of_text, *model.tokenizer.encode(text)]
 
 
-def _chat_ids(messages: Sequence[Message], model: ServedModel) -> list[int]:
+def _chat_ids(messages: Sequence[schema.Message], model: ServedModel) -> list[int]:
     """Messages as chat turns, or as plain text for a model that was not tuned for chat."""
-    turns = [{"role": "system" if message.role == "developer" else message.role,
-              "content": _text(message)} for message in messages]
-    _check_size([turn["content"] for turn in turns], model, "messages")
-    try:
-        return prompt_ids(model.tokenizer, turns, model.chat_tuned)
-    except ValueError as error:
-        raise APIError(400, str(error), "messages") from None
+    turns = []
+    for message in messages:
+        content = message.content
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        role = "system" if message.role == "developer" else message.role
+        turns.append({"role": role, "content": text})
+    return prompt_ids(model.tokenizer, turns, model.chat_tuned)
 
 
-def _params(request: GenerationRequest, model: ServedModel, room: int, limit: int,
+def _room(ids: Sequence[int], model: ServedModel, param: str, least: int = 0) -> int:
+    """The number of tokens that fit into the window after the prompt; at least `least`."""
+    room = model.window - len(ids)
+    if room < least:
+        raise APIError(400, f"the prompt of {len(ids)} tokens leaves no room in the model's window "
+                       f"of {model.window}; shorten it", param, "context_length_exceeded")
+    return room
+
+
+def _params(request: schema.GenerationRequest, model: ServedModel, room: int, limit: int,
             logprobs: int | None) -> SamplingParams:
     if limit > room:
         raise APIError(400, f"max_tokens={limit} and a prompt of {model.window - room} tokens "
@@ -201,75 +190,90 @@ def _params(request: GenerationRequest, model: ServedModel, room: int, limit: in
     given = {name: value for name in SAMPLING_FIELDS
              if (value := getattr(request, name)) is not None}
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-    try:
-        return SamplingParams(max_new_tokens=limit, stop=stop, logprobs=logprobs,
-                              logit_bias=_logit_bias(request, model),
-                              ignore_end=bool(request.ignore_eos), experts=bool(request.experts),
-                              **given)
-    except ValueError as error:
-        raise APIError(400, str(error), str(error).partition("=")[0]) from None
-
-
-def _logit_bias(request: GenerationRequest, model: ServedModel) -> dict[int, float]:
-    bias = {}
-    for key, value in (request.logit_bias or {}).items():
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise APIError(400, f"logit_bias has the key {key[:30]!r}; keys are token ids, as "
-                           "/tokenize gives them", "logit_bias")
-        bias[int(key)] = value
+    bias = {int(id): value for id, value in (request.logit_bias or {}).items()}
     _check_ids(list(bias), model.vocab_size, "logit_bias")
-    return bias
+    return SamplingParams(max_new_tokens=limit, stop=stop, logprobs=logprobs, logit_bias=bias,
+                          ignore_end=bool(request.ignore_eos), experts=bool(request.experts),
+                          **given)
 
 
-def _generation(request: GenerationRequest, prompts: list[tuple[list[int], SamplingParams]],
-                echoes: list[str], hidden_tokens: int) -> Generation:
-    n, choices = request.n or 1, []
-    for ids, params in prompts:
-        for number in range(n):  # each choice has its own seed, so that they differ and repeat
-            seed = params.seed
-            if seed is not None:
-                seed = (seed + number + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT
-            choices.append((ids, replace(params, seed=seed)))
-    return Generation(request, choices, [echo for echo in echoes for _ in range(n)],
-                      hidden_tokens, sum(len(ids) for ids, _ in prompts))
-
-
-def _room(ids: Sequence[int], model: ServedModel, param: str) -> int:
-    """The number of tokens that fit into the window after the prompt."""
-    room = model.window - len(ids)
-    if room < 0 or not ids:
-        raise _too_long(f"{len(ids)} tokens", model, param)
-    return room
-
-
-def _check_size(texts: Sequence[str], model: ServedModel, param: str) -> None:
-    """Refuse texts that exceed the window whatever their tokens are, before tokenizing them."""
-    size = sum(len(text) for text in texts)
-    if size > model.window * model.longest_token:
-        at_least = math.ceil(size / model.longest_token)
-        raise _too_long(f"{size} characters, over {at_least} tokens,", model, param)
-
-
-def _too_long(prompt: str, model: ServedModel, param: str) -> APIError:
-    return APIError(400, f"the prompt of {prompt} is longer than the model's window of "
-                    f"{model.window}; shorten it", param, "context_length_exceeded")
+def _choices(request: schema.GenerationRequest, ids: list[int],
+             params: SamplingParams) -> list[tuple[list[int], SamplingParams]]:
+    """The choices of one prompt. Each has its own seed, so that they differ and can be repeated."""
+    return [(ids, params if params.seed is None else replace(params, seed=params.seed + number))
+            for number in range(request.n or 1)]
 
 
 def _check_ids(ids: Sequence[int], size: int, param: str) -> None:
     largest = max(ids, default=0)
     if largest >= size:
-        raise APIError(400, f"token id {largest} is outside the vocabulary of {size}; use "
-                       "/tokenize", param, "invalid_value")
+        raise APIError(400, f"token id {largest} is outside the vocabulary of {size}; "
+                       "/tokenize gives valid ids", param, "invalid_value")
 
 
-def _encode(text: str, model: ServedModel) -> list[int]:
-    try:
-        return model.tokenizer.encode(text)
-    except ValueError as error:  # half of a surrogate pair
-        raise APIError(400, str(error), "prompt", "invalid_value") from None
+class Operation(NamedTuple):
+    summary: str
+    function: Callable[..., Any]  # of the request, if there is one, and the model
+    response: Any
+    request: type[BaseModel] | None = None  # a POST has one, a GET has none
 
 
-def _text(message: Message) -> str:
-    """The text of a message; several parts are joined by newlines."""
-    content = message.content
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+OPERATIONS = {
+    "/v1/chat/completions": Operation("Reply to a chat", chat, schema.ChatCompletion, ChatRequest),
+    "/v1/completions": Operation("Continue a text", complete, schema.TextCompletion,
+                                 CompletionRequest),
+    "/tokenize": Operation("Convert text to token ids", tokenize, schema.Tokens,
+                           schema.TokenizeRequest),
+    "/detokenize": Operation("Convert token ids to text", detokenize, schema.Detokenized,
+                             schema.DetokenizeRequest),
+    "/v1/models": Operation("List the served model", list_models, schema.Models),
+    "/v1/models/{model:path}": Operation("Describe one model", describe_model, schema.Model),
+    "/health": Operation("Whether the model is loaded", report_health, schema.Health),
+}
+ERRORS = {"401": "The API key is missing or unknown",
+          "404": "The named model is not the served one",
+          "503": "The model is loading; see Retry-After"}
+POST_ERRORS = {"400": "A field of the request is wrong", "413": "The body is too large",
+               "415": "The body is not JSON", "429": "The queue is full; see Retry-After"}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {
+    "type": "string", "description": "a chunk or an error in JSON; the last one is [DONE]"}}}
+REF = "#/components/schemas/{model}"
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI description of all operations."""
+    types = [type for operation in OPERATIONS.values()
+             for type in (operation.request, operation.response) if type]
+    _, schemas = TypeAdapter.json_schemas([(type.__name__, "validation", TypeAdapter(type))
+                                           for type in (*types, schema.Error)], ref_template=REF)
+    return {"openapi": "3.1.0",
+            "info": {"title": "FIRA", "version": __version__,
+                     "description": "An OpenAI-compatible server of one FIRA model."},
+            "security": [{}, {"key": []}],  # a key is required if the server was given --keys
+            "paths": {path.replace(":path", ""): {
+                "post" if operation.request else "get": _describe(path, operation)}
+                for path, operation in OPERATIONS.items()},
+            "components": {"schemas": schemas["$defs"], "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"}}}}
+
+
+def _describe(path: str, operation: Operation) -> dict[str, Any]:
+    errors = {**ERRORS, **(POST_ERRORS if operation.request else {})}
+    content = _json(operation.response)
+    if operation.function in (chat, complete):
+        content["text/event-stream"] = {"schema": EVENT}
+    described: dict[str, Any] = {
+        "summary": operation.summary, "operationId": operation.function.__name__,
+        "responses": {"200": {"description": operation.summary, "content": content},
+                      **{status: {"description": words, "content": _json(schema.Error)}
+                         for status, words in errors.items()}}}
+    if operation.request:
+        described["requestBody"] = {"required": True, "content": _json(operation.request)}
+    if "{model" in path:
+        described["parameters"] = [{"name": "model", "in": "path", "required": True,
+                                    "schema": {"type": "string"}}]
+    return described
+
+
+def _json(model: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": REF.format(model=model.__name__)}}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -30,13 +30,6 @@ class Metrics:
                                      buckets=SECONDS, registry=self.registry)
         self.registry.register(self)  # type: ignore[arg-type]
 
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
-
-    def describe(self) -> list[Metric]:
-        """Part of the protocol of collectors; an empty list makes registering read nothing."""
-        return []
-
     def collect(self) -> Iterator[Metric]:
         """The engine's figures and the load of its experts."""
         engine = self.engine()
@@ -47,24 +40,9 @@ class Metrics:
             yield GaugeMetricFamily(f"fira_requests_{name}", meaning, value=stats[name])
         for name, meaning in COUNTERS.items():
             yield CounterMetricFamily(f"fira_{name}", meaning, value=stats[name])
-        yield from expert_metrics(engine.loads)
-
-
-def expert_metrics(loads: list[list[int]]) -> Iterator[Metric]:
-    """Tokens per layer and expert, and their imbalance, named as in training's routing rows."""
-    rows = CounterMetricFamily("fira_expert_rows", "Tokens routed", labels=["layer", "expert"])
-    cv = GaugeMetricFamily("fira_expert_cv", "Standard deviation over mean of the load",
-                           labels=["layer"])
-    max_mean = GaugeMetricFamily("fira_expert_max_mean", "Largest load over the mean load",
-                                 labels=["layer"])
-    dead = GaugeMetricFamily("fira_expert_dead", "Experts without a token", labels=["layer"])
-    for layer, counts in enumerate(loads):
-        for expert, count in enumerate(counts):
-            rows.add_metric([str(layer), str(expert)], count)
-        mean = sum(counts) / len(counts)
-        if mean:
-            variance = sum((count - mean) ** 2 for count in counts) / len(counts)
-            cv.add_metric([str(layer)], variance ** 0.5 / mean)
-            max_mean.add_metric([str(layer)], max(counts) / mean)
-            dead.add_metric([str(layer)], counts.count(0))
-    yield from (rows, cv, max_mean, dead)
+        experts = CounterMetricFamily("fira_expert_rows", "Tokens routed to an expert",
+                                      labels=["layer", "expert"])
+        for layer, counts in enumerate(engine.loads):
+            for expert, count in enumerate(counts):
+                experts.add_metric([str(layer), str(expert)], count)
+        yield experts

@@ -1,5 +1,4 @@
-"""The process of `fira serve`: it listens at once, loads the model, serves, and ends at a signal
-after the requests in progress are finished."""
+"""The process of `fira serve`: it listens, loads the model, serves, and ends at a signal."""
 from __future__ import annotations
 
 import signal
@@ -20,7 +19,6 @@ from fira.model.generate import window_length
 from fira.runlog import console
 from fira.serve.api import ServedModel
 from fira.serve.guard import LOOPBACK, Keys
-from fira.serve.schema import Architecture
 from fira.serve.server import Server, Service
 
 DRAIN_SECONDS = 30  # time to finish the requests in progress after a signal
@@ -31,21 +29,23 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
     """Serve until a signal. Raises ValueError or OSError, one line, if the server cannot start."""
     accepted = Keys.load(keys) if keys else None
     folder = find_model(run)
+    place = folder.resolve()
+    name = name or (place.parent.name if place.name.startswith("step-") else place.name)
     listener = listen(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     notes = console()
     if host not in LOOPBACK and not accepted:
-        notes.print(Text(f"Anyone who reaches {address} may use the model: there are no --keys.",
+        notes.print(Text(f"Without --keys, anyone who reaches {address} may use the model.",
                          style="yellow"), soft_wrap=True)
-    notes.print(f"loading {folder}, listening at {address}", soft_wrap=True)
+    notes.print(f"loading {folder}, listening on {address}", soft_wrap=True)
 
     def load_service() -> Service:
-        service = open_service(run, name or _name(run), slots, queue, device, precision)
-        notes.print(f"serving {service.model.name}: chat page at {address}, API at {address}/v1",
+        model, engine = open_service(run, name, slots, queue, device, precision)
+        notes.print(f"serving {model.name}: chat page at {address}, API at {address}/v1",
                     soft_wrap=True)
-        if not service.model.chat_tuned:
+        if not model.chat_tuned:
             notes.print(Text(UNTUNED, style="yellow"), soft_wrap=True)
-        return service
+        return model, engine
 
     run_until_signal(load_service, accepted, host in LOOPBACK, listener)
 
@@ -74,7 +74,7 @@ def run_until_signal(load_service: Callable[[], Service], keys: Keys | None, loo
         errors.append(error)
         process.should_exit = True
 
-    app = Server(load_service, keys, loopback, failed).app()
+    app = Server(load_service, failed, keys, loopback).app()
     process = uvicorn.Server(uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="on", server_header=False,
         timeout_graceful_shutdown=DRAIN_SECONDS))
@@ -88,27 +88,20 @@ def run_until_signal(load_service: Callable[[], Service], keys: Keys | None, loo
 def open_service(run: Path, name: str, slots: int, queue: int, device: str,
                  precision: str) -> Service:
     """Load the model of a run and start an engine for it."""
-    loaded = load(run, device)
-    engine = Engine(loaded.model, loaded.tokenizer, slots=slots, max_waiting=queue)
-    fused = open_step(loaded.model, precision, console().print)
+    model, tokenizer, folder = load(run, device)
+    engine = Engine(model, tokenizer, slots=slots, max_waiting=queue)
+    fused = open_step(model, precision, console().print)
     if fused is not None:
         engine.decode_step = fused.decode
     engine.start()
-    created = int((loaded.folder / WEIGHTS).stat().st_mtime)
-    return Service(ServedModel(name, loaded.tokenizer, window_length(loaded.model),
-                               loaded.model.spec.vocab_size, knows_chat(loaded.folder), created,
-                               architecture(loaded.model)), engine)
+    created = int((folder / WEIGHTS).stat().st_mtime)
+    return ServedModel(name, tokenizer, window_length(model), model.spec.vocab_size,
+                       knows_chat(folder), created, architecture(model)), engine
 
 
-def architecture(model: Any) -> Architecture:
+def architecture(model: Any) -> dict[str, str | int]:
     """The numbers that the chat page shows of a model."""
     spec = model.spec
     return {"architecture": spec.architecture, "layers": spec.num_layers,
             "num_experts": spec.num_experts, "top_k": min(spec.top_k, spec.num_experts),
             "parameters": sum(weight.numel() for weight in model.parameters())}
-
-
-def _name(run: Path) -> str:
-    """The name of the run folder, also when `run` is a step folder in it."""
-    folder = run.resolve()
-    return folder.parent.name if folder.name.startswith("step-") else folder.name

@@ -5,24 +5,13 @@ import codecs
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fira.infer.request import End, Token, TokenScore
 from fira.serve.api import Generation, ServedModel
-from fira.serve.schema import (
-    APIError,
-    ChatChoice,
-    ChatCompletion,
-    ChatLogprobs,
-    Head,
-    TextChoice,
-    TextCompletion,
-    TextLogprobs,
-    TokenLogprob,
-    Usage,
-)
+from fira.serve.schema import APIError, ChatRequest, Usage
 
 MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot express
 DONE = b"data: [DONE]\n\n"
@@ -36,8 +25,8 @@ class ChoiceState:
 
     text: str = ""  # without the echo
     sent: int = 0  # characters of the text that are already in chunks
-    tokens: list[Token] = field(default_factory=list)  # when streaming, those not yet in a chunk
-    offsets: list[int] = field(default_factory=list)  # where the text of each token begins
+    # each token with the position where its text begins; when streaming, those not yet in a chunk
+    tokens: list[tuple[Token, int]] = field(default_factory=list)
     end: End | None = None
 
 
@@ -49,23 +38,23 @@ class ResponseBuilder:
     """
 
     def __init__(self, generation: Generation, model: ServedModel) -> None:
-        self.generation, self.model = generation, model
+        self.generation, self.model, self.request = generation, model, generation.request
         self.choices = [ChoiceState() for _ in generation.choices]
-        self.request, self.is_chat = generation.request, generation.is_chat
+        self.is_chat = isinstance(self.request, ChatRequest)
+        self.logprobs = generation.choices[0][1].logprobs is not None
         options = self.request.stream_options
         self.include_usage = bool(options and options.include_usage)
         kind = "chat.completion" if self.is_chat else "text_completion"
         chunk = ".chunk" if self.is_chat and self.request.stream else ""
-        self.head: Head = {
-            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": kind + chunk, "created": int(time.time()), "model": model.name}
+        self.head = {"id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+                     "object": kind + chunk, "created": int(time.time()), "model": model.name}
 
     def add(self, index: int, event: Event) -> None:
         """Take one event of a choice. Raises APIError if the engine failed or was closed."""
         choice = self.choices[index]
         if isinstance(event, Token):
-            choice.tokens.append(event)
-            choice.offsets.append(len(self.generation.echoes[index]) + len(choice.text))
+            offset = len(self.generation.echoes[index]) + len(choice.text)
+            choice.tokens.append((event, offset))
         else:
             if event.reason in ("error", "cancelled"):
                 message = event.error or "the server is shutting down; ask again later"
@@ -88,10 +77,10 @@ class ResponseBuilder:
         text = choice.text[choice.sent:]
         if not text and choice.end is None:
             return
-        key = "content" if self.is_chat else "text"
         if text or choice.tokens:
-            yield self._chunk(index, {key: text}, None, choice.tokens, choice.offsets)
-        choice.sent, choice.tokens, choice.offsets = len(choice.text), [], []
+            yield self._chunk(index, {"content" if self.is_chat else "text": text}, None,
+                              choice.tokens)
+        choice.sent, choice.tokens = len(choice.text), []
         if choice.end:
             yield self._chunk(index, {} if self.is_chat else {"text": ""}, choice.end.reason)
 
@@ -101,14 +90,15 @@ class ResponseBuilder:
             yield sse({**self.head, "choices": [], "usage": self.usage()})
         yield DONE
 
-    def response(self) -> ChatCompletion | TextCompletion:
+    def response(self) -> dict[str, Any]:
         """The response to a request that does not stream."""
-        indices = range(len(self.choices))
-        if self.is_chat:
-            return {**self.head, "choices": [self._chat_choice(index) for index in indices],
-                    "usage": self.usage()}
-        return {**self.head, "choices": [self._text_choice(index) for index in indices],
-                "usage": self.usage()}
+        choices = []
+        for index, choice in enumerate(self.choices):
+            assert choice.end, f"choice {index} has not ended"
+            content = ({"message": {"role": "assistant", "content": choice.text}} if self.is_chat
+                       else {"text": self.generation.echoes[index] + choice.text})
+            choices.append(self._choice(index, content, choice.end.reason, choice.tokens))
+        return {**self.head, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> Usage:
         ends = [choice.end for choice in self.choices if choice.end]
@@ -117,70 +107,46 @@ class ResponseBuilder:
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
                 "prompt_tokens_details": {"cached_tokens": cached}}
 
-    def _chat_choice(self, index: int) -> ChatChoice:
-        choice = self.choices[index]
-        assert choice.end, f"choice {index} has not ended"
-        built: ChatChoice = {
-            "index": index, "message": {"role": "assistant", "content": choice.text},
-            "finish_reason": choice.end.reason, "logprobs": self._chat_logprobs(choice.tokens)}
-        if self.request.experts:
-            built["experts"] = [token.experts or () for token in choice.tokens]
-        return built
-
-    def _text_choice(self, index: int) -> TextChoice:
-        choice = self.choices[index]
-        assert choice.end, f"choice {index} has not ended"
-        built: TextChoice = {
-            "index": index, "text": self.generation.echoes[index] + choice.text,
-            "finish_reason": choice.end.reason,
-            "logprobs": self._text_logprobs(index, choice.tokens, choice.offsets)}
-        if self.request.experts:
-            built["experts"] = [token.experts or () for token in choice.tokens]
-        return built
-
-    def _chunk(self, index: int, content: dict[str, str], reason: str | None = None,
-               tokens: Sequence[Token] = (), offsets: Sequence[int] = ()) -> bytes:
-        choice: dict[str, Any] = {"index": index}
-        if self.is_chat:
-            choice["delta"] = content
-        else:
-            choice.update(content)
-        choice |= {"finish_reason": reason, "logprobs": None}
-        if tokens:
-            choice["logprobs"] = (self._chat_logprobs(tokens) if self.is_chat else
-                                  self._text_logprobs(index, tokens, offsets))
-            if self.request.experts:
-                choice["experts"] = [token.experts or () for token in tokens]
+    def _chunk(self, index: int, content: dict[str, Any], reason: str | None = None,
+               tokens: list[tuple[Token, int]] | None = None) -> bytes:
+        content = {"delta": content} if self.is_chat else content
         usage = {"usage": None} if self.include_usage else {}
-        return sse({**self.head, "choices": [choice], **usage})
+        return sse({**self.head, "choices": [self._choice(index, content, reason, tokens or None)],
+                    **usage})
 
-    def _chat_logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:
-        if not self.generation.logprobs:
-            return None
-        scores = [token.score for token in tokens if token.score]
+    def _choice(self, index: int, content: dict[str, Any], reason: str | None,
+                tokens: list[tuple[Token, int]] | None) -> dict[str, Any]:
+        """A choice with the log-probabilities and experts of `tokens`, if they were asked for."""
+        choice = {"index": index, **content, "finish_reason": reason, "logprobs": None}
+        if tokens is not None and self.logprobs:
+            choice["logprobs"] = (self._chat_logprobs(tokens) if self.is_chat else
+                                  self._text_logprobs(index, tokens))
+        if tokens is not None and self.request.experts:
+            choice["experts"] = [token.experts or () for token, _ in tokens]
+        return choice
+
+    def _chat_logprobs(self, tokens: list[tuple[Token, int]]) -> dict[str, Any]:
+        scores = [token.score for token, _ in tokens if token.score]
         return {"content": [{**self._logprob(score.id, score.logprob), "top_logprobs": [
             self._logprob(id, value) for id, value in score.top]} for score in scores]}
 
-    def _logprob(self, id: int, value: float | None) -> TokenLogprob:
+    def _logprob(self, id: int, value: float | None) -> dict[str, Any]:
         assert value is not None, "only a prompt's first token has no log-probability"
         return {"token": self.model.name_of(id), "logprob": max(value, MIN_LOGPROB),
-                "bytes": list(self.model.bytes_of(id))}
+                "bytes": list(self.model.token_bytes[id])}
 
-    def _text_logprobs(self, index: int, tokens: Sequence[Token],
-                       offsets: Sequence[int]) -> TextLogprobs | None:
-        if not self.generation.logprobs:
-            return None
-        scores = [token.score for token in tokens if token.score]
+    def _text_logprobs(self, index: int, tokens: list[tuple[Token, int]]) -> dict[str, Any]:
+        scores = [token.score for token, _ in tokens if token.score]
+        offsets = [offset for _, offset in tokens]
         end = self.choices[index].end
         if self.generation.echoes[index] and end:
             prompt = list(end.prompt)[self.generation.hidden_tokens:]
-            scores = prompt + scores
-            offsets = [*self._prompt_offsets(prompt), *offsets]
+            scores, offsets = prompt + scores, self._prompt_offsets(prompt) + offsets
         return {"tokens": [self.model.name_of(score.id) for score in scores],
                 "token_logprobs": [None if score.logprob is None else
                                    max(score.logprob, MIN_LOGPROB) for score in scores],
                 "top_logprobs": [self._top_logprobs(score) for score in scores],
-                "text_offset": list(offsets)}
+                "text_offset": offsets}
 
     def _top_logprobs(self, score: TokenScore) -> dict[str, float] | None:
         """The likeliest tokens and the chosen one. Two tokens may have one name: the likelier."""
@@ -190,12 +156,12 @@ class ResponseBuilder:
             top.setdefault(self.model.name_of(id), max(value, MIN_LOGPROB))
         return top or None
 
-    def _prompt_offsets(self, prompt: Sequence[TokenScore]) -> list[int]:
+    def _prompt_offsets(self, prompt: list[TokenScore]) -> list[int]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         offsets, length = [], 0
         for score in prompt:
             offsets.append(length)
-            length += len(decoder.decode(self.model.bytes_of(score.id)))
+            length += len(decoder.decode(self.model.token_bytes[score.id]))
         return offsets
 
 

@@ -1,5 +1,4 @@
-"""The HTTP application: routes, event streams, errors. It runs in one event loop; the engine has
-a thread of its own."""
+"""The HTTP application: routes, event streams, errors. It runs in one event loop."""
 from __future__ import annotations
 
 import asyncio
@@ -8,11 +7,12 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -25,45 +25,39 @@ from fira.serve import api
 from fira.serve.guard import OPEN_PATHS, Keys, check_host, parse, read_body
 from fira.serve.metrics import Metrics
 from fira.serve.response import KEEPALIVE, Event, ResponseBuilder, sse
-from fira.serve.schema import OPERATIONS, APIError, openapi
+from fira.serve.schema import APIError
 
 PAGE = Path(__file__).with_name("page.html")
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 KEEPALIVE_SECONDS = 10  # proxies close connections that are silent for longer, often for 60 s
 Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-class Service(NamedTuple):
-    """A loaded model: its description, and its started engine."""
-
-    model: api.ServedModel
-    engine: Any
+Service = tuple[api.ServedModel, Any]  # the description of a loaded model, and its started engine
 
 
 class Server:
     """The application's state. The server listens while `load` is still loading the model."""
 
-    def __init__(self, load: Callable[[], Service], keys: Keys | None = None,
-                 loopback: bool = False, failed: Callable[[Exception], None] | None = None) -> None:
-        """`loopback`: the server listens on a loopback address, so that only programs on this
-        machine may use it. `failed` is called with the exception if `load` raises one."""
-        self.load, self.keys, self.loopback, self.failed = load, keys, loopback, failed
+    def __init__(self, load: Callable[[], Service], failed: Callable[[Exception], None],
+                 keys: Keys | None = None, loopback: bool = False) -> None:
+        """`failed` is called with the exception if `load` raises one. `loopback`: the server
+        listens on a loopback address, so that only programs on this machine may use it."""
+        self.load, self.failed, self.keys, self.loopback = load, failed, keys, loopback
         self.service: Service | None = None
-        self.metrics = Metrics(lambda: self.service and self.service.engine)
-        self.page = PAGE.read_text(encoding="utf-8")
-        self.page_headers = page_headers(self.page)
+        self.metrics = Metrics(lambda: self.service and self.service[1])
 
     def app(self) -> Starlette:
-        posts: dict[str, Callable[..., Any]] = {
-            "/v1/chat/completions": api.chat, "/v1/completions": api.complete,
-            "/tokenize": api.tokenize, "/detokenize": api.detokenize}
-        gets = {"/": self.home, "/health": self.health, "/metrics": self.show_metrics,
-                "/openapi.json": self.openapi, "/v1/models": self.models,
-                "/v1/models/{model:path}": self.model}
-        routes = [Route(path, self.guarded(path, endpoint)) for path, endpoint in gets.items()]
-        for path, function in posts.items():
-            endpoint = self.guarded(path, partial(self.post, OPERATIONS[path].request, function))
-            routes.append(Route(path, endpoint, methods=["POST"]))
+        html, description = PAGE.read_text(encoding="utf-8"), api.openapi()
+        headers = page_headers(html)
+        pages: dict[str, Callable[[], Response]] = {
+            "/": lambda: HTMLResponse(html, headers=headers),
+            "/metrics": lambda: Response(generate_latest(self.metrics.registry),
+                                         media_type=CONTENT_TYPE_LATEST),
+            "/openapi.json": lambda: JSONResponse(description)}
+        routes = [Route(path, self.guarded(path, partial(self.show, page)))
+                  for path, page in pages.items()]
+        for path, operation in api.OPERATIONS.items():
+            endpoint = self.guarded(path, partial(self.call, operation))
+            routes.append(Route(path, endpoint, methods=["POST" if operation.request else "GET"]))
         return Starlette(routes=routes, lifespan=self.lifespan, exception_handlers={
             HTTPException: _http_error, Exception: _internal_error})
 
@@ -73,20 +67,18 @@ class Server:
         yield
         await loading
         if self.service:
-            await asyncio.to_thread(self.service.engine.close)
+            await asyncio.to_thread(self.service[1].close)
 
     async def _load(self) -> None:
         try:
             self.service = await asyncio.to_thread(self.load)
         except Exception as error:
-            if not self.failed:
-                raise
             self.failed(error)
 
     def guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
         """Wrap an endpoint: check key and host, turn APIError into a response, count it."""
         async def respond(request: Request) -> Response:
-            start = time.monotonic()
+            request.state.start = time.monotonic()
             try:
                 if path not in OPEN_PATHS and self.keys:
                     self.keys.check(request)
@@ -99,7 +91,7 @@ class Server:
                 response = Response(status_code=499)  # nginx's number; no client receives it
             self.metrics.requests.labels(path, response.status_code).inc()
             if not isinstance(response, EventStream):
-                self.metrics.seconds.labels(path).observe(time.monotonic() - start)
+                self.metrics.seconds.labels(path).observe(_elapsed(request))
             return response
         return respond
 
@@ -109,94 +101,67 @@ class Server:
                            code="loading", headers={"Retry-After": "2"})
         return self.service
 
-    async def post(self, schema: Any, function: Callable[..., Any], request: Request) -> Response:
-        """Parse the body and call `function`, which returns a response or what to generate."""
-        service = self.ready()
-        body = parse(schema, await read_body(request))
-        api.check_model(body.model, service.model)
-        result = await asyncio.to_thread(function, body, service.model)
-        if not isinstance(result, api.Generation):
-            return JSONResponse(result)
-        start = time.monotonic()
-        builder, events = ResponseBuilder(result, service.model), Events(service.engine, result)
-        if body.stream:
-            return EventStream(self.stream(request, builder, events, start), events)
-        collecting = asyncio.create_task(self.collect(builder, events, start))
-        leaving = asyncio.create_task(_disconnected(request))
+    async def show(self, page: Callable[[], Response], request: Request) -> Response:
+        return page()
+
+    async def call(self, operation: api.Operation, request: Request) -> Response:
+        """Run an operation on the request's body, if it has one, and on the model."""
+        model, engine = self.ready()
+        name, arguments = request.path_params.get("model"), [model]
+        if operation.request:
+            body: Any = parse(operation.request, await read_body(request))
+            name, arguments = body.model, [body, model]
+        api.check_model(name, model)
+        result = await asyncio.to_thread(operation.function, *arguments)
+        if isinstance(result, api.Generation):
+            events = Events(engine, result, lambda: self.metrics.first_token.observe(
+                _elapsed(request)))
+            return await self.generate(request, ResponseBuilder(result, model), events)
+        return JSONResponse(result)
+
+    async def generate(self, request: Request, builder: ResponseBuilder,
+                       events: Events) -> Response:
+        """Raises ClientDisconnect if the client leaves before the response is complete."""
+        if builder.request.stream:
+            return EventStream(self.stream(request, builder, events), events)
+        watching = asyncio.create_task(events.watch(request))
         try:
-            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not collecting.done():
-                raise ClientDisconnect
-            return JSONResponse(await collecting)
+            async for event in events.read():
+                if event:
+                    builder.add(*event)
+            return JSONResponse(builder.response())
         finally:
-            collecting.cancel()
-            leaving.cancel()
+            watching.cancel()
             events.cancel()
 
-    async def collect(self, builder: ResponseBuilder, events: Events,
-                      start: float) -> Mapping[str, Any]:
-        async for event in self.timed(events, start):
-            if event:
-                builder.add(*event)
-        return builder.response()
-
-    async def stream(self, request: Request, builder: ResponseBuilder, events: Events,
-                     start: float) -> AsyncIterator[bytes]:
+    async def stream(self, request: Request, builder: ResponseBuilder,
+                     events: Events) -> AsyncIterator[bytes]:
         """The chunks of a response. An error after the first chunk becomes the last chunk."""
         for chunk in builder.first_chunks():
             yield chunk
         try:
-            async for event in self.timed(events, start):
+            async for event in events.read():
                 for chunk in builder.chunks(*event) if event else (KEEPALIVE,):
                     yield chunk
             for chunk in builder.last_chunks():
                 yield chunk
         except APIError as error:
             yield sse(error.body)
-        self.metrics.seconds.labels(request.scope["path"]).observe(time.monotonic() - start)
-
-    async def timed(self, events: Events, start: float) -> AsyncIterator[tuple[int, Event] | None]:
-        """The events; the time until the first one is recorded."""
-        waiting = True
-        async for event in events.read():
-            if event and waiting:
-                self.metrics.first_token.observe(time.monotonic() - start)
-                waiting = False
-            yield event
-
-    async def models(self, request: Request) -> Response:
-        return JSONResponse(api.list_models(self.ready().model))
-
-    async def model(self, request: Request) -> Response:
-        model = self.ready().model
-        api.check_model(request.path_params["model"], model)
-        return JSONResponse(model.describe())
-
-    async def health(self, request: Request) -> Response:
-        self.ready()
-        return JSONResponse({"status": "ok"})
-
-    async def show_metrics(self, request: Request) -> Response:
-        return Response(self.metrics.text(),
-                        media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi(bool(self.keys)))
-
-    async def home(self, request: Request) -> Response:
-        return HTMLResponse(self.page, headers=self.page_headers)
+        self.metrics.seconds.labels(request.scope["path"]).observe(_elapsed(request))
 
 
 class Events:
     """Adds a generation's choices to the engine; its events arrive in the event loop.
 
-    Raises APIError if the engine does not accept one of the choices; then none is generated.
+    `started` is called at the first event. Raises APIError if the engine does not accept one of
+    the choices; then none is generated.
     """
 
-    def __init__(self, engine: Any, generation: api.Generation) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, generation: api.Generation,
+                 started: Callable[[], None]) -> None:
+        self.engine, self.started = engine, started
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self.running: dict[int, Any] = {}  # choice index -> the engine's request id
         try:
             for index, (ids, params) in enumerate(generation.choices):
@@ -211,16 +176,28 @@ class Events:
 
     async def read(self) -> AsyncIterator[tuple[int, Event] | None]:
         """Events until every choice has ended; None after KEEPALIVE_SECONDS without one."""
+        waiting = True
         while self.running:
             try:
-                index, event = (self.queue.get_nowait() if not self.queue.empty() else
-                                await asyncio.wait_for(self.queue.get(), KEEPALIVE_SECONDS))
+                found = (self.queue.get_nowait() if not self.queue.empty() else
+                         await asyncio.wait_for(self.queue.get(), KEEPALIVE_SECONDS))
             except asyncio.TimeoutError:
                 yield None
                 continue
-            if isinstance(event, End):
-                del self.running[index]
-            yield index, event
+            if found is None:
+                raise ClientDisconnect
+            if waiting:
+                self.started()
+                waiting = False
+            if isinstance(found[1], End):
+                del self.running[found[0]]
+            yield found
+
+    async def watch(self, request: Request) -> None:
+        """Let `read` raise ClientDisconnect when the client has closed its connection."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.queue.put_nowait(None)
 
     def cancel(self) -> None:
         """Free the engine's slots of all choices that have not ended."""
@@ -261,10 +238,9 @@ def page_headers(page: str) -> dict[str, str]:
             "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 
 
-async def _disconnected(request: Request) -> None:
-    """Return when the client has closed its connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _elapsed(request: Request) -> float:
+    """Seconds since the request arrived."""
+    return time.monotonic() - request.state.start
 
 
 def _error_response(error: APIError) -> Response:
@@ -274,12 +250,9 @@ def _error_response(error: APIError) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the shape of every other error."""
     assert isinstance(error, HTTPException)
-    path = request.scope["path"][:80]
-    messages = {404: f"there is no {path}; /openapi.json lists the paths",
-                405: f"{path} does not take {request.method}; /openapi.json lists the methods"}
-    return _error_response(APIError(error.status_code,
-                                    messages.get(error.status_code, error.detail),
-                                    headers=dict(error.headers or {})))
+    return _error_response(APIError(
+        error.status_code, f"there is no {request.method} {request.scope['path'][:80]}; "
+        "/openapi.json lists the paths and their methods", headers=dict(error.headers or {})))
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:

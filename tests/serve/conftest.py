@@ -10,23 +10,19 @@ import uvicorn
 
 from fira.data.tokenizer import train_tokenizer
 from fira.infer.engine import Engine
-from fira.infer.request import End, QueueFull, Token, TokenScore
-from fira.infer.text import decode
+from fira.infer.request import End, QueueFull, Release, Token, TokenScore
 from fira.model.spec import FIRA2Spec
 from fira.serve.api import ServedModel
 from fira.serve.guard import Keys
 from fira.serve.process import architecture, listen
-from fira.serve.server import Server, Service
+from fira.serve.server import Server
 from tests.models import build
 
 TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 8]
 
 
 class FakeEngine:
-    """Generates one sentence again and again; each request has a thread of its own.
-
-    It sleeps for `pause` seconds before each token. `running` holds the unfinished requests.
-    """
+    """Repeats one sentence, and sleeps `pause` seconds before each token, a thread per request."""
 
     def __init__(self, tokenizer, capacity=1000, pause=0.0):
         self.tokenizer, self.capacity, self.pause = tokenizer, capacity, pause
@@ -54,36 +50,29 @@ class FakeEngine:
         self.cancelled |= set(self.running)
 
     def _generate(self, number, ids, params, listener):
-        table, new, text, held = self.tokenizer.token_bytes(), [], "", ""
-        reason = "length"
-        while len(new) < params.max_new_tokens:
-            if self.pause:
-                time.sleep(self.pause)
+        text, count, reason = Release(self.tokenizer.token_bytes(), params.stop), 0, "length"
+        while count < params.max_new_tokens and reason == "length":
+            time.sleep(self.pause)
             if number in self.cancelled or self.fault:
                 reason = "error" if self.fault else "cancelled"
                 break
-            new.append(self.said[len(new) % len(self.said)])
-            whole = "".join(decode(new, table))
-            piece, text = whole[len(text):], whole
-            cuts = [text.index(stop) for stop in params.stop if stop in text]
-            if cuts:
-                piece, reason = piece[:max(0, min(cuts) - len(text))], "stop"
-            listener(Token(new[-1], piece, self._score(new[-1], params.logprobs),
+            new = self.said[count % len(self.said)]
+            count += 1
+            listener(Token(new, text.push(new), self._score(new, params.logprobs),
                            ((0, 1), (2, 3)) if params.experts else None))
-            if cuts:
-                break
+            reason = "stop" if text.stopped else reason
         del self.running[number]
-        prompt = [self._score(id, params.prompt_logprobs) for id in ids
-                  ] if params.prompt_logprobs is not None else []
-        if prompt:
+        prompt = []
+        if params.prompt_logprobs is not None:
+            prompt = [self._score(id, params.prompt_logprobs) for id in ids]
             prompt[0] = TokenScore(ids[0], None)
-        listener(End(reason, held, len(ids), 0, len(new), prompt=prompt, error=self.fault))
+        listener(End(reason, text.finish(), len(ids), 0, count, prompt=prompt, error=self.fault))
 
-    def _score(self, id, rivals):
-        if rivals is None:
+    def _score(self, id, others):
+        if others is None:
             return None
-        ranked = ((id, -0.5), *((other, -2.0 - other) for other in range(rivals)))
-        return TokenScore(id, -0.5, ranked[:rivals])
+        ranked = ((id, -0.5), *((other, -2.0 - other) for other in range(others)))
+        return TokenScore(id, -0.5, ranked[:others])
 
 
 @pytest.fixture(scope="session")
@@ -102,10 +91,10 @@ def engine(tokenizer):
 
 
 class RunningServer:
-    """A server in a thread; `http` is a client of it."""
+    """A server in a thread; `http` is a client of it; `chat` and `text` ask for 17 tokens."""
 
     def __init__(self, load, keys=None, loopback=True):
-        self.server = Server(load, keys and Keys(keys), loopback)
+        self.server = Server(load, self.fail, keys and Keys(keys), loopback)
         self.socket = listen("127.0.0.1", 0)
         self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         config = uvicorn.Config(self.server.app(), log_level="error", lifespan="on",
@@ -116,11 +105,23 @@ class RunningServer:
         self.thread.start()
         self.http = httpx.Client(base_url=self.address, timeout=20)
 
+    def chat(self, headers=None, **changes):
+        messages = [{"role": "user", "content": "Hi"}]
+        return self.http.post("/v1/chat/completions", headers=headers,
+                              json={"messages": messages, "max_tokens": 17, **changes})
+
+    def text(self, headers=None, **changes):
+        return self.http.post("/v1/completions", headers=headers,
+                              json={"prompt": "The state", "max_tokens": 17, **changes})
+
     def wait(self):
         """Wait until the model is loaded."""
         while self.http.get("/health").status_code != 200:
             time.sleep(0.01)
         return self
+
+    def fail(self, error):
+        raise error
 
     def stop(self):
         self.http.close()
@@ -144,7 +145,7 @@ def start():
 
 @pytest.fixture
 def running(start, served, engine):
-    return start(lambda: Service(served, engine)).wait()
+    return start(lambda: (served, engine)).wait()
 
 
 @pytest.fixture
@@ -162,20 +163,10 @@ def model(tokenizer):
 @pytest.fixture(scope="module")
 def real(model, tokenizer):
     """A server over a real engine."""
-    yield from over_engine(model, tokenizer, 128)
-
-
-@pytest.fixture(scope="module")
-def short(model, tokenizer):
-    """The same with a short window, so that responses are short."""
-    yield from over_engine(model, tokenizer, 40)
-
-
-def over_engine(model, tokenizer, window):
-    engine = Engine(model, tokenizer, slots=8, capacity=window)
+    engine = Engine(model, tokenizer, slots=8, capacity=128)
     engine.start()
-    served = ServedModel("tiny", tokenizer, window, 320, chat_tuned=True,
+    served = ServedModel("tiny", tokenizer, 128, 320, chat_tuned=True,
                          architecture=architecture(model))
-    running = RunningServer(lambda: Service(served, engine)).wait()
+    running = RunningServer(lambda: (served, engine)).wait()
     yield running
     running.stop()

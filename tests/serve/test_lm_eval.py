@@ -1,45 +1,24 @@
-"""lm-eval scores a running server as it scores the model in this process."""
+"""lm-eval's client of a running server scores as the model in this process does."""
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
-from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fira.infer.text import decode
 from fira.model.generate import generate
 
 WINDOW = 128
-QUESTIONS = [
-    {"question": "The state of the", "choices": ["Union", "naïve café", "text"], "answer": 0},
-    {"question": "Größe and", "choices": ["strong", "🙂🙃", "of the Union is"], "answer": 1},
-    {"question": "café, ", "choices": ["你好", "too", "state"], "answer": 2},
-]
-DOCUMENTS = [{"text": "The state of the Union is strong. "},
-             {"text": "Größe, naïve café, 你好 and 🙂🙃 are text too. " * 9}]  # over one window
-TASKS = {
-    "choose": ("multiple_choice", QUESTIONS, """
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: answer
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""),
-    "read": ("loglikelihood_rolling", DOCUMENTS, """
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
-"""),
-    "write": ("generate_until", QUESTIONS, """
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["e", "\\n"], max_gen_toks: 12, temperature: 0}
-metric_list: [{metric: exact_match}]
-"""),
+UNTIL = {"until": ["e", "\n"], "max_gen_toks": 12, "temperature": 0}
+REQUESTS = {  # the arguments of each kind of request that lm-eval's tasks make
+    "loglikelihood": [("The state of the", " Union"), ("The state of the", " naïve café"),
+                      ("Größe and", " 🙂🙃"), ("café, ", " 你好"), ("", " text")],
+    "loglikelihood_rolling": [("The state of the Union is strong. ",),  # the other: over one window
+                              ("Größe, naïve café, 你好 and 🙂🙃 are text too. " * 9,)],
+    "generate_until": [("The state of the", UNTIL), ("Größe and", UNTIL), ("café, ", UNTIL)],
 }
 
 
@@ -88,40 +67,18 @@ class InProcess(TemplateLM):
         return texts
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks")
-    for name, (kind, rows, lines) in TASKS.items():
-        data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        options = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
-        (folder / f"{name}.yaml").write_text(
-            f"task: fira_{name}\noutput_type: {kind}\ntest_split: test\ndataset_path: json\n"
-            f"dataset_kwargs: {json.dumps(options)}\n" + lines, encoding="utf-8")
-    return TaskManager(include_path=str(folder), include_defaults=False)
-
-
-def evaluate(scorer, tasks, name):
-    found = simple_evaluate(scorer, tasks=[f"fira_{name}"], task_manager=tasks, bootstrap_iters=0)
-    return found["results"][f"fira_{name}"], [
-        sample["filtered_resps"] for sample in found["samples"][f"fira_{name}"]]
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_scores_are_those_of_the_model_in_this_process(real, model, tokenizer, tasks, tmp_path,
-                                                       name):
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_scores_are_those_of_the_model_in_this_process(real, model, tokenizer, tmp_path, kind):
     tokenizer.save(tmp_path)
     server = LocalCompletionsAPI(base_url=real.address + "/v1/completions", model="tiny",
                                  tokenizer=str(tmp_path), tokenizer_backend="huggingface",
                                  max_length=WINDOW, batch_size=2, num_concurrent=2)
-    scores, answers = evaluate(server, tasks, name)
-    wanted_scores, wanted_answers = evaluate(InProcess(model, tokenizer), tasks, name)
-    assert [parted(answer) for answer in answers] == [
-        pytest.approx(parted(answer), abs=1e-3) for answer in wanted_answers]
-    numbers = {key: value for key, value in wanted_scores.items() if isinstance(value, float)}
-    assert numbers and {key: scores[key] for key in numbers} == pytest.approx(numbers, rel=1e-4)
-
-
-def parted(answer):
-    """A text, a number, or per choice a number and whether it was the likeliest: one flat list."""
-    return [value for part in answer for value in (part if isinstance(part, tuple) else [part])]
+    requests = [Instance(kind, {}, arguments, number)
+                for number, arguments in enumerate(REQUESTS[kind])]
+    found, wanted = (getattr(scorer, kind)(requests)
+                     for scorer in (server, InProcess(model, tokenizer)))
+    if kind == "loglikelihood":  # a score, and whether the continuation is the greedy one
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+        found, wanted = [score for score, _ in found], [score for score, _ in wanted]
+    assert len(found) == len(requests)
+    assert found == (wanted if kind == "generate_until" else pytest.approx(wanted, abs=1e-3))

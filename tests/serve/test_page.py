@@ -56,6 +56,11 @@ def ask(page, words):
     page.keyboard.press("Enter")
 
 
+def reply_to(page, words):
+    ask(page, words)
+    return finished(page)
+
+
 def finished(page):
     page.wait_for_selector(".turn:last-child >> text=Regenerate")
     return page.locator(".reply").last.inner_text()
@@ -70,8 +75,7 @@ def settings(page, **values):
 
 def test_an_answer_streams_and_survives_a_reload(page, engine):
     settings(page, temperature="0.3", seed="7", max_tokens="17", system="Be brief.")
-    ask(page, "Hello")
-    assert finished(page) == SAID.strip()
+    assert reply_to(page, "Hello") == SAID.strip()
     params = engine.asked[-1][1]
     assert (params.temperature, params.seed, params.max_new_tokens) == (0.3, 7, 17)
     assert page.locator("#live").inner_text().startswith("Reply: Größe 🙂")
@@ -92,9 +96,8 @@ def test_stop_frees_the_slot_and_keeps_the_words(page, engine):
     assert engine.running == {}
 
 
-def test_a_token_shows_probability_rivals_and_experts(page):
-    ask(page, "Hello")
-    finished(page)
+def test_a_token_shows_its_details_and_every_control_has_a_name(page):
+    reply_to(page, "Hello")
     page.locator(".reply span").first.click()
     assert page.locator("#probability").inner_text() == "probability 60.7 %, the likeliest token"
     assert page.locator("#alternatives li").count() == 8
@@ -107,11 +110,15 @@ def test_a_token_shows_probability_rivals_and_experts(page):
     assert page.locator(".reply span.routed").count() == page.locator(".reply span").count()
     page.locator("#map td").nth(2).click()
     assert page.locator(".reply span.routed").count() == 0
+    controls = "button, input, textarea, td, aside, nav, dialog"
+    nameless = page.evaluate("""controls => [...document.querySelectorAll(controls)]
+        .filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length
+                       || e.getAttribute("aria-labelledby"))).map(e => e.outerHTML)""", controls)
+    assert nameless == []
 
 
 def test_keys_walk_through_tokens_and_map(page):
-    ask(page, "Hello")
-    finished(page)
+    reply_to(page, "Hello")
     page.focus(".reply")
     for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
         page.keyboard.press(key)
@@ -125,10 +132,8 @@ def test_keys_walk_through_tokens_and_map(page):
 
 
 def test_edit_and_regenerate_replace_what_follows(page, engine):
-    ask(page, "First")
-    finished(page)
-    ask(page, "Second")
-    finished(page)
+    reply_to(page, "First")
+    reply_to(page, "Second")
     page.locator("text=Regenerate").last.click()
     finished(page)
     assert page.locator(".turn").count() == 4
@@ -144,8 +149,7 @@ def test_what_the_model_writes_is_never_markup(page, engine, tokenizer):
     evil = "<img src=x onerror=document.title='run'><b>x</b>"
     engine.said = tokenizer.encode(evil)
     settings(page, max_tokens=str(len(engine.said)))
-    ask(page, "<script>document.title='run'</script>")
-    assert finished(page) == evil
+    assert reply_to(page, "<script>document.title='run'</script>") == evil
     assert page.title() == "tiny · FIRA"
     assert page.locator(".turn img, .turn b, .turn script").count() == 0
 
@@ -164,15 +168,13 @@ def test_failures_are_told_and_can_be_tried_again(page, engine):
 def test_an_old_conversation_drops_its_oldest_turns(page, engine, served):
     settings(page, max_tokens="100")
     for _ in range(3):
-        ask(page, "word " * 10)
-        finished(page)
+        reply_to(page, "word " * 10)
     assert "the oldest 4 messages were left out" in page.locator(".note").last.inner_text()
     assert len(engine.asked[-1][0]) + 100 <= served.window
 
 
 def test_a_key_is_asked_for(browser, start, served, engine):
-    from fira.serve.server import Service
-    running = start(lambda: Service(served, engine), keys=["sesame"])
+    running = start(lambda: (served, engine), keys=["sesame"])
     page = browser.new_page()
     page.goto(running.address)
     page.wait_for_selector("#settings[open]")
@@ -186,8 +188,7 @@ def test_it_fits_a_phone(browser, running):
     page = browser.new_page(viewport={"width": 360, "height": 640})
     page.goto(running.address)
     page.wait_for_selector("#suggestions button")
-    ask(page, "Hello")
-    finished(page)
+    reply_to(page, "Hello")
     page.locator(".reply span").first.click()
     page.wait_for_selector("#alternatives li")
     wide = page.evaluate("document.documentElement.scrollWidth")
@@ -196,14 +197,3 @@ def test_it_fits_a_phone(browser, running):
     page.click("#menu")
     assert page.locator("#list").is_visible()
     page.close()
-
-
-def test_every_control_has_a_name(page):
-    ask(page, "Hello")
-    finished(page)
-    page.locator(".reply span").first.click()
-    controls = "button, input, textarea, td, aside, nav, dialog"
-    nameless = page.evaluate("""controls => [...document.querySelectorAll(controls)]
-        .filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length
-                       || e.getAttribute("aria-labelledby"))).map(e => e.outerHTML)""", controls)
-    assert nameless == []

@@ -10,11 +10,8 @@ import pytest
 
 from fira.infer.request import SamplingParams
 from fira.serve.guard import Keys
-from fira.serve.server import Service
 
 SAID = "Größe 🙂 of the Union. "
-CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 17}
-TEXT = {"prompt": "The state", "max_tokens": 17}
 
 
 def events(response):
@@ -32,11 +29,8 @@ def until(holds, seconds=5):
         time.sleep(0.01)
 
 
-# Responses
-
-
-def test_a_chat_is_answered(http, engine, tokenizer):
-    answer = http.post("/v1/chat/completions", json=CHAT).json()
+def test_a_chat_is_answered(running, engine, tokenizer):
+    answer = running.chat().json()
     assert answer["object"] == "chat.completion" and answer["model"] == "tiny"
     assert answer["choices"] == [{"index": 0, "finish_reason": "length", "logprobs": None,
                                   "message": {"role": "assistant", "content": SAID.strip()}}]
@@ -45,28 +39,27 @@ def test_a_chat_is_answered(http, engine, tokenizer):
     assert params.stop_ids == (tokenizer.special("<|im_end|>"),)
 
 
-def test_a_stream_says_the_same_in_order(http):
-    body = {**CHAT, "stream": True, "stream_options": {"include_usage": True}, "n": 2}
-    *chunks, done = events(http.post("/v1/chat/completions", json=body))
+def test_a_stream_says_the_same_in_order(running):
+    *chunks, usage, done = events(running.chat(stream=True, n=2,
+                                               stream_options={"include_usage": True}))
     assert done == "[DONE]"
     for index in range(2):
-        own = [chunk["choices"][0] for chunk in chunks[:-1]
-               if chunk["choices"][0]["index"] == index]
+        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
         assert own[0]["delta"] == {"role": "assistant", "content": ""}
         assert "".join(choice["delta"].get("content", "") for choice in own) == SAID.strip()
         assert own[-1]["delta"] == {} and own[-1]["finish_reason"] == "length"
         assert all(choice["finish_reason"] is None for choice in own[:-1])
-    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 34
+    assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 34
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
-@pytest.mark.parametrize("path, body", [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
-def test_streamed_details_equal_the_whole_ones(http, path, body):
-    details = {"logprobs": True, "top_logprobs": 3} if "messages" in body else {"logprobs": 3}
-    body = {**body, **details, "experts": True}
-    whole = http.post(path, json=body).json()["choices"][0]
+@pytest.mark.parametrize("kind, details", [("chat", {"logprobs": True, "top_logprobs": 3}),
+                                           ("text", {"logprobs": 3})])
+def test_streamed_details_equal_the_whole_ones(running, kind, details):
+    ask = getattr(running, kind)
+    whole = ask(experts=True, **details).json()["choices"][0]
     parts = [chunk["choices"][0] for chunk in
-             events(http.post(path, json={**body, "stream": True}))[:-1]]
+             events(ask(experts=True, stream=True, **details))[:-1]]
     parts = [part for part in parts if part["logprobs"]]
     assert sum((part["experts"] for part in parts), []) == whole["experts"]
     for key, values in whole["logprobs"].items():
@@ -74,53 +67,41 @@ def test_streamed_details_equal_the_whole_ones(http, path, body):
     assert len(whole["experts"]) == 17 and len(parts) < 17  # characters of several tokens
 
 
-def test_echo_repeats_the_prompt_with_its_scores(http, tokenizer):
-    choice = http.post("/v1/completions", json={**TEXT, "echo": True, "logprobs": 2,
-                                                "max_tokens": 2}).json()["choices"][0]
+def test_echo_repeats_the_prompt_with_its_scores(running, tokenizer):
+    choice = running.text(echo=True, logprobs=2, max_tokens=2).json()["choices"][0]
     scores, ids = choice["logprobs"], tokenizer.encode("The state")
     assert choice["text"].startswith("The state")
     assert len(scores["tokens"]) == len(ids) + 2
     assert "".join(scores["tokens"][:len(ids)]) == "The state"
     assert scores["text_offset"][:len(ids) + 1] == [0, 3, 6, 8, 9]
-    exact = http.post("/v1/completions", json={"prompt": ids, "echo": True, "logprobs": 1,
-                                               "max_tokens": 0}).json()["choices"][0]
+    exact = running.text(prompt=ids, echo=True, logprobs=1, max_tokens=0).json()["choices"][0]
     assert exact["text"] == "The state" and exact["finish_reason"] == "length"
     assert exact["logprobs"]["token_logprobs"][0] is None
     assert exact["logprobs"]["top_logprobs"][0] is None
 
 
-def test_prompts_and_answers_keep_their_order(http, engine):
-    answer = http.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2, "seed": 5,
-                                                "max_tokens": 1}).json()
+def test_prompts_and_answers_keep_their_order(running, engine):
+    answer = running.text(prompt=["a", "b"], n=2, seed=5, max_tokens=1).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert [params.seed for _, params in engine.asked] == [5, 6, 5, 6]
     assert engine.asked[0][0] == engine.asked[1][0] != engine.asked[2][0]
+    assert answer["usage"]["prompt_tokens"] == 4  # each prompt has an end of text and one token
 
 
-def test_parameters_reach_the_engine(http, engine):
+def test_parameters_reach_the_engine(running, engine):
     given = {"temperature": 0, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.5,
              "presence_penalty": -1, "frequency_penalty": 2, "seed": -3}
-    body = {**TEXT, **given, "logit_bias": {"5": -100}, "stop": ["x", "yz"], "ignore_eos": True}
-    assert http.post("/v1/completions", json=body).status_code == 200
+    assert running.text(logit_bias={"5": -100}, stop=["x", "yz"], ignore_eos=True, **given
+                        ).status_code == 200
     assert engine.asked[0][1] == SamplingParams(
         max_new_tokens=17, logit_bias={5: -100}, stop=("x", "yz"), ignore_end=True, **given)
 
 
-def test_text_parts_and_developers_are_read_as_text_and_system(http, engine):
-    for messages in (
-        [{"role": "system", "content": "Be\nbrief"}, {"role": "user", "content": "Hi"}],
-        [{"role": "developer", "content": [{"type": "text", "text": "Be"},
-                                           {"type": "text", "text": "brief"}]},
-         {"role": "user", "content": "Hi"}],
-    ):
-        http.post("/v1/chat/completions", json={**CHAT, "messages": messages})
+def test_text_parts_and_developers_are_read_as_text_and_system(running, engine):
+    parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief"}]
+    for role, content in (("system", "Be\nbrief"), ("developer", parts)):
+        running.chat(messages=[{"role": role, "content": content}])
     assert engine.asked[0][0] == engine.asked[1][0]
-
-
-def test_a_stop_string_ends_the_answer_before_it(http):
-    answer = http.post("/v1/completions", json={**TEXT, "stop": "of"}).json()
-    assert answer["choices"][0]["text"] == "Größe 🙂 "
-    assert answer["choices"][0]["finish_reason"] == "stop"
 
 
 def test_tokenize_and_detokenize_are_inverse(http, tokenizer):
@@ -130,50 +111,44 @@ def test_tokenize_and_detokenize_are_inverse(http, tokenizer):
         "prompt": "naïve 🙂"}
 
 
-def test_metrics_count_requests_and_experts(http):
-    http.post("/v1/chat/completions", json=CHAT)
-    text = http.get("/metrics").text
-    assert 'fira_requests_total{endpoint="/v1/chat/completions",status="200"} 1.0' in text
-    assert 'fira_expert_rows_total{expert="0",layer="0"} 3.0' in text
-    assert 'fira_expert_dead{layer="0"} 2.0' in text
-    assert "fira_first_token_seconds_count 1.0" in text and "fira_generated_tokens_total 7" in text
+def test_metrics_count_requests_and_experts(running):
+    running.chat()
+    text = running.http.get("/metrics").text
+    for line in ('fira_requests_total{endpoint="/v1/chat/completions",status="200"} 1.0',
+                 'fira_expert_rows_total{expert="0",layer="0"} 3.0',
+                 "fira_first_token_seconds_count 1.0", "fira_generated_tokens_total 7"):
+        assert line in text
 
 
-def test_a_full_queue_says_when_to_come_back(http, engine):
+def test_a_full_queue_says_when_to_come_back(running, engine):
     engine.capacity, engine.pause = 3, 0.02
-    response = http.post("/v1/completions", json={**TEXT, "n": 4})
+    response = running.text(n=4)
     assert response.status_code == 429 and response.headers["retry-after"] == "1"
     assert response.json()["error"]["type"] == "rate_limit_error"
     until(lambda: not engine.running)  # none of the four goes on
     assert engine.cancelled == {1, 2, 3}
 
 
-def test_an_engine_that_fails_is_told(http, engine):
+def test_an_engine_that_fails_is_told(running, engine):
     engine.fault = "RuntimeError: out of memory"
-    response = http.post("/v1/completions", json=TEXT)
+    response = running.text()
     assert response.status_code == 500
     assert response.json()["error"] == {"message": engine.fault, "type": "server_error",
                                         "param": None, "code": "error"}
-    *_, last = events(http.post("/v1/completions", json={**TEXT, "stream": True}))
-    assert last["error"]["message"] == engine.fault
-
-
-# Keys, leaving clients, start and end
+    assert events(running.text(stream=True))[-1]["error"]["message"] == engine.fault
 
 
 def test_keys_are_wanted_where_they_are_given(start, served, engine):
-    running = start(lambda: Service(served, engine), keys=["sesame", "open"]).wait()
+    running = start(lambda: (served, engine), keys=["sesame", "open"]).wait()
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sesame"},
                    {"Authorization": "Bearer"}):
-        response = running.http.post("/v1/completions", json=TEXT, headers=header)
+        response = running.text(headers=header)
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"
     assert running.http.get("/metrics").status_code == 401
     assert running.http.get("/").status_code == 200
     for key in ("sesame", "open"):
-        response = running.http.post("/v1/completions", json=TEXT,
-                                     headers={"Authorization": f"Bearer {key}"})
-        assert response.status_code == 200
+        assert running.text(headers={"Authorization": f"Bearer {key}"}).status_code == 200
 
 
 @pytest.mark.parametrize("text, words", [("", "has no key"), ("# none\n\n", "has no key"),
@@ -187,7 +162,7 @@ def test_a_key_file_without_keys_is_refused(tmp_path, text, words):
 
 def test_a_client_that_leaves_frees_its_slot(running, engine):
     engine.pause = 0.02
-    body = {**TEXT, "max_tokens": 150}
+    body = {"prompt": "The state", "max_tokens": 150}
     with running.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
         next(stream.iter_bytes())
         assert len(engine.running) == 1
@@ -199,40 +174,30 @@ def test_a_client_that_leaves_frees_its_slot(running, engine):
         until(lambda: engine.running)
     until(lambda: not engine.running)
     assert len(engine.cancelled) == 2
+    until(lambda: 'status="499"} 1.0' in running.http.get("/metrics").text)
 
 
-def test_a_waiting_client_hears_that_the_server_lives(http, engine, monkeypatch):
+def test_a_waiting_client_hears_that_the_server_lives(running, engine, monkeypatch):
     monkeypatch.setattr("fira.serve.server.KEEPALIVE_SECONDS", 0.05)
     engine.pause = 0.2
-    response = http.post("/v1/completions", json={**TEXT, "max_tokens": 2, "stream": True})
+    response = running.text(max_tokens=2, stream=True)
     assert ": keepalive" in response.text and events(response)[-1] == "[DONE]"
 
 
 def test_health_waits_for_the_model(start, served, engine):
     loaded = threading.Event()
-    running = start(lambda: loaded.wait(10) and Service(served, engine))
+    running = start(lambda: loaded.wait(10) and (served, engine))
     response = running.http.get("/health")
     assert response.status_code == 503 and response.json()["error"]["code"] == "loading"
-    assert running.http.post("/v1/completions", json=TEXT).status_code == 503
+    assert running.text().status_code == 503
     assert running.http.get("/").status_code == 200
     loaded.set()
-    running.wait()
-    assert running.http.post("/v1/completions", json=TEXT).status_code == 200
+    assert running.wait().text().status_code == 200
 
 
-def test_answers_under_way_are_finished_at_the_end(start, served, engine):
-    engine.pause = 0.02
-    running = start(lambda: Service(served, engine)).wait()
-    with running.http.stream("POST", "/v1/completions", json={**TEXT, "stream": True}) as stream:
-        parts = stream.iter_bytes()
-        next(parts)
-        running.process.should_exit = True
-        assert b"".join(parts).endswith(b"data: [DONE]\n\n")
-
-
-def test_a_bug_is_a_500_and_nothing_else_ends(http, engine, served, monkeypatch):
+def test_a_bug_is_a_500_and_nothing_else_ends(running, engine, monkeypatch):
     monkeypatch.setattr(engine, "add", lambda *_: 1 / 0)
-    response = http.post("/v1/completions", json=TEXT)
+    response = running.text()
     assert response.json()["error"]["type"] == "server_error"
     assert response.headers["connection"] == "close"
-    assert http.get("/health").status_code == 200
+    assert running.http.get("/health").status_code == 200
