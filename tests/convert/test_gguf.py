@@ -8,7 +8,7 @@ from io import StringIO
 
 import pytest
 import torch
-from fira.model.experts import ExpertLinear
+from fira.model.moe import ExpertLinear
 from rich.console import Console
 from torch import nn
 
