@@ -8,7 +8,6 @@ from io import StringIO
 
 import pytest
 import torch
-from fira.model.moe import ExpertLinear
 from rich.console import Console
 from torch import nn
 
@@ -16,6 +15,7 @@ from fira.data.chat import render
 from fira.data.tokenizer import CHAT_TEMPLATE
 from fira.infer.load import load
 from fira.model.files import build
+from fira.model.moe import ExpertLinear
 from fira.model.spec import FIRA2Spec
 from tests.convert.conftest import HARD
 
