@@ -86,10 +86,10 @@ def draw_progress(run: Run) -> Figure:
                if name not in BASE_KEYS and isinstance(value, int | float)}
     columns = min(3, len(panels))
     rows, width = math.ceil(len(panels) / columns), 6 // columns
-    facts = "  ·  ".join(f"{label} {value}" for label, value in summary(run)[:5])
+    title = f"{run.name}\n" + "  ·  ".join(" ".join(fact) for fact in summary(run)[:5])
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 4.25 + 2.15 * rows), layout="constrained")
-        figure.suptitle(f"{run.name}\n{facts}", x=0.01, ha="left", linespacing=1.6, parse_math=False)
+        figure.suptitle(title, x=0.01, ha="left", linespacing=1.6, parse_math=False)
         grid = figure.add_gridspec(1 + rows, 6, height_ratios=[1.6] + [1] * rows)
         _draw_loss(figure.add_subplot(grid[0, :3]), run)
         _draw_score(figure.add_subplot(grid[0, 3:]), run)
