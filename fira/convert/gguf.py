@@ -7,6 +7,7 @@ f32 file.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,6 @@ except ModuleNotFoundError:
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")
 FINE = ("token_embd.weight", "output.weight")  # q8_0 in a q4_0 or q5_0 file
-NAMES = {"token_embedding": "token_embd", "norm": "output_norm", "head": "output",
-         "attention_norm": "attn_norm", "attention.query_norm": "attn_q_norm",
-         "attention.key_norm": "attn_k_norm", "attention.q": "attn_q", "attention.k": "attn_k",
-         "attention.v": "attn_v", "attention.output": "attn_output", "moe_norm": "ffn_norm",
-         "moe.router": "ffn_gate_inp"}
-
 CHAT_MODELFILE = """{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
@@ -76,8 +71,7 @@ def write_model(model: Any, tokenizer: Tokenizer, file: Path, type_name: str) ->
     check_new(modelfile)
     chat = bool(getattr(model, "chat", False))
     with new_target(file) as partial:
-        dense = qwen3.kind(model.spec) == qwen3.DENSE
-        writer = gguf.GGUFWriter(partial, "qwen3" if dense else "qwen3moe")
+        writer = gguf.GGUFWriter(partial, _architecture(model.spec))
         _describe(writer, model, file.stem, type_name)
         _add_tokenizer(writer, tokenizer, model.spec.vocab_size)
         template = tokenizer.settings.get("chat_template") if chat else None
@@ -110,19 +104,22 @@ def _check_model(model: Any) -> None:
     check_router(model)
 
 
-def _tensors(model: Any) -> list[tuple[str, Tensor]]:
-    """Every tensor under its name in llama.cpp."""
-    found = []
-    dense = qwen3.kind(model.spec) == qwen3.DENSE
-    for layer, name, tensor in qwen3.separate(model):
-        start = f"blk.{layer}." if layer else ""
-        if name.startswith(qwen3.EXPERTS):
-            part = name.removeprefix(qwen3.EXPERTS)
-            found.append((f"{start}ffn_{part}.weight", tensor[0]) if dense else
-                         (f"{start}ffn_{part}_exps.weight", tensor))
-        else:
-            found.append((f"{start}{NAMES[name]}.weight", tensor))
-    return found
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its name in llama.cpp, which keeps the experts of a layer in one."""
+    spec = model.spec
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[_architecture(spec).upper()], spec.num_layers)
+    for key, tensor in qwen3.weights(model):
+        names, parts = qwen3.names(spec, key), qwen3.separate(spec, key, tensor)
+        if ".experts.0." in names[0]:
+            names, parts = [names[0].replace(".experts.0.", ".experts.")], [tensor]
+        for name, part in zip(names, parts, strict=True):
+            theirs = table.get_name(name, (".weight",))
+            assert theirs, f"llama.cpp has no name for {name}"
+            yield theirs, part
+
+
+def _architecture(spec: Any) -> str:
+    return qwen3.kind(spec).replace("_", "")
 
 
 def _type_of(name: str, type_name: str) -> GGMLQuantizationType:
@@ -145,25 +142,20 @@ def _check_widths(spec: Any, type_name: str) -> None:
 
 def _describe(writer: Any, model: Any, name: str, type_name: str) -> None:
     spec = model.spec
-    writer.add_name(name)
-    every = "ALL" if type_name == "f32" else "MOSTLY"
-    writer.add_file_type(int(LlamaFileType[f"{every}_{type_name.upper()}"]))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(spec.num_layers)
-    writer.add_context_length(window_length(model))  # to llama.cpp it is the length trained on
-    writer.add_embedding_length(spec.d_model)
-    writer.add_feed_forward_length(spec.d_ff * spec.top_k)
-    writer.add_head_count(spec.n_head)
-    writer.add_head_count_kv(spec.n_kv_head)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
-    writer.add_layer_norm_rms_eps(RMSNorm.eps)
-    writer.add_rope_freq_base(spec.rope_theta)
-    writer.add_vocab_size(spec.vocab_size)
-    if qwen3.kind(spec) != qwen3.DENSE:
-        writer.add_expert_count(spec.num_experts)
-        writer.add_expert_used_count(spec.top_k)
-        writer.add_expert_feed_forward_length(spec.d_ff)
+    share = "ALL" if type_name == "f32" else "MOSTLY"
+    facts = {"name": name, "file_type": int(LlamaFileType[f"{share}_{type_name.upper()}"]),
+             "quantization_version": gguf.GGML_QUANT_VERSION, "block_count": spec.num_layers,
+             "context_length": window_length(model),  # to llama.cpp it is the length trained on
+             "embedding_length": spec.d_model, "feed_forward_length": spec.d_ff * spec.top_k,
+             "head_count": spec.n_head, "head_count_kv": spec.n_kv_head,
+             "key_length": spec.head_dim, "value_length": spec.head_dim,
+             "layer_norm_rms_eps": RMSNorm.eps, "rope_freq_base": spec.rope_theta,
+             "vocab_size": spec.vocab_size}
+    if qwen3.kind(spec) == qwen3.MOE:
+        facts |= {"expert_count": spec.num_experts, "expert_used_count": spec.top_k,
+                  "expert_feed_forward_length": spec.d_ff}
+    for fact, value in facts.items():
+        getattr(writer, f"add_{fact}")(value)
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -62,8 +62,12 @@ def founding_run(preset, data_folder, tmp_path_factory):
 def chat_run(run, tmp_path_factory):
     """The same run, as an older version records that it was tuned for chat: in the run alone."""
     folder = shutil.copytree(run, tmp_path_factory.mktemp("chat") / "chat")
-    record = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(record | {"stage": "tune"}))
+    for path, stage in ((folder, "tune"), *((step, None) for step in folder.glob("step-*"))):
+        record = json.loads((path / "config.json").read_text())
+        record.pop("chat", None)
+        record["stage"] = stage
+        kept = {key: value for key, value in record.items() if value is not None}
+        (path / "config.json").write_text(json.dumps(kept))
     return folder
 
 
