@@ -32,7 +32,7 @@ except ModuleNotFoundError:
     raise ValueError("GGUF files are written by the package gguf, which is not installed; "
                      "pip install 'fira-moe[export]'") from None
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")
+ARCHITECTURE = {qwen3.MOE: "qwen3moe", qwen3.DENSE: "qwen3"}
 FINE = ("token_embd.weight", "output.weight")  # q8_0 in a q4_0 or q5_0 file
 CHAT_MODELFILE = """{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
@@ -69,13 +69,13 @@ def write_model(model: Any, tokenizer: Tokenizer, file: Path, type_name: str) ->
     planned = [(name, tensor, _type_of(name, type_name)) for name, tensor in _tensors(model)]
     modelfile = file.with_name(f"{file.stem}.Modelfile")
     check_new(modelfile)
-    chat = bool(getattr(model, "chat", False))
+    chat, end = bool(getattr(model, "chat", False)), tokenizer.decode([tokenizer.end_of_text])
     with new_target(file) as partial:
-        writer = gguf.GGUFWriter(partial, _architecture(model.spec))
+        writer = gguf.GGUFWriter(partial, ARCHITECTURE[qwen3.kind(model.spec)])
         _describe(writer, model, file.stem, type_name)
         _add_tokenizer(writer, tokenizer, model.spec.vocab_size)
         template = tokenizer.settings.get("chat_template") if chat else None
-        writer.add_chat_template(template or BASE_TEMPLATE.format(end=_end(tokenizer)))
+        writer.add_chat_template(template or BASE_TEMPLATE.format(end=end))
         for name, tensor, type in planned:
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, type)
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), type)
@@ -86,28 +86,29 @@ def write_model(model: Any, tokenizer: Tokenizer, file: Path, type_name: str) ->
             numbers = tensor.detach().to("cpu", torch.float32).numpy()
             writer.write_tensor_data(gguf.quantize(numbers, type).view(np.uint8))
         writer.close()
-    write_text(modelfile, _modelfile(model, tokenizer, file.name, chat))
+    write_text(modelfile, _modelfile(file.name, end, chat, window_length(model)))
     return modelfile
 
 
 def _check_model(model: Any) -> None:
     spec = model.spec
     if spec.architecture == "fira":
-        raise ValueError("this fira cannot become GGUF: llama.cpp has no model with FIRA's learned "
-                         "positions, LayerNorm and biased experts; fira export hf, or train a "
-                         "FIRA2")
+        raise ValueError("a FIRA model cannot become a GGUF file, because llama.cpp has no model "
+                         "with learned positions, LayerNorm and experts with biases; use fira "
+                         "export hf, or train a FIRA2 model")
     if spec.num_experts > 1 and spec.top_k == 1:
-        raise ValueError("this fira2 cannot become GGUF: llama.cpp renormalizes the chosen "
-                         "experts' weights, so at top_k=1 each becomes 1, but this model "
-                         "multiplies by the router's probability; fira export hf, or train with "
-                         "top_k=2")
+        raise ValueError("a model with top_k=1 cannot become a GGUF file: FIRA multiplies the "
+                         "expert's output by its probability, but llama.cpp renormalizes the "
+                         "weights of the chosen experts, which makes this one 1; use fira export "
+                         "hf, or train with top_k=2")
     check_router(model)
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its name in llama.cpp, which keeps the experts of a layer in one."""
     spec = model.spec
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[_architecture(spec).upper()], spec.num_layers)
+    architecture = gguf.MODEL_ARCH[ARCHITECTURE[qwen3.kind(spec)].upper()]
+    table = gguf.get_tensor_name_map(architecture, spec.num_layers)
     for key, tensor in qwen3.weights(model):
         names, parts = qwen3.names(spec, key), qwen3.separate(spec, key, tensor)
         if ".experts.0." in names[0]:
@@ -116,10 +117,6 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
             theirs = table.get_name(name, (".weight",))
             assert theirs, f"llama.cpp has no name for {name}"
             yield theirs, part
-
-
-def _architecture(spec: Any) -> str:
-    return qwen3.kind(spec).replace("_", "")
 
 
 def _type_of(name: str, type_name: str) -> GGMLQuantizationType:
@@ -163,8 +160,8 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     llama.cpp would split text in another way."""
     pattern = pattern_of(tokenizer.description)
     if pattern not in PATTERNS:
-        raise ValueError("llama.cpp does not split text as this tokenizer does; it knows "
-                         f"{', '.join(PATTERNS.values())}, so train with such a tokenizer")
+        raise ValueError("llama.cpp cannot split text as this tokenizer does; train with a "
+                         f"tokenizer that splits as {', '.join(PATTERNS.values())}")
     words = [f"[PAD{id}]" for id in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for word, id in tokenizer.description["model"]["vocab"].items():
@@ -188,17 +185,10 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
         writer.add_pad_token_id(tokenizer.special(PAD))
 
 
-def _end(tokenizer: Tokenizer) -> str:
-    """The name of the end-of-text token."""
-    return next(token["content"] for token in tokenizer.description["added_tokens"]
-                if token["id"] == tokenizer.end_of_text)
-
-
-def _modelfile(model: Any, tokenizer: Tokenizer, name: str, chat: bool) -> str:
-    end = _end(tokenizer)
+def _modelfile(file: str, end: str, chat: bool, context: int) -> str:
     template = CHAT_MODELFILE if chat else BASE_MODELFILE.format(end=end)
     stops = [end, TURN_END] if chat else [end]
-    return "\n".join([f"FROM ./{name}", f'TEMPLATE """{template}"""',
+    return "\n".join([f"FROM ./{file}", f'TEMPLATE """{template}"""',
                       *(f'PARAMETER stop "{stop}"' for stop in stops),
-                      f"PARAMETER num_ctx {window_length(model)}", "PARAMETER temperature 0.8",
+                      f"PARAMETER num_ctx {context}", "PARAMETER temperature 0.8",
                       "PARAMETER top_k 50", ""])

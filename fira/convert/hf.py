@@ -74,15 +74,15 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | Non
 
 
 def check_router(model: Any) -> None:
-    """Raises ValueError if the choice of experts depends on a bias, which the other formats lack.
+    """Raises ValueError if the router adds a bias when it selects experts: other formats have none.
 
-    A bias that is zero everywhere, as `balance=handover` leaves it, changes nothing.
+    A bias that is zero everywhere, as a finished run of `balance=handover` has, changes nothing.
     """
     if any(router.selection_bias_E is not None and bool(router.selection_bias_E.any())
            for router in routers(model)):
-        raise ValueError("this model chooses experts with a bias that only selects, and other "
-                         "formats have no place for it; export a finished run of "
-                         "model.balance=handover, or use fira export int8")
+        raise ValueError("this model's router adds a bias to select experts, which other formats "
+                         "cannot hold; export a finished run of model.balance=handover, whose bias "
+                         "is 0, or use fira export int8")
 
 
 def read_model(folder: Path) -> tuple[Any, Tokenizer]:
@@ -92,7 +92,7 @@ def read_model(folder: Path) -> tuple[Any, Tokenizer]:
     """
     config = read_json(folder / CONFIG, "give a Hugging Face model folder, copied as a whole")
     if "model_type" not in config and {"architecture", "preset"} & config.keys():
-        raise ValueError(f"{folder} is FIRA's own; every verb reads it as it is")
+        raise ValueError(f"{folder} is a FIRA run already; every command reads it as it is")
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer.json; copy it from where the weights come "
                          "from, or let AutoTokenizer.from_pretrained(...).save_pretrained write it")

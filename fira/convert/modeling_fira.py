@@ -70,7 +70,7 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         if not hasattr(self, "router"):
-            return self.expert(x_ND, 0).view_as(x_BTD)
+            return self.apply_expert(x_ND, 0).view_as(x_BTD)
         logits_NE = F.linear(x_ND.float(), self.router.weight.float(), self.router.bias.float())
         weights_NK, experts_NK = logits_NE.softmax(dim=-1).topk(self.top_k, dim=-1)
         if self.top_k > 1:  # one expert alone is multiplied by its raw probability
@@ -79,12 +79,12 @@ class MoE(nn.Module):
         for expert in range(self.router.out_features):
             rows_R, choice_R = (experts_NK == expert).nonzero(as_tuple=True)
             if len(rows_R):
-                out_RD = self.expert(x_ND[rows_R], expert)
+                out_RD = self.apply_expert(x_ND[rows_R], expert)
                 weights_R1 = weights_NK[rows_R, choice_R, None].to(out_RD.dtype)
                 y_ND.index_add_(0, rows_R, out_RD * weights_R1)
         return y_ND.view_as(x_BTD)
 
-    def expert(self, rows_RD: Tensor, expert: int) -> Tensor:
+    def apply_expert(self, rows_RD: Tensor, expert: int) -> Tensor:
         hidden_RF = F.gelu(self.experts["up"](rows_RD, expert), approximate="tanh")
         return self.experts["down"](hidden_RF, expert)
 
@@ -104,8 +104,6 @@ class Block(nn.Module):
 
 class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = FIRAConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
     _supports_sdpa = True
     _no_split_modules = ["Block"]
 
@@ -113,8 +111,7 @@ class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, layer)
-                                    for layer in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
@@ -148,8 +145,7 @@ class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
         logits_BTV = self.head(self.norm(x_BTD[:, -logits_to_keep:]))
         loss = None if labels is None else self.loss_function(
             logits_BTV, labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV,
-                                      past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
 
 
 def _mask(attention_mask: Tensor, T: int) -> Tensor:

@@ -132,21 +132,21 @@ def read_spec(config: dict[str, Any]) -> FIRA2Spec:
 
 
 def table(config: dict[str, Any], key: str) -> dict[str, Any]:
-    """The table under a key that may be missing or null. Raises ValueError if it is no table."""
+    """The object under a key that may be missing or null. Raises ValueError if it is none."""
     found = config.get(key) or {}
     if not isinstance(found, dict):
-        raise ValueError(f"{key}={found!r} is not a table of names and values; use the file that "
-                         "came with the weights")
+        raise ValueError(f"{key}={found!r} is not a JSON object; use the file that came with the "
+                         "weights")
     return found
 
 
 def _need(config: dict[str, Any], *keys: str) -> int:
     for key in keys:
-        if isinstance(config.get(key), int):
-            return config[key]
-        if config.get(key) is not None:
-            raise ValueError(f"{key}={config[key]!r} is not a whole number; use the config.json "
-                             "that came with the weights")
+        if isinstance(found := config.get(key), int):
+            return found
+        if found is not None:
+            raise ValueError(f"{key}={found!r} is not a whole number; use the config.json that "
+                             "came with the weights")
     raise ValueError(f"{keys[0]} is missing; use the config.json that came with the weights")
 
 
