@@ -72,7 +72,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path.parent} has no {path.name}; {remedy}") from None
+        raise ValueError(f"{path} is missing; {remedy}") from None
     except ValueError:
         raise ValueError(f"{path} is not valid JSON; {remedy}") from None
     if not isinstance(content, dict):

@@ -175,13 +175,12 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     writer.add_token_list(words)
     writer.add_token_types(types)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-    names = tokenizer.added_names()
     writer.add_bos_token_id(tokenizer.end_of_text)
     writer.add_eos_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(False)
-    if TURN_END in names:
+    if TURN_END in tokenizer.added:
         writer.add_eot_token_id(tokenizer.special(TURN_END))
-    if PAD in names:
+    if PAD in tokenizer.added:
         writer.add_pad_token_id(tokenizer.special(PAD))
 
 

@@ -147,14 +147,13 @@ def _describe_fira(spec: Any) -> dict[str, Any]:
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    names = tokenizer.added_names()
     return {"bos_token_id": None, "eos_token_id": tokenizer.end_of_text,
-            "pad_token_id": tokenizer.special(PAD) if PAD in names else tokenizer.end_of_text}
+            "pad_token_id": tokenizer.added.get(PAD, tokenizer.end_of_text)}
 
 
 def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
     ends = [tokenizer.end_of_text]
-    if TURN_END in tokenizer.added_names():
+    if TURN_END in tokenizer.added:
         ends.append(tokenizer.special(TURN_END))
     return _token_ids(tokenizer) | {"eos_token_id": ends, "do_sample": True, "temperature": 0.8,
                                     "top_k": 50}

@@ -40,16 +40,15 @@ _CUT = re.compile(r"(?<=[^\W_])[ \n](?=[^\W_])")  # one space or newline between
 
 
 class FastEncoder(NamedTuple):
-    """tiktoken's encoder, and the id of each of its ranks (None if they are equal)."""
+    """tiktoken's encoder, and the id of each of its ranks."""
 
     encoding: tiktoken.Encoding
-    ids: np.ndarray | None
+    ids: np.ndarray
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text` as uint32; the names of special tokens in it are ordinary text."""
         blanks = long_blanks(text, newlines=self.encoding._pat_str == GPT2)
-        ranks = self._encode_around(blanks, text) if blanks else self._ranks(text)
-        return ranks if self.ids is None else self.ids[ranks]
+        return self.ids[self._encode_around(blanks, text) if blanks else self._ranks(text)]
 
     def _ranks(self, text: str) -> np.ndarray:
         core = self.encoding._core_bpe
@@ -166,8 +165,7 @@ def build(description: dict[str, Any]) -> tuple[FastEncoder | None, str]:
     ranks = {bytes(chars[char] for char in token): rank for rank, token in enumerate(order)}
     ids = np.array([vocabulary[token] for token in order], np.uint32)
     encoding = tiktoken.Encoding("fira", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    equal = bool((ids == np.arange(len(ids))).all())
-    return FastEncoder(encoding, None if equal else ids), ""
+    return FastEncoder(encoding, ids), ""
 
 
 def cut_obstacle(description: dict[str, Any]) -> str:

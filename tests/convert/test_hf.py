@@ -172,7 +172,7 @@ MISTAKES = {
     "is torch.int8": lambda folder: edit_weights(
         folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(
             256, dtype=torch.int8)})),
-    "has no config.json": lambda folder: (folder / CONFIG).unlink(),
+    "config.json is missing": lambda folder: (folder / CONFIG).unlink(),
     "is not valid JSON": lambda folder: (folder / CONFIG).write_text("{"),
     "has no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
     "tokenizer_config.json is not valid JSON":

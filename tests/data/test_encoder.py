@@ -104,7 +104,7 @@ def toy(vocabulary: list[str], merges: list[tuple[str, str]], **model) -> dict:
 
 def test_ids_may_have_another_order_than_the_merges():
     both = loaded(toy(["abc", "bc", "ab"], [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]))
-    assert both.slow_reason == "" and both._fast[0].ids is not None
+    assert both.slow_reason == "" and both._fast[0].ids.tolist() != list(range(259))
     for text in ("abc", "ab", "bc", "xbc abcabc", "aabbcc"):
         assert both.encode(text) == expected(both, text)
 

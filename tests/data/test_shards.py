@@ -49,7 +49,7 @@ def test_folder_without_data_says_what_to_run(folder, tmp_path):
     with pytest.raises(ValueError, match="not finished; run the same fira data command again"):
         Shards.open(folder)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="is not valid JSON; delete"):
         Shards.open(folder)
 
 

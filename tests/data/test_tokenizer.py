@@ -150,5 +150,5 @@ def test_files_without_a_byte_level_tokenizer_are_refused(tokenizer, tmp_path):
         Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"tokenizer_config.json is not valid JSON of settings"):
+    with pytest.raises(ValueError, match=r"tokenizer_config.json holds no JSON object"):
         Tokenizer.load(tmp_path)
