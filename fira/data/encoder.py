@@ -149,11 +149,9 @@ def byte_of_char() -> dict[str, int]:
 def build(description: dict[str, Any]) -> tuple[FastEncoder | None, str]:
     """The fast encoder of a tokenizer.json, or None and the reason why there is none."""
     model, pattern = description["model"], pattern_of(description)
-    reason = cut_obstacle(description)
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(name):
-            reason = f"its model uses {name}"
-    if reason:
+    features = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    used = [name for name in features if model.get(name)]
+    if reason := f"its model uses {used[0]}" if used else cut_obstacle(description):
         return None, reason
     assert pattern is not None
     special = {token["content"] for token in description["added_tokens"]}

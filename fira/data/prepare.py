@@ -46,7 +46,6 @@ def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_b
 
     Raises ValueError, before the long work, for bad sources or a folder that cannot be written.
     """
-    began = time.perf_counter()
     inputs(sources)
     with _one_line_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,8 +53,7 @@ def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_b
     with _shown("tokenizer", screen) as progress:
         tokenizer = train_tokenizer(texts(sources, progress), vocab_size, max_bytes)
     tokenizer.save(folder)
-    screen.print(f"tokenizer of {tokenizer.vocab_size:,} tokens in {folder} "
-                 f"({time.perf_counter() - began:.1f} s)")
+    screen.print(f"tokenizer of {tokenizer.vocab_size:,} tokens in {folder}")
     return tokenizer
 
 
@@ -193,9 +191,9 @@ class _Job:
     def _finish(self) -> None:
         needed = max(1, self.recipe["validation_every"])
         if self.documents < needed:
-            raise ValueError(f"the sources hold {self.documents} documents with text, but {needed} "
-                             "are needed, so that one is used for validation; give more text, a "
-                             "smaller --validation-every, or text with --validation")
+            raise ValueError(f"the sources hold {self.documents} documents with text, but at least "
+                             f"{needed} are needed, so that one is used for validation; give more "
+                             "text, a smaller --validation-every, or text with --validation")
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         write_json(self.folder / MANIFEST, {**self.recipe, "splits": splits})
         remove(self.folder / JOURNAL)

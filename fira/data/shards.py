@@ -67,9 +67,7 @@ class Shards:
             number, offset = divmod(start, self.shard_tokens)
             parts.append(self.shards[number][offset:offset + stop - start])
             start += len(parts[-1])
-        if not parts:
-            return np.empty(0, self.dtype)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def verify(self) -> None:
         """Compare every shard with its checksum. Raises ValueError for one that was altered."""

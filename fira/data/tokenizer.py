@@ -6,7 +6,6 @@ The pre-tokenizer is Qwen2's, which llama.cpp implements under the name "qwen2".
 """
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
@@ -146,9 +145,8 @@ class Tokenizer:
     @functools.cached_property
     def _plain(self) -> Reference:
         """The reference without special tokens: their names are ordinary text to it."""
-        bare = copy.deepcopy(self.description)
-        bare["added_tokens"] = [token for token in bare["added_tokens"] if not token["special"]]
-        bare["post_processor"] = None
+        added = [token for token in self.description["added_tokens"] if not token["special"]]
+        bare = self.description | {"added_tokens": added, "post_processor": None}
         return Reference.from_str(json.dumps(bare))
 
     def _encode_chunk(self, text: str) -> np.ndarray:

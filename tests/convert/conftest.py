@@ -50,8 +50,7 @@ def founding_run(preset, data_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chat_run(run, tmp_path_factory):
-    """The same run as an older version wrote it: only the run records that it was tuned for chat.
-    """
+    """The same run by an older version: only the run records that it was tuned for chat."""
     folder = shutil.copytree(run, tmp_path_factory.mktemp("chat") / "chat")
     for path, stage in ((folder, "tune"), *((step, None) for step in folder.glob("step-*"))):
         record = json.loads((path / "config.json").read_text())

@@ -52,8 +52,8 @@ def test_transformers_computes_the_same_and_import_gives_the_same_bits(which, re
         assert fira("import", "hf", tmp_path / "hf", tmp_path / "again").code == 0
         again = load(tmp_path / "again", "cpu")
         assert again.model.spec == loaded.model.spec
-        assert again.model.trained_length == loaded.model.trained_length
         assert again.tokenizer.hash == loaded.tokenizer.hash
+        assert again.model.trained_length == loaded.model.trained_length
         for name, tensor in loaded.model.named_parameters():
             assert torch.equal(tensor, again.model.get_parameter(name)), name
 
