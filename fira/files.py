@@ -20,12 +20,14 @@ MANIFEST = "manifest.json"
 
 
 @contextlib.contextmanager
-def new_target(path: Path) -> Iterator[Path]:
+def new_target(path: Path, replace: bool = False) -> Iterator[Path]:
     """A path beside `path` to write to, file or folder; it is renamed when the block ends well.
 
-    Raises ValueError, one line, if `path` exists already or cannot be written.
+    Raises ValueError, one line, if `path` cannot be written, or exists already and is not to be
+    replaced.
     """
-    check_new(path)
+    if not replace:
+        check_new(path)
     try:
         with replacing(path) as partial:
             yield partial
@@ -62,6 +64,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replace the file `path` as a whole."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, one line that ends with `remedy`, if there is
+    none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is missing; {remedy}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not valid JSON; {remedy}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; {remedy}")
+    return content
 
 
 def check_new(path: Path) -> None:

@@ -7,6 +7,7 @@ f32 file.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,8 @@ except ModuleNotFoundError:
     raise ValueError("GGUF files are written by the package gguf, which is not installed; "
                      "pip install 'fira-moe[export]'") from None
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")
+ARCHITECTURE = {qwen3.MOE: "qwen3moe", qwen3.DENSE: "qwen3"}
 FINE = ("token_embd.weight", "output.weight")  # q8_0 in a q4_0 or q5_0 file
-NAMES = {"token_embedding": "token_embd", "norm": "output_norm", "head": "output",
-         "attention_norm": "attn_norm", "attention.query_norm": "attn_q_norm",
-         "attention.key_norm": "attn_k_norm", "attention.q": "attn_q", "attention.k": "attn_k",
-         "attention.v": "attn_v", "attention.output": "attn_output", "moe_norm": "ffn_norm",
-         "moe.router": "ffn_gate_inp"}
-
 CHAT_MODELFILE = """{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
@@ -74,14 +69,13 @@ def write_model(model: Any, tokenizer: Tokenizer, file: Path, type_name: str) ->
     planned = [(name, tensor, _type_of(name, type_name)) for name, tensor in _tensors(model)]
     modelfile = file.with_name(f"{file.stem}.Modelfile")
     check_new(modelfile)
-    chat = bool(getattr(model, "chat", False))
+    chat, end = bool(getattr(model, "chat", False)), tokenizer.decode([tokenizer.end_of_text])
     with new_target(file) as partial:
-        dense = qwen3.kind(model.spec) == qwen3.DENSE
-        writer = gguf.GGUFWriter(partial, "qwen3" if dense else "qwen3moe")
+        writer = gguf.GGUFWriter(partial, ARCHITECTURE[qwen3.kind(model.spec)])
         _describe(writer, model, file.stem, type_name)
         _add_tokenizer(writer, tokenizer, model.spec.vocab_size)
         template = tokenizer.settings.get("chat_template") if chat else None
-        writer.add_chat_template(template or BASE_TEMPLATE.format(end=_end(tokenizer)))
+        writer.add_chat_template(template or BASE_TEMPLATE.format(end=end))
         for name, tensor, type in planned:
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, type)
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), type)
@@ -92,37 +86,37 @@ def write_model(model: Any, tokenizer: Tokenizer, file: Path, type_name: str) ->
             numbers = tensor.detach().to("cpu", torch.float32).numpy()
             writer.write_tensor_data(gguf.quantize(numbers, type).view(np.uint8))
         writer.close()
-    write_text(modelfile, _modelfile(model, tokenizer, file.name, chat))
+    write_text(modelfile, _modelfile(file.name, end, chat, window_length(model)))
     return modelfile
 
 
 def _check_model(model: Any) -> None:
     spec = model.spec
     if spec.architecture == "fira":
-        raise ValueError("this fira cannot become GGUF: llama.cpp has no model with FIRA's learned "
-                         "positions, LayerNorm and biased experts; fira export hf, or train a "
-                         "FIRA2")
+        raise ValueError("a FIRA model cannot become a GGUF file, because llama.cpp has no model "
+                         "with learned positions, LayerNorm and experts with biases; use fira "
+                         "export hf, or train a FIRA2 model")
     if spec.num_experts > 1 and spec.top_k == 1:
-        raise ValueError("this fira2 cannot become GGUF: llama.cpp renormalizes the chosen "
-                         "experts' weights, so at top_k=1 each becomes 1, but this model "
-                         "multiplies by the router's probability; fira export hf, or train with "
-                         "top_k=2")
+        raise ValueError("a model with top_k=1 cannot become a GGUF file: FIRA multiplies the "
+                         "expert's output by its probability, but llama.cpp renormalizes the "
+                         "weights of the chosen experts, which makes this one 1; use fira export "
+                         "hf, or train with top_k=2")
     check_router(model)
 
 
-def _tensors(model: Any) -> list[tuple[str, Tensor]]:
-    """Every tensor under its name in llama.cpp."""
-    found = []
-    dense = qwen3.kind(model.spec) == qwen3.DENSE
-    for layer, name, tensor in qwen3.separate(model):
-        start = f"blk.{layer}." if layer else ""
-        if name.startswith(qwen3.EXPERTS):
-            part = name.removeprefix(qwen3.EXPERTS)
-            found.append((f"{start}ffn_{part}.weight", tensor[0]) if dense else
-                         (f"{start}ffn_{part}_exps.weight", tensor))
-        else:
-            found.append((f"{start}{NAMES[name]}.weight", tensor))
-    return found
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its name in llama.cpp, which keeps the experts of a layer in one."""
+    spec = model.spec
+    architecture = gguf.MODEL_ARCH[ARCHITECTURE[qwen3.kind(spec)].upper()]
+    table = gguf.get_tensor_name_map(architecture, spec.num_layers)
+    for key, tensor in qwen3.weights(model):
+        names, parts = qwen3.names(spec, key), qwen3.separate(spec, key, tensor)
+        if ".experts.0." in names[0]:
+            names, parts = [names[0].replace(".experts.0.", ".experts.")], [tensor]
+        for name, part in zip(names, parts, strict=True):
+            theirs = table.get_name(name, (".weight",))
+            assert theirs, f"llama.cpp has no name for {name}"
+            yield theirs, part
 
 
 def _type_of(name: str, type_name: str) -> GGMLQuantizationType:
@@ -145,25 +139,20 @@ def _check_widths(spec: Any, type_name: str) -> None:
 
 def _describe(writer: Any, model: Any, name: str, type_name: str) -> None:
     spec = model.spec
-    writer.add_name(name)
-    every = "ALL" if type_name == "f32" else "MOSTLY"
-    writer.add_file_type(int(LlamaFileType[f"{every}_{type_name.upper()}"]))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(spec.num_layers)
-    writer.add_context_length(window_length(model))  # to llama.cpp it is the length trained on
-    writer.add_embedding_length(spec.d_model)
-    writer.add_feed_forward_length(spec.d_ff * spec.top_k)
-    writer.add_head_count(spec.n_head)
-    writer.add_head_count_kv(spec.n_kv_head)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
-    writer.add_layer_norm_rms_eps(RMSNorm.eps)
-    writer.add_rope_freq_base(spec.rope_theta)
-    writer.add_vocab_size(spec.vocab_size)
-    if qwen3.kind(spec) != qwen3.DENSE:
-        writer.add_expert_count(spec.num_experts)
-        writer.add_expert_used_count(spec.top_k)
-        writer.add_expert_feed_forward_length(spec.d_ff)
+    share = "ALL" if type_name == "f32" else "MOSTLY"
+    facts = {"name": name, "file_type": int(LlamaFileType[f"{share}_{type_name.upper()}"]),
+             "quantization_version": gguf.GGML_QUANT_VERSION, "block_count": spec.num_layers,
+             "context_length": window_length(model),  # to llama.cpp it is the length trained on
+             "embedding_length": spec.d_model, "feed_forward_length": spec.d_ff * spec.top_k,
+             "head_count": spec.n_head, "head_count_kv": spec.n_kv_head,
+             "key_length": spec.head_dim, "value_length": spec.head_dim,
+             "layer_norm_rms_eps": RMSNorm.eps, "rope_freq_base": spec.rope_theta,
+             "vocab_size": spec.vocab_size}
+    if qwen3.kind(spec) == qwen3.MOE:
+        facts |= {"expert_count": spec.num_experts, "expert_used_count": spec.top_k,
+                  "expert_feed_forward_length": spec.d_ff}
+    for fact, value in facts.items():
+        getattr(writer, f"add_{fact}")(value)
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -171,8 +160,8 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     llama.cpp would split text in another way."""
     pattern = pattern_of(tokenizer.description)
     if pattern not in PATTERNS:
-        raise ValueError("llama.cpp does not split text as this tokenizer does; it knows "
-                         f"{', '.join(PATTERNS.values())}, so train with such a tokenizer")
+        raise ValueError("llama.cpp cannot split text as this tokenizer does; train with a "
+                         f"tokenizer that splits as {', '.join(PATTERNS.values())}")
     words = [f"[PAD{id}]" for id in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for word, id in tokenizer.description["model"]["vocab"].items():
@@ -186,27 +175,19 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     writer.add_token_list(words)
     writer.add_token_types(types)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-    names = tokenizer.added_names()
     writer.add_bos_token_id(tokenizer.end_of_text)
     writer.add_eos_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(False)
-    if TURN_END in names:
+    if TURN_END in tokenizer.added:
         writer.add_eot_token_id(tokenizer.special(TURN_END))
-    if PAD in names:
+    if PAD in tokenizer.added:
         writer.add_pad_token_id(tokenizer.special(PAD))
 
 
-def _end(tokenizer: Tokenizer) -> str:
-    """The name of the end-of-text token."""
-    return next(token["content"] for token in tokenizer.description["added_tokens"]
-                if token["id"] == tokenizer.end_of_text)
-
-
-def _modelfile(model: Any, tokenizer: Tokenizer, name: str, chat: bool) -> str:
-    end = _end(tokenizer)
+def _modelfile(file: str, end: str, chat: bool, context: int) -> str:
     template = CHAT_MODELFILE if chat else BASE_MODELFILE.format(end=end)
     stops = [end, TURN_END] if chat else [end]
-    return "\n".join([f"FROM ./{name}", f'TEMPLATE """{template}"""',
+    return "\n".join([f"FROM ./{file}", f'TEMPLATE """{template}"""',
                       *(f'PARAMETER stop "{stop}"' for stop in stops),
-                      f"PARAMETER num_ctx {window_length(model)}", "PARAMETER temperature 0.8",
+                      f"PARAMETER num_ctx {context}", "PARAMETER temperature 0.8",
                       "PARAMETER top_k 50", ""])

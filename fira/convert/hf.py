@@ -5,21 +5,20 @@ so it is loaded with trust_remote_code=True.
 """
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fira.convert import qwen3
 from fira.convert.files import load_run, write_run
 from fira.data.tokenizer import PAD, TURN_END, TURN_START, Tokenizer
-from fira.files import check_new, new_target, write_json
+from fira.files import check_new, new_target, read_json, write_json
 from fira.model.files import CONFIG, INDEX, WEIGHTS
 from fira.model.router import routers
 
@@ -63,7 +62,7 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | Non
     config |= _token_ids(tokenizer) | {"dtype": kind, "torch_dtype": kind, "fira": {
         "chat": bool(getattr(model, "chat", False)), "trained_length": model.trained_length,
         **{key: getattr(model.spec, key) for key in qwen3.TRAINING}}}
-    named = qwen3.tensors(model) if fira2 else _fira_tensors(model)
+    named = (qwen3.tensors if fira2 else qwen3.weights)(model)  # FIRA keeps our names
     with new_target(folder) as partial:
         tokenizer.save(partial)
         save_file({name: tensor.detach().to(kept).contiguous() for name, tensor in named},
@@ -75,15 +74,15 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | Non
 
 
 def check_router(model: Any) -> None:
-    """Raises ValueError if the choice of experts depends on a bias, which the other formats lack.
+    """Raises ValueError if the router adds a bias when it selects experts: other formats have none.
 
-    A bias that is zero everywhere, as `balance=handover` leaves it, changes nothing.
+    A bias that is zero everywhere, as a finished run of `balance=handover` has, changes nothing.
     """
     if any(router.selection_bias_E is not None and bool(router.selection_bias_E.any())
            for router in routers(model)):
-        raise ValueError("this model chooses experts with a bias that only selects, and other "
-                         "formats have no place for it; export a finished run of "
-                         "model.balance=handover, or use fira export int8")
+        raise ValueError("this model's router adds a bias to select experts, which other formats "
+                         "cannot hold; export a finished run of model.balance=handover, whose bias "
+                         "is 0, or use fira export int8")
 
 
 def read_model(folder: Path) -> tuple[Any, Tokenizer]:
@@ -91,15 +90,19 @@ def read_model(folder: Path) -> tuple[Any, Tokenizer]:
 
     Weights keep their dtype. Raises ValueError, one line, for what FIRA2 cannot hold.
     """
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, "give a Hugging Face model folder, copied as a whole")
     if "model_type" not in config and {"architecture", "preset"} & config.keys():
-        raise ValueError(f"{folder} is FIRA's own; every verb reads it as it is")
+        raise ValueError(f"{folder} is a FIRA run already; every command reads it as it is")
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer.json; copy it from where the weights come "
                          "from, or let AutoTokenizer.from_pretrained(...).save_pretrained write it")
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        model = _build(folder, config, tokenizer)
+        ours = qwen3.table(config, "fira")
+        template = tokenizer.settings.get("chat_template") or ""
+        model = qwen3.build_from(config, _read_tensors(folder), {
+            "end_of_text": tokenizer.end_of_text, "trained_length": ours.get("trained_length"),
+            "stage": IMPORT, "chat": bool(ours.get("chat", TURN_START in template))})
         if tokenizer.vocab_size > model.spec.vocab_size:
             raise ValueError(f"tokenizer.json has {tokenizer.vocab_size} tokens but the model only "
                              f"{model.spec.vocab_size}; use the tokenizer that came with it")
@@ -109,49 +112,26 @@ def read_model(folder: Path) -> tuple[Any, Tokenizer]:
     return model, tokenizer
 
 
-def _build(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> Any:
-    ours, template = qwen3.table(config, "fira"), tokenizer.settings.get("chat_template") or ""
-    notes = {"end_of_text": tokenizer.end_of_text, "trained_length": ours.get("trained_length"),
-             "quantization": None, "stage": IMPORT,
-             "chat": bool(ours.get("chat", TURN_START in template))}
-    weights = _Weights(folder)
-    return qwen3.build_from(config, set(weights.files), weights.read, notes)
-
-
-class _Weights:
-    """The tensors of one or several safetensors files; `files` says which file holds each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.opened: dict[str, Any] = {}
-        if (folder / INDEX).is_file():
-            self.files: dict[str, str] = qwen3.table(_read_json(folder / INDEX), "weight_map")
-        elif (folder / WEIGHTS).is_file():
-            self.files = dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
-        else:
-            raise ValueError(f"{folder} has no {WEIGHTS}; FIRA reads safetensors, never pickles: "
-                             "load it in transformers and save_pretrained it again")
-
-    def read(self, name: str) -> Tensor:
-        file = self._open(self.files[name])
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of one or several safetensors files, mapped into memory."""
+    files, found = {WEIGHTS}, dict[str, Tensor]()
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX, "copy the file again")
+        files = set(qwen3.table(index, "weight_map").values())
+    elif not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS}; FIRA reads safetensors, never pickles: "
+                         "load it in transformers and save_pretrained it again")
+    for file in files:
         try:
-            tensor = file.get_tensor(name).clone()
-        except SafetensorError as error:
-            raise ValueError(f"{self.files[name]} lacks tensor {name} ({error}); copy every file "
-                             "of the checkpoint again") from None
+            found |= load_file(folder / str(file))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / str(file)} cannot be read ({error}); copy the file again"
+                             ) from None
+    for name, tensor in found.items():
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"{name} is {tensor.dtype}, not one of {', '.join(DTYPES)}; "
                              "give a checkpoint that is not quantized")
-        return tensor
-
-    def _open(self, name: str) -> Any:
-        if name not in self.opened:
-            try:
-                self.opened[name] = safe_open(self.folder / name, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.folder / name} cannot be read ({error}); copy the file "
-                                 "again") from None
-        return self.opened[name]
+    return found
 
 
 def _describe_fira(spec: Any) -> dict[str, Any]:
@@ -163,37 +143,17 @@ def _describe_fira(spec: Any) -> dict[str, Any]:
             "num_hidden_layers": spec.num_layers, "num_attention_heads": spec.n_head,
             "intermediate_size": spec.d_ff, "num_experts": spec.num_experts,
             "num_experts_per_tok": spec.top_k, "max_position_embeddings": spec.context,
-            "layer_norm_eps": 1e-5, "tie_word_embeddings": False, "use_cache": True}
-
-
-def _fira_tensors(model: Any) -> list[tuple[str, Tensor]]:
-    """Every tensor under our own name, which the modelling file uses."""
-    return [(name, tensor) for name, tensor in model.state_dict().items()
-            if not name.endswith(qwen3.ROUTER_STATE)]
+            "layer_norm_eps": 1e-5, "tie_word_embeddings": False}
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    names = tokenizer.added_names()
     return {"bos_token_id": None, "eos_token_id": tokenizer.end_of_text,
-            "pad_token_id": tokenizer.special(PAD) if PAD in names else tokenizer.end_of_text}
+            "pad_token_id": tokenizer.added.get(PAD, tokenizer.end_of_text)}
 
 
 def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
     ends = [tokenizer.end_of_text]
-    if TURN_END in tokenizer.added_names():
+    if TURN_END in tokenizer.added:
         ends.append(tokenizer.special(TURN_END))
     return _token_ids(tokenizer) | {"eos_token_id": ends, "do_sample": True, "temperature": 0.8,
                                     "top_k": 50}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path.parent} has no {path.name}; give a Hugging Face model folder"
-                         ) from None
-    except ValueError:
-        raise ValueError(f"{path} is not valid JSON; copy the file again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no object; copy the file again")
-    return found

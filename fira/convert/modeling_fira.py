@@ -16,20 +16,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class FIRAConfig(PretrainedConfig):
-    model_type = "fira"
+    """The settings in config.json, each an attribute; they have no defaults."""
 
-    def __init__(self, vocab_size: int = 50304, hidden_size: int = 768, num_hidden_layers: int = 12,
-                 num_attention_heads: int = 12, intermediate_size: int = 3072, num_experts: int = 4,
-                 num_experts_per_tok: int = 1, max_position_embeddings: int = 3072,
-                 layer_norm_eps: float = 1e-5, tie_word_embeddings: bool = False,
-                 use_cache: bool = True, **rest: Any) -> None:
-        self.vocab_size, self.hidden_size = vocab_size, hidden_size
-        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
-        self.intermediate_size, self.num_experts = intermediate_size, num_experts
-        self.num_experts_per_tok, self.layer_norm_eps = num_experts_per_tok, layer_norm_eps
-        self.max_position_embeddings, self.use_cache = max_position_embeddings, use_cache
-        rest["tie_word_embeddings"] = tie_word_embeddings
-        super().__init__(**rest)
+    model_type = "fira"
 
 
 class Attention(nn.Module):
@@ -52,7 +41,7 @@ class Attention(nn.Module):
 
 
 class ExpertLinear(nn.Module):
-    """The linears of all experts, stacked."""
+    """One linear of each expert, stacked."""
 
     def __init__(self, num_experts: int, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -63,36 +52,25 @@ class ExpertLinear(nn.Module):
         return F.linear(rows_Ri, self.weight[expert], self.bias[expert])
 
 
-class Experts(nn.Module):
-    """Per expert: linear, GELU in its tanh form, linear."""
-
-    def __init__(self, config: FIRAConfig) -> None:
-        super().__init__()
-        size, hidden = config.hidden_size, config.intermediate_size
-        self.up = ExpertLinear(config.num_experts, size, hidden)
-        self.down = ExpertLinear(config.num_experts, hidden, size)
-
-    def forward(self, rows_RD: Tensor, expert: int) -> Tensor:
-        return self.down(F.gelu(self.up(rows_RD, expert), approximate="tanh"), expert)
-
-
 class MoE(nn.Module):
     """Sum, over the experts that the router chooses for a token, of weight * expert(token).
 
-    With one expert there is no router.
+    An expert is a linear, GELU in its tanh form and a linear. With one expert there is no router.
     """
 
     def __init__(self, config: FIRAConfig) -> None:
         super().__init__()
+        experts, width, hidden = config.num_experts, config.hidden_size, config.intermediate_size
         self.top_k = config.num_experts_per_tok
-        self.experts = Experts(config)
-        if config.num_experts > 1:
-            self.router = nn.Linear(config.hidden_size, config.num_experts)
+        self.experts = nn.ModuleDict({"up": ExpertLinear(experts, width, hidden),
+                                      "down": ExpertLinear(experts, hidden, width)})
+        if experts > 1:
+            self.router = nn.Linear(width, experts)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         if not hasattr(self, "router"):
-            return self.experts(x_ND, 0).view_as(x_BTD)
+            return self.apply_expert(x_ND, 0).view_as(x_BTD)
         logits_NE = F.linear(x_ND.float(), self.router.weight.float(), self.router.bias.float())
         weights_NK, experts_NK = logits_NE.softmax(dim=-1).topk(self.top_k, dim=-1)
         if self.top_k > 1:  # one expert alone is multiplied by its raw probability
@@ -101,10 +79,14 @@ class MoE(nn.Module):
         for expert in range(self.router.out_features):
             rows_R, choice_R = (experts_NK == expert).nonzero(as_tuple=True)
             if len(rows_R):
-                out_RD = self.experts(x_ND[rows_R], expert)
+                out_RD = self.apply_expert(x_ND[rows_R], expert)
                 weights_R1 = weights_NK[rows_R, choice_R, None].to(out_RD.dtype)
                 y_ND.index_add_(0, rows_R, out_RD * weights_R1)
         return y_ND.view_as(x_BTD)
+
+    def apply_expert(self, rows_RD: Tensor, expert: int) -> Tensor:
+        hidden_RF = F.gelu(self.experts["up"](rows_RD, expert), approximate="tanh")
+        return self.experts["down"](hidden_RF, expert)
 
 
 class Block(nn.Module):
@@ -122,42 +104,30 @@ class Block(nn.Module):
 
 class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = FIRAConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
     _supports_sdpa = True
     _no_split_modules = ["Block"]
 
     def __init__(self, config: FIRAConfig) -> None:
         super().__init__(config)
-        self.token_embedding: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, layer)
-                                    for layer in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Does nothing, because the weights come from the file."""
-
     def get_input_embeddings(self) -> nn.Module:
         return self.token_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.token_embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.head = new_embeddings
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, past_key_values: Cache | None = None,
-                labels: Tensor | None = None, use_cache: bool | None = None,
+                labels: Tensor | None = None, use_cache: bool | None = True,
                 logits_to_keep: int = 0, **_: Any) -> CausalLMOutputWithPast:
         """Logits [B, T, V]; only of the last `logits_to_keep` positions if that is not 0."""
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+        if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
         start = past_key_values.get_seq_length() if past_key_values is not None else 0
         B, T = input_ids.shape
@@ -173,12 +143,9 @@ class FIRAForCausalLM(PreTrainedModel, GenerationMixin):
         for block in self.blocks:
             x_BTD = block(x_BTD, mask_B1TS, past_key_values)
         logits_BTV = self.head(self.norm(x_BTD[:, -logits_to_keep:]))
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(),
-                                   labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV,
-                                      past_key_values=past_key_values)
+        loss = None if labels is None else self.loss_function(
+            logits_BTV, labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
 
 
 def _mask(attention_mask: Tensor, T: int) -> Tensor:

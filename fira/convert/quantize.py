@@ -137,8 +137,7 @@ def quantize(model: Any, kind: str) -> Any:
             continue
         inner = "int8" if isinstance(module, nn.Embedding) or name == "head" else kind
         if inner == "int8" or module.weight.shape[-1] % GROUP == 0:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, REPLACED[type(module)](module, inner))
+            model.set_submodule(name, REPLACED[type(module)](module, inner))
     model.quantization = kind
     return model
 
@@ -176,10 +175,8 @@ def export_run(run: Path, folder: Path, kind: str, screen: Console,
 
 
 def stored(model: Any) -> dict[str, tuple[str, int, int]]:
-    """How each tensor of a quantized model is stored, and its bytes in float32 and now.
-
-    Tensors of one name in all layers are added up.
-    """
+    """How each tensor of a quantized model is stored, and its bytes in float32 and now, added up
+    over the layers."""
     found: dict[str, tuple[str, int, int]] = {}
     for key, tensor in model.state_dict().items():
         owner, _, leaf = key.rpartition(".")

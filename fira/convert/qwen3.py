@@ -7,7 +7,7 @@ for each expert; transformers 5 may also save the experts of a layer stacked, wh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,10 @@ MOE, DENSE = "qwen3_moe", "qwen3"
 CLASS = {MOE: "Qwen3MoeForCausalLM", DENSE: "Qwen3ForCausalLM"}
 NAMES = {"token_embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
          "attention_norm": "input_layernorm", "attention.query_norm": "self_attn.q_norm",
-         "attention.key_norm": "self_attn.k_norm", "attention.q": "self_attn.q_proj",
-         "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
-         "attention.output": "self_attn.o_proj", "moe_norm": "post_attention_layernorm",
-         "moe.router": "mlp.gate"}
-EMBEDDING, HEAD = f"{NAMES['token_embedding']}.weight", f"{NAMES['head']}.weight"
+         "attention.key_norm": "self_attn.k_norm", "attention.output": "self_attn.o_proj",
+         "moe_norm": "post_attention_layernorm", "moe.router": "mlp.gate"}
 QKV, EXPERTS = "attention.qkv", "moe.experts."
+STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 FIELDS = {"vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "num_layers",
           "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
           "head_dim": "head_dim", "max_position_embeddings": "context"}
@@ -36,8 +34,6 @@ FIXED = {"hidden_act": "silu", "attention_bias": False, "rms_norm_eps": RMSNorm.
 FIXED_MOE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 TRAINING = ("balance", "balance_weight")  # settings that only our own training reads
 ROUTER_STATE = ("load_share_E", "selection_bias_E")  # and state that only it reads
-
-Read = Callable[[str], Tensor]
 
 
 def kind(spec: FIRA2Spec) -> str:
@@ -63,52 +59,43 @@ def describe(spec: FIRA2Spec) -> dict[str, Any]:
         "router_aux_loss_coef": spec.balance_weight}
 
 
-def separate(model: Any) -> Iterator[tuple[str, str, Tensor]]:
-    """(layer or "", name inside the block, weight) of a FIRA2, with queries, keys and values apart.
-    """
+def weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a FIRA2 under our name."""
     for key, tensor in model.state_dict().items():
-        if key.endswith(ROUTER_STATE):
-            continue
-        layer, name = _parse(key)
-        if name == QKV:
-            for letter, part in zip("qkv", tensor.split(_qkv_sizes(model.spec)), strict=True):
-                yield layer, f"attention.{letter}", part
-        else:
-            yield layer, name, tensor
+        if not key.endswith(ROUTER_STATE):
+            yield key, tensor
 
 
-def _parse(key: str) -> tuple[str, str]:
-    """(layer or "", name inside the block) of the key of a weight."""
+def names(spec: FIRA2Spec, key: str) -> list[str]:
+    """Names in transformers of the tensors that make up our weight `key`: queries, keys and values,
+    the experts of a layer, or just one."""
     found = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.weight", key)
     assert found, f"{key} is not a weight of FIRA2"
-    return found[1] or "", found[2]
+    name, start = found[2], f"model.layers.{found[1]}." if found[1] else ""
+    if name == QKV:
+        return [f"{start}self_attn.{letter}_proj.weight" for letter in "qkv"]
+    if not name.startswith(EXPERTS):
+        return [f"{start}{NAMES[name]}.weight"]
+    end = f"{name.removeprefix(EXPERTS)}_proj.weight"
+    if kind(spec) == DENSE:
+        return [f"{start}mlp.{end}"]
+    return [f"{start}mlp.experts.{expert}.{end}" for expert in range(spec.num_experts)]
 
 
-def _qkv_sizes(spec: FIRA2Spec) -> list[int]:
-    """Rows of queries, keys and values in the fused projection."""
-    return [heads * spec.head_dim for heads in (spec.n_head, spec.n_kv_head, spec.n_kv_head)]
+def separate(spec: FIRA2Spec, key: str, tensor: Tensor) -> Sequence[Tensor]:
+    """The tensors that our weight `key` is made of, in the order of `names`."""
+    if QKV in key:
+        return tensor.split([heads * spec.head_dim
+                             for heads in (spec.n_head, spec.n_kv_head, spec.n_kv_head)])
+    return tensor.unbind() if EXPERTS in key else [tensor]
 
 
 def tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its name in transformers; a tied head is a copy of the embedding."""
-    for layer, name, tensor in separate(model):
-        if name.startswith(EXPERTS):
-            yield from zip(_expert_names(model.spec, layer, name), tensor, strict=True)
-        else:
-            yield _their_name(layer, name), tensor
+    for key, tensor in weights(model):
+        yield from zip(names(model.spec, key), separate(model.spec, key, tensor), strict=True)
     if model.spec.tied:
-        yield HEAD, model.state_dict()["token_embedding.weight"].clone()
-
-
-def _their_name(layer: str, name: str) -> str:
-    return f"model.layers.{layer}.{NAMES[name]}.weight" if layer else f"{NAMES[name]}.weight"
-
-
-def _expert_names(spec: FIRA2Spec, layer: str, name: str) -> list[str]:
-    start, end = f"model.layers.{layer}.mlp.", f"{name.removeprefix(EXPERTS)}_proj.weight"
-    if kind(spec) == DENSE:
-        return [start + end]
-    return [f"{start}experts.{expert}.{end}" for expert in range(spec.num_experts)]
+        yield f"{NAMES['head']}.weight", model.state_dict()["token_embedding.weight"].clone()
 
 
 def read_spec(config: dict[str, Any]) -> FIRA2Spec:
@@ -145,76 +132,61 @@ def read_spec(config: dict[str, Any]) -> FIRA2Spec:
 
 
 def table(config: dict[str, Any], key: str) -> dict[str, Any]:
-    """The table under a key that may be missing or null. Raises ValueError if it is no table."""
+    """The object under a key that may be missing or null. Raises ValueError if it is none."""
     found = config.get(key) or {}
     if not isinstance(found, dict):
-        raise ValueError(f"{key}={found!r} is not a table of names and values; use the file that "
-                         "came with the weights")
+        raise ValueError(f"{key}={found!r} is not a JSON object; use the file that came with the "
+                         "weights")
     return found
 
 
 def _need(config: dict[str, Any], *keys: str) -> int:
     for key in keys:
-        if isinstance(config.get(key), int):
-            return config[key]
-        if config.get(key) is not None:
-            raise ValueError(f"{key}={config[key]!r} is not a whole number; use the config.json "
-                             "that came with the weights")
+        if isinstance(found := config.get(key), int):
+            return found
+        if found is not None:
+            raise ValueError(f"{key}={found!r} is not a whole number; use the config.json that "
+                             "came with the weights")
     raise ValueError(f"{keys[0]} is missing; use the config.json that came with the weights")
 
 
-def build_from(config: dict[str, Any], names: set[str], read: Read, notes: dict[str, Any]) -> Any:
-    """The FIRA2 of a config.json and the tensors `names`, which `read` fetches one at a time.
+def build_from(config: dict[str, Any], found: dict[str, Tensor], notes: dict[str, Any]) -> Any:
+    """The FIRA2 of a config.json and the tensors that `tensors` would give, which are copied.
 
     Raises ValueError for a tensor that is missing, misshapen or unknown to FIRA2, and for a tied
     head that is not the embedding.
     """
-    spec, unread = read_spec(config), set(names)
-    model = build_meta(spec)
-
-    def take(name: str) -> Tensor:
-        if name not in names:
-            raise ValueError(f"tensor {name} is missing; copy every file of the checkpoint")
-        unread.discard(name)
-        return read(name)
-
-    found: dict[str, Tensor] = {}
-    for key in model.state_dict():
-        if key.endswith(ROUTER_STATE) or key in found:
-            continue
-        layer, name = _parse(key)
-        if name == QKV:
-            found[key] = torch.cat([take(_their_name(layer, f"attention.{letter}"))
-                                    for letter in "qkv"])
-        elif name.startswith(EXPERTS):
-            found |= _take_experts(spec, layer, names, take)
-        else:
-            found[key] = take(_their_name(layer, name))
-    if spec.tied and HEAD in names and not torch.equal(take(HEAD), found["token_embedding.weight"]):
-        raise ValueError(f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings=true; "
+    spec, unread = read_spec(config), _unstack(found)
+    model, ours = build_meta(spec), {}
+    for key, wanted in weights(model):
+        parts = []
+        for name in names(spec, key):
+            if name not in unread:
+                raise ValueError(f"tensor {name} is missing; copy every file of the checkpoint")
+            parts.append(unread.pop(name))
+        ours[key] = torch.stack(parts) if EXPERTS in key else torch.cat(parts)
+        if ours[key].shape != wanted.shape:
+            raise ValueError(f"{key} would have shape {list(ours[key].shape)}, but config.json "
+                             f"says {list(wanted.shape)}; use the config.json that came with it")
+    embedding, head = ours["token_embedding.weight"], f"{NAMES['head']}.weight"
+    if spec.tied and not torch.equal(unread.pop(head, embedding), embedding):
+        raise ValueError(f"{head} differs from the embedding, but tie_word_embeddings=true; "
                          "use the config.json that came with the weights")
-    _check(found, model, unread)
-    return assemble(model, found, notes)
-
-
-def _take_experts(spec: FIRA2Spec, layer: str, names: set[str], take: Read) -> dict[str, Tensor]:
-    """The stacked weights [E, out, in] of a layer's experts under our names."""
-    start, ours = f"model.layers.{layer}.mlp.experts.", f"blocks.{layer}.{EXPERTS}"
-    if f"{start}gate_up_proj" in names:
-        gate, up = take(f"{start}gate_up_proj").chunk(2, dim=1)
-        return {f"{ours}gate.weight": gate.contiguous(), f"{ours}up.weight": up.contiguous(),
-                f"{ours}down.weight": take(f"{start}down_proj")}
-    return {f"{ours}{part}.weight": torch.stack([take(name) for name in
-                                                 _expert_names(spec, layer, EXPERTS + part)])
-            for part in ("gate", "up", "down")}
-
-
-def _check(found: dict[str, Tensor], model: Any, unread: set[str]) -> None:
     if unread:
-        raise ValueError(f"tensor {sorted(unread)[0]} is unknown to FIRA2 ({len(unread)} such); "
+        raise ValueError(f"tensor {min(unread)} is unknown to FIRA2 ({len(unread)} such); "
                          "give a checkpoint without additions")
-    wanted = model.state_dict()
+    return assemble(model, ours, notes)
+
+
+def _unstack(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`found` with a tensor for each expert where those of a layer are stacked."""
+    apart: dict[str, Tensor] = {}
     for name, tensor in found.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{name} would have shape {list(tensor.shape)}, but config.json says "
-                             f"{list(wanted[name].shape)}; use the config.json that came with it")
+        start, _, last = name.rpartition(".")
+        if last not in STACKED:
+            apart[name] = tensor
+            continue
+        parts = tensor.chunk(len(STACKED[last]), dim=1)
+        for part, experts in zip(STACKED[last], parts, strict=True):
+            apart |= {f"{start}.{e}.{part}.weight": one for e, one in enumerate(experts)}
+    return apart

@@ -40,16 +40,15 @@ _CUT = re.compile(r"(?<=[^\W_])[ \n](?=[^\W_])")  # one space or newline between
 
 
 class FastEncoder(NamedTuple):
-    """tiktoken's encoder, and the id of each of its ranks (None if they are equal)."""
+    """tiktoken's encoder, and the id of each of its ranks."""
 
     encoding: tiktoken.Encoding
-    ids: np.ndarray | None
+    ids: np.ndarray
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text` as uint32; the names of special tokens in it are ordinary text."""
         blanks = long_blanks(text, newlines=self.encoding._pat_str == GPT2)
-        ranks = self._encode_around(blanks, text) if blanks else self._ranks(text)
-        return ranks if self.ids is None else self.ids[ranks]
+        return self.ids[self._encode_around(blanks, text) if blanks else self._ranks(text)]
 
     def _ranks(self, text: str) -> np.ndarray:
         core = self.encoding._core_bpe
@@ -150,11 +149,9 @@ def byte_of_char() -> dict[str, int]:
 def build(description: dict[str, Any]) -> tuple[FastEncoder | None, str]:
     """The fast encoder of a tokenizer.json, or None and the reason why there is none."""
     model, pattern = description["model"], pattern_of(description)
-    reason = cut_obstacle(description)
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(name):
-            reason = f"its model uses {name}"
-    if reason:
+    features = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    used = [name for name in features if model.get(name)]
+    if reason := f"its model uses {used[0]}" if used else cut_obstacle(description):
         return None, reason
     assert pattern is not None
     special = {token["content"] for token in description["added_tokens"]}
@@ -166,8 +163,7 @@ def build(description: dict[str, Any]) -> tuple[FastEncoder | None, str]:
     ranks = {bytes(chars[char] for char in token): rank for rank, token in enumerate(order)}
     ids = np.array([vocabulary[token] for token in order], np.uint32)
     encoding = tiktoken.Encoding("fira", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    equal = bool((ids == np.arange(len(ids))).all())
-    return FastEncoder(encoding, None if equal else ids), ""
+    return FastEncoder(encoding, ids), ""
 
 
 def cut_obstacle(description: dict[str, Any]) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -32,7 +30,7 @@ from fira.data.shards import SPLITS, ShardWriter, dtype_for, read_manifest
 from fira.data.sources import Input, inputs
 from fira.data.text import Item, Progress, items, texts, total_bytes
 from fira.data.tokenizer import Tokenizer, train_tokenizer
-from fira.files import MANIFEST, remove, write_json
+from fira.files import MANIFEST, read_json, remove, write_json
 from fira.runlog import ProgressLine
 
 JOURNAL = "journal.json"
@@ -48,7 +46,6 @@ def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_b
 
     Raises ValueError, before the long work, for bad sources or a folder that cannot be written.
     """
-    began = time.perf_counter()
     inputs(sources)
     with _one_line_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,8 +53,7 @@ def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_b
     with _shown("tokenizer", screen) as progress:
         tokenizer = train_tokenizer(texts(sources, progress), vocab_size, max_bytes)
     tokenizer.save(folder)
-    screen.print(f"tokenizer of {tokenizer.vocab_size:,} tokens in {folder} "
-                 f"({time.perf_counter() - began:.1f} s)")
+    screen.print(f"tokenizer of {tokenizer.vocab_size:,} tokens in {folder}")
     return tokenizer
 
 
@@ -193,14 +189,11 @@ class _Job:
                                            "documents": self.documents, "splits": states})
 
     def _finish(self) -> None:
-        every = self.recipe["validation_every"]
-        if not self.documents:
-            raise ValueError("the sources hold no text (no documents, or only empty ones); give "
-                             "files with text")
-        if self.documents < every:
-            raise ValueError(f"the sources hold only {self.documents} documents, so that taking "
-                             f"every {every}th for validation takes none; give a smaller "
-                             "--validation-every, or text with --validation")
+        needed = max(1, self.recipe["validation_every"])
+        if self.documents < needed:
+            raise ValueError(f"the sources hold {self.documents} documents with text, but at least "
+                             f"{needed} are needed, so that one is used for validation; give more "
+                             "text, a smaller --validation-every, or text with --validation")
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         write_json(self.folder / MANIFEST, {**self.recipe, "splits": splits})
         remove(self.folder / JOURNAL)
@@ -209,7 +202,7 @@ class _Job:
 def _read_journal(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """How far an interrupted preparation came. Raises ValueError if it was another one."""
     file = folder / JOURNAL
-    begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    begun = read_json(file, f"delete {folder} and prepare it again") if file.exists() else {}
     journal = {"place": [0, 0], "documents": 0, "splits": {}, **begun}
     index, number = journal["place"]
     reached = index + (number > 0)  # the inputs after these may have been changed since
@@ -297,8 +290,6 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         raise ValueError("a tokenizing process was killed, probably because memory ran out; run "
                          "the command again with fewer --workers, and it continues") from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ValueError(f"no space left to write {folder}; free some and run the same "
-                             "command again, and it continues") from None
         raise ValueError(f"{folder} cannot be written ({error.strerror or error}); give a folder "
-                         "that you may write to") from None
+                         "that you may write to, with free space, or make space and run the "
+                         "command again, and it continues") from None

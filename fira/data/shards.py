@@ -5,14 +5,13 @@ files of `shard_tokens` ids, so position p is in shard p // shard_tokens.
 """
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from fira.files import MANIFEST, sha256
+from fira.files import MANIFEST, read_json, sha256
 
 SPLITS = ("train", "validation")
 
@@ -25,17 +24,15 @@ def dtype_for(vocab_size: int) -> str:
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a data folder. Raises ValueError if the folder is not (yet) one."""
     file = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        manifest["splits"], manifest["dtype"], manifest["tokenizer_hash"]
-    except FileNotFoundError:
+    if not file.is_file():
         begun = (Path(folder) / "journal.json").is_file()
         remedy = ("its preparation is not finished; run the same fira data command again" if begun
                   else f"make it with: fira data SOURCE --tokenizer FOLDER --out {folder}")
-        raise ValueError(f"{folder} is not a data folder (no {MANIFEST}); {remedy}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); delete {folder} and prepare the data "
-                         "again") from None
+        raise ValueError(f"{folder} is not a data folder (no {MANIFEST}); {remedy}")
+    manifest = read_json(file, f"delete {folder} and prepare the data again")
+    if missing := {"splits", "dtype", "tokenizer_hash"} - manifest.keys():
+        raise ValueError(f"{file} has no {min(missing)}; delete {folder} and prepare the data "
+                         "again")
     return manifest
 
 
@@ -70,9 +67,7 @@ class Shards:
             number, offset = divmod(start, self.shard_tokens)
             parts.append(self.shards[number][offset:offset + stop - start])
             start += len(parts[-1])
-        if not parts:
-            return np.empty(0, self.dtype)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def verify(self) -> None:
         """Compare every shard with its checksum. Raises ValueError for one that was altered."""

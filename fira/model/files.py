@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from fira.files import MANIFEST, write_json
+from fira.files import MANIFEST, read_json, write_json
 from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2
 from fira.model.initialize import initialize, reset_buffers
@@ -67,7 +66,7 @@ def knows_chat(step_folder: str | Path) -> bool:
     """
     folder = Path(step_folder).resolve()
     for path in (folder / CONFIG, folder.parent / CONFIG):
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        record = read_json(path, "copy it again") if path.is_file() else {}
         if "chat" in record:
             return bool(record["chat"])
         if "stage" in record:
@@ -152,17 +151,12 @@ def newest_step(run: str | Path) -> Path:
 
 def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
     """The spec in a config.json, and its NOTES (None where it has none)."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; copy it from where the weights come from") from None
-    except ValueError:
-        raise ValueError(f"{path} is not valid JSON; copy it again or use another step") from None
-    if not isinstance(config, dict) or config.get("architecture") not in CLASSES:
-        kind = config.get("architecture") if isinstance(config, dict) else None
-        if kind is None and isinstance(config, dict) and "model_type" in config:
-            raise ValueError(f"{path.parent} is a Hugging Face model ({config['model_type']}); "
-                             f"a qwen3 or qwen3_moe comes in with fira import hf {path.parent} RUN")
+    config = read_json(path, "copy it from where the weights come from or use another step")
+    kind = config.get("architecture")
+    if kind is None and "model_type" in config:
+        raise ValueError(f"{path.parent} is a Hugging Face model ({config['model_type']}); a qwen3 "
+                         f"or qwen3_moe comes in with fira import hf {path.parent} RUN")
+    if kind not in CLASSES:
         raise ValueError(f"{path} has architecture {kind!r}, not one of {', '.join(CLASSES)}; "
                          "give a folder that FIRA wrote")
     notes = {note: config.pop(note, None) for note in NOTES}

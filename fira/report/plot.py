@@ -4,7 +4,6 @@ Figures are plain `Figure` objects, without pyplot, so that there is no global s
 """
 from __future__ import annotations
 
-import io
 import math
 from datetime import timedelta
 from pathlib import Path
@@ -14,10 +13,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fira.files import replacing
+from fira.files import new_target
 from fira.report.read import Run, numbers, read_run
 
 PICTURE = "training_progress.png"
@@ -31,61 +29,52 @@ STYLE: dict[Any, Any] = {
     "ytick.color": QUIET, "grid.color": GRID, "xtick.labelsize": 9, "ytick.labelsize": 9,
     "axes.labelsize": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left",
     "axes.titlepad": 9, "axes.spines.top": False, "axes.spines.right": False,
-    "xtick.major.size": 0, "ytick.major.size": 0, "axes.grid": True, "axes.axisbelow": True,
-    "legend.frameon": False, "legend.fontsize": 9.5, "font.sans-serif": ["DejaVu Sans"]}
-FEW = 12  # up to this many points have markers and are not smoothed
+    "axes.grid": True, "axes.axisbelow": True, "xtick.major.size": 0, "ytick.major.size": 0,
+    "figure.titlesize": 11, "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.08, "legend.frameon": False, "legend.fontsize": 9.5}
+FEW = 40  # a curve of up to this many points has markers and is not smoothed
 
 
 def save_progress(folder: str | Path) -> Path:
     """Draw training_progress.png of the run in `folder`; returns its path."""
     run = read_run(folder)
-    return save(draw_progress(run), run.path / PICTURE)
+    return write(run.path / PICTURE, draw_progress(run))
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return write(path, content.getvalue())
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Replace the file `path` as a whole. Raises ValueError, one line, if that is impossible."""
-    try:
-        with replacing(path) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror or error}); make the folder "
-                         "writable and free some space") from None
+def write(path: Path, content: Figure | str) -> Path:
+    """Replace the file `path` by a picture or a text. Raises ValueError, one line, if it cannot."""
+    with new_target(path, replace=True) as partial:
+        if isinstance(content, str):
+            partial.write_text(content, encoding="utf-8", errors="replace")
+        else:
+            content.savefig(partial, format="png", dpi=150)
     return path
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
     """The figures that describe a run, as (label, value), the most important first."""
-    facts, best, about = [], run.best, run.about
-    if best:
-        facts += [(f"best {words(run.score)}", f"{best[run.score]:.4f}"),
-                  ("at step", f"{best['step']:,}")]
+    facts: dict[str, Any] = {}
+    if best := run.best:
+        facts[f"best {words(run.score)}"] = f"{best[run.score]:.4f}"
+        facts["at step"] = f"{best['step']:,}"
     if run.steps:
-        last = run.steps[-1]
-        facts += [("steps", f"{last['step']:,}"), ("tokens", short(last["tokens"])),
-                  ("training time", str(timedelta(seconds=round(last["seconds"]))))]
-    if total := run.parameters.get("total"):
-        facts += [("parameters", short(total)),
-                  ("active per token", short(run.parameters.get("active", total)))]
-    if run.steps:
-        losses = numbers(run.steps, "loss")
+        last, losses = run.steps[-1], numbers(run.steps, "loss")
         losses = losses[np.isfinite(losses)]
         recent = losses[-1 - len(losses) // 50:]  # the loss of one batch is too noisy
-        facts += [("training loss (nats per token)", f"{recent.mean():.4f}" if len(recent) else ""),
-                  ("tokens per second", short(last["tokens"] / (last["seconds"] or math.nan))),
-                  ("skipped steps", str(last.get("skipped") or ""))]
+        facts |= {"steps": f"{last['step']:,}", "tokens": short(last["tokens"]),
+                  "training time": str(timedelta(seconds=round(last["seconds"]))),
+                  "training loss (nats per token)": f"{recent.mean():.4f}" if len(recent) else "",
+                  "tokens per second": short(last["tokens"] / (last["seconds"] or math.nan)),
+                  "skipped steps": last.get("skipped")}
+    if parameters := run.about.get("parameters"):
+        facts["parameters"] = short(parameters["total"])
+        facts["active per token"] = short(parameters["active"])
     if run.routings:
         cv, dead = run.routings[-1]["cv"], run.routings[-1]["dead"]
-        facts += [("expert imbalance (CV)", f"{sum(cv) / len(cv):.2f}"),
-                  ("dead experts", str(sum(dead)))]
-    facts += [(name, str(about.get(name) or "")) for name in ("preset", "commit")]
-    return [(label, value) for label, value in facts if value] or [("steps", "none yet")]
+        facts["expert imbalance (CV)"] = f"{sum(cv) / len(cv):.2f}"
+        facts["dead experts"] = str(sum(dead))
+    facts |= {name: run.about.get(name) for name in ("preset", "commit")}
+    return [(label, str(value)) for label, value in facts.items() if value]
 
 
 def draw_progress(run: Run) -> Figure:
@@ -97,14 +86,10 @@ def draw_progress(run: Run) -> Figure:
                if name not in BASE_KEYS and isinstance(value, int | float)}
     columns = min(3, len(panels))
     rows, width = math.ceil(len(panels) / columns), 6 // columns
-    height = 4.25 + 2.15 * rows  # inches, of which the two lines of text take 0.8
+    title = f"{run.name}\n" + "  ·  ".join(" ".join(fact) for fact in summary(run)[:5])
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, height), layout=ConstrainedLayoutEngine(
-            w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.04, rect=(0, 0, 1, 1 - 0.8 / height)))
-        subtitle = "  ·  ".join(f"{label} {value}" for label, value in summary(run)[:7])
-        figure.text(0.012, 1 - 0.16 / height, run.name, va="top", fontsize=15, weight="bold",
-                    parse_math=False)
-        figure.text(0.012, 1 - 0.53 / height, subtitle, va="top", fontsize=9.5, color=QUIET)
+        figure = Figure(figsize=(11, 4.25 + 2.15 * rows), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", linespacing=1.6, parse_math=False)
         grid = figure.add_gridspec(1 + rows, 6, height_ratios=[1.6] + [1] * rows)
         _draw_loss(figure.add_subplot(grid[0, :3]), run)
         _draw_score(figure.add_subplot(grid[0, 3:]), run)
@@ -143,12 +128,12 @@ def _draw_loss(axes: Axes, run: Run) -> None:
     finite = finite[np.isfinite(finite)]
     if np.isfinite(validation).any():
         axes.plot(numbers(run.validations, "tokens"), validation, color=VALIDATION,
-                  label="validation", **_markers(validation, 40))
+                  label="validation", **_markers(validation))
     if len(set(finite)) > 1:  # show every value, but cut off a spike that would flatten the curve
         low, start = min(finite), max(finite[:max(3, len(finite) // 50)])
         high = min(max(finite), 1.5 * start)
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-    if run.steps:
+    if axes.get_lines():
         axes.legend(loc="best")
 
 
@@ -156,21 +141,15 @@ def _draw_score(axes: Axes, run: Run) -> None:
     """Validation score against wall-clock time."""
     direction = "lower" if run.lower_is_better else "higher"
     axes.set_title(f"validation {words(run.score)} ({direction} is better)", parse_math=False)
-    best, seconds = run.best, numbers(run.validations, "seconds")
-    if best is None:
+    if run.best is None:
         _say(axes, "no validation yet")
         return
-    units = ((3600, "hours", 5400), (60, "minutes", 90), (1, "seconds", -1))
-    size, unit = next((size, unit) for size, unit, above in units if max(seconds) > above)
+    seconds = numbers(run.validations, "seconds")
+    size, unit = (3600, "hours") if max(seconds) > 5400 else (60, "minutes")
     axes.set_xlabel(f"training time ({unit})")
     axes.plot(seconds / size, numbers(run.validations, run.score), color=VALIDATION,
-              **_markers(seconds, 40))
-    axes.margins(y=0.16)  # room for the number
-    axes.set_xlim(0, max(seconds) / size * 1.06 or 1)
-    axes.annotate(f"{best[run.score]:.3f}", (best["seconds"] / size, best[run.score]),
-                  xytext=(0, -8 if run.lower_is_better else 8), textcoords="offset points",
-                  ha="center", va="top" if run.lower_is_better else "bottom", weight="bold",
-                  color=VALIDATION)
+              **_markers(seconds))
+    axes.set_xlim(left=0)
 
 
 def _draw_metric(axes: Axes, run: Run, key: str, title: str) -> None:
@@ -196,15 +175,15 @@ def _draw_line(axes: Axes, run: Run, values: np.ndarray, color: str, smoothed: b
     if smoothed and len(values) > FEW:
         axes.plot(tokens, values, color=color, alpha=0.25, linewidth=0.8)
         values = smooth(values)
-    axes.plot(tokens, values, color=color, label="training", **_markers(values, FEW))
+    axes.plot(tokens, values, color=color, label="training", **_markers(values))
     axes.set_xlabel("tokens")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
-def _markers(values: np.ndarray, most: int) -> dict[str, Any]:
-    return {"marker": "o", "markersize": 4.5} if len(values) <= most else {}
+def _markers(values: np.ndarray) -> dict[str, Any]:
+    return {"marker": "o", "markersize": 4.5} if len(values) <= FEW else {}
 
 
 def _say(axes: Axes, text: str) -> None:

@@ -233,7 +233,7 @@ def _configure_run(stage: Stage, preset: str, settings: Iterable[str], run: Path
     if not resume:
         raise ValueError(f"{run} already holds a run; --resume continues it, "
                          "or choose another folder for a new one")
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = files.read_json(path, "restore it from a backup or start a new run")
     if "config" not in saved:
         raise ConfigError(f"{run} was written by fira import or export, so there is no training to "
                           f"resume; tune it with fira train {preset} --from {run} --run FOLDER")

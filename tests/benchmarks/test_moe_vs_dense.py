@@ -22,7 +22,7 @@ from fira.report.read import Run
 def curve(*values: float) -> Run:
     rows = [{"step": n, "bits_per_byte": value, "seconds": 10.0 * n, "tokens": 100 * n}
             for n, value in enumerate(values, 1)]
-    return Run(Path("."), {}, [], [], rows, [], [], [])
+    return Run(Path("."), {}, [], rows, [], [], [])
 
 
 def test_dense_arms_are_as_wide_as_their_names_say():

@@ -24,28 +24,18 @@ def train(preset, data_folder, folder, *settings):
     return folder
 
 
-@pytest.fixture(scope="session")
-def run(preset, data_folder, tmp_path_factory):
-    return train(preset, data_folder, tmp_path_factory.mktemp("moe") / "run", *WIDTHS,
-                 "train.steps=40")
+def trained(*settings):
+    """A fixture: the preset of all tests, trained with `settings`."""
+    @pytest.fixture(scope="session")
+    def make(preset, data_folder, tmp_path_factory):
+        return train(preset, data_folder, tmp_path_factory.mktemp("trained") / "run", *settings)
+    return make
 
 
-@pytest.fixture(scope="session")
-def dense_run(preset, data_folder, tmp_path_factory):
-    return train(preset, data_folder, tmp_path_factory.mktemp("dense") / "run",
-                 "model.num_experts=1", "model.top_k=1", "train.steps=10")
-
-
-@pytest.fixture(scope="session")
-def untied_run(preset, data_folder, tmp_path_factory):
-    return train(preset, data_folder, tmp_path_factory.mktemp("untied") / "run", "model.tied=false",
-                 "train.steps=10")
-
-
-@pytest.fixture(scope="session")
-def top1_run(preset, data_folder, tmp_path_factory):
-    return train(preset, data_folder, tmp_path_factory.mktemp("top1") / "run", "model.top_k=1",
-                 "train.steps=10")
+run = trained(*WIDTHS, "train.steps=40")
+dense_run = trained("model.num_experts=1", "model.top_k=1", "train.steps=10")
+untied_run = trained("model.tied=false", "train.steps=10")
+top1_run = trained("model.top_k=1", "train.steps=10")
 
 
 @pytest.fixture(scope="session")

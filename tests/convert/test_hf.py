@@ -35,7 +35,7 @@ def prompt(loaded):
 
 
 @pytest.mark.parametrize("which", ["run", "dense_run", "untied_run", "top1_run", "founding_run"])
-def test_log_probabilities_and_greedy_text_equal_those_of_transformers(which, request, fira,
+def test_transformers_computes_the_same_and_import_gives_the_same_bits(which, request, fira,
                                                                        tmp_path):
     source = request.getfixturevalue(which)
     assert fira("export", "hf", source, tmp_path / "hf").code == 0
@@ -48,6 +48,14 @@ def test_log_probabilities_and_greedy_text_equal_those_of_transformers(which, re
     greedy = theirs.generate(ids_BT[:, :8], attention_mask=torch.ones_like(ids_BT[:, :8]),
                              max_new_tokens=24, do_sample=False, eos_token_id=None)
     assert torch.equal(greedy, loaded.model.generate(ids_BT[:, :8], 24, 0, end_of_text=-1))
+    if which != "founding_run":
+        assert fira("import", "hf", tmp_path / "hf", tmp_path / "again").code == 0
+        again = load(tmp_path / "again", "cpu")
+        assert again.model.spec == loaded.model.spec
+        assert again.tokenizer.hash == loaded.tokenizer.hash
+        assert again.model.trained_length == loaded.model.trained_length
+        for name, tensor in loaded.model.named_parameters():
+            assert torch.equal(tensor, again.model.get_parameter(name)), name
 
 
 def test_hard_texts_have_the_same_ids(folder, loaded):
@@ -59,26 +67,6 @@ def test_hard_texts_have_the_same_ids(folder, loaded):
     turns = [{"role": "user", "content": "Größe?"}]
     text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nGröße?<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.mark.parametrize("which", ["run", "dense_run", "untied_run", "top1_run"])
-def test_export_and_import_give_the_same_bits(which, request, fira, tmp_path):
-    source = request.getfixturevalue(which)
-    assert fira("export", "hf", source, tmp_path / "hf").code == 0
-    assert fira("import", "hf", tmp_path / "hf", tmp_path / "again").code == 0
-    before, after = load(source, "cpu"), load(tmp_path / "again", "cpu")
-    assert after.model.spec == before.model.spec
-    assert after.model.trained_length == before.model.trained_length
-    assert after.tokenizer.hash == before.tokenizer.hash
-    for name, tensor in before.model.named_parameters():
-        assert torch.equal(tensor, after.model.get_parameter(name)), name
-
-
-def test_an_export_of_an_older_version_comes_in(folder, fira, loaded, tmp_path):
-    ours = json.loads((folder / CONFIG).read_text())["fira"]
-    edit_config(folder, fira=ours | {"z_weight": 0.001, "init_std": 0.02})
-    assert fira("import", "hf", folder, tmp_path / "again").code == 0
-    assert load(tmp_path / "again", "cpu").model.spec == loaded.model.spec
 
 
 def test_a_step_folder_alone_knows_whether_its_model_was_tuned_for_chat(run, chat_run, fira,
@@ -95,9 +83,12 @@ def test_a_step_folder_alone_knows_whether_its_model_was_tuned_for_chat(run, cha
         assert knows_chat(load(made / "int4", "cpu").folder) == chat
 
 
-def test_an_imported_run_is_read_by_the_other_verbs(folder, fira, text_file, tmp_path):
-    run = tmp_path / "again"
+def test_an_export_of_an_older_version_comes_in_and_the_other_verbs_read_it(folder, fira, loaded,
+                                                                            text_file, tmp_path):
+    ours, run = json.loads((folder / CONFIG).read_text())["fira"], tmp_path / "again"
+    edit_config(folder, fira=ours | {"z_weight": 0.001, "init_std": 0.02})
     assert fira("import", "hf", folder, run).code == 0
+    assert load(run, "cpu").model.spec == loaded.model.spec
     assert fira("generate", run, "The", "--max-new-tokens", 4).code == 0
     assert fira("eval", run, "--text", text_file).code == 0
     assert "active" in fira("show", run).out
@@ -133,23 +124,23 @@ def test_stacked_experts_come_in(folder, loaded, fira, tmp_path):
     assert torch.equal(load_pretrained(tmp_path / "run")(ids_BT), loaded.model(ids_BT))
 
 
-def test_the_dtype_can_be_chosen(run, fira, tmp_path):
-    assert fira("export", "hf", run, tmp_path / "hf", "--dtype", "bfloat16").code == 0
-    assert {tensor.dtype for tensor in load_file(tmp_path / "hf" / WEIGHTS).values()} == {
-        torch.bfloat16}
-    assert json.loads((tmp_path / "hf" / CONFIG).read_text())["torch_dtype"] == "bfloat16"
-
-
 @torch.no_grad()
 def test_weights_of_16_bits_are_the_same_model_there(run, fira, loaded, tmp_path):
     assert fira("export", "hf", run, tmp_path / "hf", "--dtype", "float16").code == 0
+    assert json.loads((tmp_path / "hf" / CONFIG).read_text())["torch_dtype"] == "float16"
+    assert {one.dtype for one in load_file(tmp_path / "hf" / WEIGHTS).values()} == {torch.float16}
     assert fira("import", "hf", tmp_path / "hf", tmp_path / "again").code == 0
-    ours, ids_BT = load_pretrained(tmp_path / "again").float(), prompt(loaded)
-    logp_BTV = ours(ids_BT).log_softmax(-1)
-    likely = logp_BTV > -13.8  # one in a million
-    for dtype, limit in ((torch.float32, 1e-4), (torch.float16, 1e-2)):
-        theirs = peer(tmp_path / "hf", dtype=dtype)(ids_BT).logits.float().log_softmax(-1)
-        assert (theirs - logp_BTV)[likely].abs().max() < limit
+    ids_BT = prompt(loaded)
+    logp_TV = load_pretrained(tmp_path / "again").float()(ids_BT).log_softmax(-1)[0]
+    exact = peer(tmp_path / "hf", dtype=torch.float32)(ids_BT, output_router_logits=True)
+    top_LTK = torch.stack(exact.router_logits).topk(3).values
+    clear_T = (top_LTK[..., 1] - top_LTK[..., 2] > 1e-3).all(0)  # rounding changes no choice there
+    assert clear_T.sum() > 40
+    compared = clear_T[:, None] & (logp_TV > -13.8)  # one in a million
+    half = peer(tmp_path / "hf", dtype=torch.float16)(ids_BT)
+    for theirs, limit in ((exact, 1e-4), (half, 1e-2)):
+        difference = theirs.logits[0].float().log_softmax(-1) - logp_TV
+        assert difference[compared].abs().max() < limit
 
 
 def edit_config(folder, **changes):
@@ -168,7 +159,6 @@ MISTAKES = {
         lambda folder: edit_config(folder, model_type="llama"),
     "hidden_act=gelu": lambda folder: edit_config(folder, hidden_act="gelu"),
     "norm_topk_prob=False": lambda folder: edit_config(folder, norm_topk_prob=False),
-    "mlp_only_layers=[0]": lambda folder: edit_config(folder, mlp_only_layers=[0]),
     "rope_type=yarn": lambda folder: edit_config(
         folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
     "num_hidden_layers is missing": lambda folder: edit_config(folder, num_hidden_layers=None),
@@ -177,26 +167,20 @@ MISTAKES = {
         folder, lambda tensors: tensors.pop("model.norm.weight")),
     "tensor extra.weight is unknown": lambda folder: edit_weights(
         folder, lambda tensors: tensors.update({"extra.weight": torch.ones(1)})),
-    "tensor lm_head.weight is missing": lambda folder: (
-        edit_config(folder, tie_word_embeddings=False),
-        edit_weights(folder, lambda tensors: tensors.pop("lm_head.weight"))),
     "lm_head.weight differs": lambda folder: edit_weights(
         folder, lambda tensors: tensors["lm_head.weight"].add_(1)),
     "is torch.int8": lambda folder: edit_weights(
         folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(
             256, dtype=torch.int8)})),
-    "has no model.safetensors": lambda folder: (folder / WEIGHTS).unlink(),
-    "model.safetensors cannot be read": lambda folder: (folder / WEIGHTS).write_bytes(b"no"),
-    "has no config.json": lambda folder: (folder / CONFIG).unlink(),
+    "config.json is missing": lambda folder: (folder / CONFIG).unlink(),
     "is not valid JSON": lambda folder: (folder / CONFIG).write_text("{"),
     "has no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
     "tokenizer_config.json is not valid JSON":
         lambda folder: (folder / "tokenizer_config.json").write_text("["),
     "hidden_size='wide' is not a whole number":
         lambda folder: edit_config(folder, hidden_size="wide"),
-    "rope_parameters=7 is not a table": lambda folder: edit_config(folder, rope_parameters=7),
-    "fira=[1] is not a table": lambda folder: edit_config(folder, fira=[1]),
-    "weight_map=['x'] is not a table":
+    "rope_parameters=7 is not a JSON object": lambda folder: edit_config(folder, rope_parameters=7),
+    "weight_map=['x'] is not a JSON object":
         lambda folder: (folder / INDEX).write_text('{"weight_map": ["x"]}'),
     "model-2.safetensors cannot be read": lambda folder: (folder / INDEX).write_text(
         '{"weight_map": {"model.embed_tokens.weight": "model-2.safetensors"}}'),
@@ -219,19 +203,15 @@ def test_a_bias_that_only_selects_has_no_place_elsewhere_until_it_has_faded():
                             balance="handover"), seed=1)
     check_router(model)
     routers(model)[-1].selection_bias_E[0] = 1e-3
-    with pytest.raises(ValueError, match="bias that only selects.*finished run"):
+    with pytest.raises(ValueError, match="adds a bias to select experts.*finished run"):
         check_router(model)
-
-
-def test_a_fira_run_need_not_be_imported(run, refused, tmp_path):
-    for folder in (run, load(run, "cpu").folder):
-        line = refused("import", "hf", folder, tmp_path / "x")
-        assert "is FIRA's own; every verb reads it as it is" in line
 
 
 def test_a_bad_target_or_source_is_one_line(run, folder, refused, text_file, tmp_path):
     assert "exists already" in refused("export", "hf", run, folder)
     assert "exists already" in refused("import", "hf", folder, folder)
+    for known in (run, load(run, "cpu").folder):
+        assert "is a FIRA run already" in refused("import", "hf", known, tmp_path / "x")
     assert "not a run folder" in refused("export", "hf", folder.parent, tmp_path / "x")
     assert "cannot be written" in refused("export", "hf", run, text_file / "x")
     assert "--dtype" in refused("export", "hf", run, tmp_path / "x", "--dtype", "int8", code=2)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +21,7 @@ def tokenizer(speeches) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tokenizer, tmp_path_factory) -> Path:
+def tokenizer_folder(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(folder)
     return folder

@@ -41,10 +41,8 @@ def test_message_cannot_forge_a_special_token(tokenizer, name):
     assert forged in tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("message, line", [
-    ({"role": "robot", "content": "x"}, "message 0 has role 'robot'; use one of: system, user"),
-    ({"role": "user"}, "message 0 has no text under content"),
-])
-def test_bad_message_is_one_line(tokenizer, message, line):
-    with pytest.raises(ValueError, match=line):
-        render(tokenizer, [message])
+def test_a_bad_message_is_one_line(tokenizer):
+    with pytest.raises(ValueError, match="message 0 has role 'robot'; use one of: system, user"):
+        render(tokenizer, [{"role": "robot", "content": "x"}])
+    with pytest.raises(ValueError, match="message 0 has no text under content"):
+        render(tokenizer, [{"role": "user"}])

@@ -64,10 +64,9 @@ def test_ids_equal_the_reference_on_hard_text(with_pattern, pattern, text):
     assert ids.dtype == np.uint32 and ids.tolist() == expected(with_pattern[pattern], text)
 
 
-@pytest.mark.parametrize("text", ["a" * 200_000, " " * 200_000, "\n" * 200_000, "1" * 200_000,
-                                  "!" * 200_000, "ab" * 100_000, "a  " * 70_000, "東" * 70_000])
-def test_long_repetitions_neither_fail_nor_take_long(tokenizer, text):
-    assert tokenizer.encode(text) == expected(tokenizer, text)
+@pytest.mark.parametrize("word", ["a", " ", "\n", "1", "!", "ab", "a  ", "東"])
+def test_long_repetitions_neither_fail_nor_take_long(tokenizer, word):
+    assert tokenizer.encode(word * 100_000) == expected(tokenizer, word * 100_000)
 
 
 @every_pattern
@@ -102,13 +101,6 @@ def toy(vocabulary: list[str], merges: list[tuple[str, str]], **model) -> dict:
             "model": {"type": "BPE", "vocab": names, "merges": merges, **model}}
 
 
-def test_ids_may_have_another_order_than_the_merges():
-    both = loaded(toy(["abc", "bc", "ab"], [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]))
-    assert both.slow_reason == "" and both._fast[0].ids is not None
-    for text in ("abc", "ab", "bc", "xbc abcabc", "aabbcc"):
-        assert both.encode(text) == expected(both, text)
-
-
 def test_token_that_merges_do_not_reach_requires_the_reference():
     lost = toy(["abc", "bc", "ab"], [("a", "b"), ("b", "c"), ("a", "bc")])  # ab c never joins
     assert "'abc' is not reached by its merges" in loaded(lost).slow_reason
@@ -117,6 +109,8 @@ def test_token_that_merges_do_not_reach_requires_the_reference():
     for text in ("abc", "abcabc"):
         assert whole.encode(text) == expected(whole, text)
     assert len(whole.encode("abc")) == 1 and len(loaded(lost).encode("abc")) == 2
+    both = loaded(toy(["abc", "bc", "ab"], [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]))
+    assert both.slow_reason == "" and both._fast[0].ids.tolist() != list(range(259))
 
 
 @settings(max_examples=150, deadline=None)

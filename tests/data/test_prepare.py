@@ -1,7 +1,6 @@
 """A data folder holds every token once, is the same bytes every time, and survives being killed."""
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import json
@@ -23,13 +22,6 @@ from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.files import sha256
 
 ROOT = Path(__file__).parents[2]
-
-
-def run_python(*words) -> str:
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
-                          timeout=90, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -92,58 +84,39 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tokenizer, source, tmp_pat
     assert digests(tmp_path / "1") == digests(tmp_path / "3")
 
 
-def test_many_killed_preparations_end_byte_identical(tokenizer, tokenizer_folder, documents, jsonl,
-                                                     tmp_path):
-    source, killed = jsonl(documents * 4), Path(__file__).with_name("killed.py")
-    prepare([source], tmp_path / "calm", tokenizer, shard_tokens=5000, workers=1)
-    kills = 0
-    for seed in range(2):
-        folder = tmp_path / f"killed-{seed}"
-        kills += int(run_python(killed, folder, tokenizer_folder, source, seed, 12))
-        assert digests(folder) == digests(tmp_path / "calm")
-    assert kills >= 10
-
-
 @pytest.mark.parametrize("after", [False, True])
-def test_stopping_at_every_single_step_ends_byte_identical(tokenizer, jsonl, tmp_path, monkeypatch,
-                                                           small_commits, after):
-    """Before or after its n-th change of the disk, run n is cut off; the next run continues."""
+def test_a_kill_at_every_single_step_ends_byte_identical(tokenizer, jsonl, tmp_path, monkeypatch,
+                                                         small_commits, after):
+    """Process n ends before or after its n-th change of the disk, and the next one continues."""
     source = jsonl([f"document number {number} " * 9 for number in range(24)])
     prepare([source], tmp_path / "calm", tokenizer, shard_tokens=150)
 
-    class Cut(Exception):
-        pass
-
-    def cutting(real):
+    def killing(real):
         def call(*arguments):
-            cut = next(calls) == stop
-            if cut and not after:
-                raise Cut
+            last = next(calls) == stop
+            if last and not after:
+                os._exit(9)
             try:
                 real(*arguments)
             finally:
-                if cut:
-                    raise Cut
+                if last:
+                    os._exit(9)
         return call
 
     for name in ("replace", "fsync", "unlink"):
-        monkeypatch.setattr(os, name, cutting(getattr(os, name)))
-    stop, ended = 0, False
-    while not ended:
+        monkeypatch.setattr(os, name, killing(getattr(os, name)))
+    status, stop = 9, 0
+    while status == 9:
         stop, calls = stop + 1, itertools.count(1)
-        with contextlib.suppress(Cut):
-            prepare([source], tmp_path / "cut", tokenizer, shard_tokens=150)
-            ended = True
-    assert stop > 20
-    assert digests(tmp_path / "cut") == digests(tmp_path / "calm")
-
-
-def test_a_kill_between_manifest_and_journal_leaves_no_trace(tokenizer, source, tmp_path):
-    prepare([source], tmp_path / "data", tokenizer)
-    before = digests(tmp_path / "data")
-    (tmp_path / "data" / "journal.json").write_text("{}")
-    prepare([source], tmp_path / "data", tokenizer)
-    assert digests(tmp_path / "data") == before
+        child = os.fork()
+        if not child:
+            try:
+                prepare([source], tmp_path / "killed", tokenizer, shard_tokens=150, workers=1)
+            finally:
+                os._exit(0 if (tmp_path / "killed" / "manifest.json").exists() else 1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0 and stop > 20
+    assert digests(tmp_path / "killed") == digests(tmp_path / "calm")
 
 
 def test_long_text_file_resumes_inside_the_document(tokenizer, speeches, tmp_path, monkeypatch,
@@ -214,7 +187,7 @@ def test_input_may_be_mended_only_where_it_was_not_read_yet(tokenizer, documents
     assert digests(tmp_path / "data") == digests(tmp_path / "calm")
 
 
-def test_folder_with_other_content_is_left_alone(tokenizer, source, tmp_path):
+def test_a_folder_with_other_content_or_another_writer_is_refused(tokenizer, source, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "train-00000.bin").write_text("mine")
@@ -222,15 +195,14 @@ def test_folder_with_other_content_is_left_alone(tokenizer, source, tmp_path):
         prepare([source], folder, tokenizer)
     assert digests(folder).keys() == {"train-00000.bin"}
     tokenizer.save(tmp_path / "with-tokenizer")  # learned into the same folder: accepted
+    with runtime.claim(tmp_path / "with-tokenizer"):
+        with pytest.raises(ValueError, match="another process is writing"):
+            prepare([source], tmp_path / "with-tokenizer", tokenizer)
     prepare([source], tmp_path / "with-tokenizer", tokenizer)
-
-
-def test_two_processes_cannot_prepare_one_folder(tokenizer, source, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    with runtime.claim(folder), pytest.raises(ValueError, match="another process is writing"):
-        prepare([source], folder, tokenizer)
-    prepare([source], folder, tokenizer)
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "data", Path("/proc/fira")):
+        with pytest.raises(ValueError, match=f"{folder}.* cannot be written .*; give a folder"):
+            prepare([source], folder, tokenizer)
 
 
 def test_many_ids_need_four_bytes(tokenizer, source, tmp_path, monkeypatch):
@@ -240,9 +212,9 @@ def test_many_ids_need_four_bytes(tokenizer, source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("documents, options, line", [
-    ([], {}, "hold no text"),
-    (["", ""], {}, "hold no text"),
-    (["one", "two"], {}, "hold only 2 documents, so that taking every 20th"),
+    ([], {}, "hold 0 documents with text"),
+    (["", ""], {"validation_every": 0}, "hold 0 documents with text, but at least 1 are"),
+    (["one", "two"], {}, "hold 2 documents with text, but at least 20 are"),
     (["one"], {"validation_every": 1}, "validation_every=1 must be 0"),
     (["one"], {"workers": 0}, "workers=0 must be at least 1"),
 ])
@@ -252,13 +224,6 @@ def test_unusable_sources_are_one_line_and_others_may_follow(tokenizer, jsonl, t
         prepare([jsonl(documents)], tmp_path / "data", tokenizer, **options)
     prepare([jsonl(["some text"] * 20, "b.jsonl")], tmp_path / "data", tokenizer)
     Shards.open(tmp_path / "data").verify()
-
-
-def test_folder_that_cannot_be_written_is_one_line(tokenizer, source, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    for folder in (tmp_path / "file", tmp_path / "file" / "data", Path("/proc/fira")):
-        with pytest.raises(ValueError, match=f"{folder}.* cannot be written .*; give a folder"):
-            prepare([source], folder, tokenizer)
 
 
 def test_full_disk_is_one_line_and_nothing_is_lost(tokenizer, source, tmp_path, monkeypatch):
@@ -271,7 +236,7 @@ def test_full_disk_is_one_line_and_nothing_is_lost(tokenizer, source, tmp_path, 
         close(writer)
 
     monkeypatch.setattr(ShardWriter, "_close_shard", full)
-    with pytest.raises(ValueError, match=r"no space left .*run the same command again"):
+    with pytest.raises(ValueError, match=r"No space left .*run the command again"):
         prepare([source], tmp_path / "data", tokenizer, shard_tokens=700)
     prepare([source], tmp_path / "data", tokenizer, shard_tokens=700)
     assert digests(tmp_path / "data") == digests(tmp_path / "calm")
@@ -295,6 +260,7 @@ def test_memory_does_not_grow_with_the_corpus(tokenizer_folder, speeches, tmp_pa
                      for start in range(0, rows * 5003, 5003)]
         table = pyarrow.table({"text": documents})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=1000)
-    printed = run_python("-c", MEASURE, tokenizer_folder, tmp_path)
+    printed = subprocess.check_output([sys.executable, "-c", MEASURE, tokenizer_folder, tmp_path],
+                                      timeout=90, env={**os.environ, "PYTHONPATH": str(ROOT)})
     small, large = (int(line) / 1024 for line in printed.split())
     assert large - small < 30, (small, large)  # MB; the text alone is 60, its ids twice that

@@ -26,10 +26,8 @@ def test_any_text_comes_back_and_special_tokens_are_text_unless_allowed(tokenize
 
 
 def test_transformers_reads_the_saved_files(tokenizer, auto, speeches):
-    for text in speeches[::10]:
-        ids = tokenizer.encode(text)
-        assert auto(text)["input_ids"] == ids
-        assert auto.decode(ids) == text
+    ids = tokenizer.encode(speeches[0])
+    assert auto(speeches[0])["input_ids"] == ids and auto.decode(ids) == speeches[0]
     assert len(auto) == tokenizer.vocab_size == 2048
     assert auto.eos_token_id == tokenizer.end_of_text == tokenizer.special("<|endoftext|>")
     assert auto.pad_token == "<|pad|>"
@@ -50,16 +48,17 @@ def test_hash_follows_the_content_not_the_file(tokenizer, tmp_path):
     merges[-1], merges[-2] = merges[-2], merges[-1]
     file.write_text(json.dumps(content))
     assert Tokenizer.load(file).hash != tokenizer.hash
+    in_old_folders = "6956015b6de5fa69"  # the hash that existing data folders hold
+    assert train_tokenizer(["ab ab ab"], 289).hash.startswith(in_old_folders)
 
 
-def test_training_is_deterministic_and_exact_in_size(speeches):
+def test_training_is_deterministic_exact_in_size_and_stops_at_max_bytes(speeches):
     one, two = (train_tokenizer(speeches[:5], 400) for _ in range(2))
     assert one.hash == two.hash and one.vocab_size == len(one.token_bytes()) == 400
     assert one.special("<|reserved_21|>") == 399  # special tokens are the last ids
-
-
-def test_hash_is_the_one_that_existing_data_folders_hold():
-    assert train_tokenizer(["ab ab ab"], 289).hash.startswith("6956015b6de5fa69")
+    documents = iter(speeches)
+    train_tokenizer(documents, 300, max_bytes=len(speeches[0].encode()) + 1)
+    assert next(documents) == speeches[2]
 
 
 def test_token_bytes_spell_the_text(tokenizer, speeches):
@@ -68,12 +67,6 @@ def test_token_bytes_spell_the_text(tokenizer, speeches):
     assert b"".join(table[id] for id in tokenizer.encode(text)).decode() == text
     assert table[tokenizer.end_of_text] == b""
     assert {bytes([byte]) for byte in range(256)} <= set(table)
-
-
-def test_training_stops_at_max_bytes(speeches):
-    documents = iter(speeches)
-    train_tokenizer(documents, 300, max_bytes=len(speeches[0].encode()) + 1)
-    assert next(documents) == speeches[2]
 
 
 def test_words_too_long_for_the_trainer_are_cut(speeches):
@@ -119,24 +112,17 @@ def test_impossible_vocabulary_is_one_line_that_names_a_possible_one(speeches):
     assert train_tokenizer(speeches[:2], largest).vocab_size == largest
 
 
-@pytest.mark.parametrize("documents", [[], ["", ""]])
-def test_learning_from_no_text_is_one_line(documents):
-    with pytest.raises(ValueError, match="no text to learn"):
-        train_tokenizer(documents, 300)
-
-
-def test_an_error_in_the_text_reaches_the_caller_of_training():
+def test_errors_of_the_text_reach_the_caller_of_training():
     def documents():
         yield "some text"
         raise ValueError("file.txt is not UTF-8 text")
 
     with pytest.raises(ValueError, match=r"^file.txt is not UTF-8 text$"):
         train_tokenizer(documents(), 300)
-
-
-def test_lone_surrogate_is_one_line(tokenizer):
+    with pytest.raises(ValueError, match="no text to learn"):
+        train_tokenizer(["", ""], 300)
     with pytest.raises(ValueError, match=r"character 2 is half of a surrogate pair \(.ud800\)"):
-        tokenizer.encode("ab\ud800")
+        train_tokenizer(["ab\ud800"], 300)
 
 
 def test_files_without_a_byte_level_tokenizer_are_refused(tokenizer, tmp_path):
@@ -150,5 +136,5 @@ def test_files_without_a_byte_level_tokenizer_are_refused(tokenizer, tmp_path):
         Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"tokenizer_config.json is not valid JSON of settings"):
+    with pytest.raises(ValueError, match=r"tokenizer_config.json holds no JSON object"):
         Tokenizer.load(tmp_path)
