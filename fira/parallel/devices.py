@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fira import runtime
 from fira.config import ConfigError
-from fira.loss.next_token import Batch, next_token_loss
+from fira.data.batches import Batch
+from fira.loss.next_token import next_token_loss
 from fira.model.balance import begin_step, end_step, set_loss_share
 from fira.model.files import build_meta
 from fira.parallel.layout import Layout

@@ -183,12 +183,11 @@ def test_training_goes_on_while_a_save_is_written(preset, data_folder, tmp_path)
 
 def poisoned(rank):
     """The last rank's gradient is not finite in step 1; who updated, and the weights then."""
-    from fira.train.step import finish_step
 
     from fira.loss.next_token import next_token_loss
     from fira.model.files import build_meta
     from fira.parallel.layout import Layout
-    from fira.train.optim import OptimConfig, make_optimizer
+    from fira.train.optim import OptimConfig, make_optimizer, update
 
     result = []
     for sizes in ({"data": 2}, {"expert": 2}, {"shard": 2}, {"pipeline": 2}):
@@ -201,8 +200,7 @@ def poisoned(rank):
             if step == 0 and rank == 1:
                 grad = next(p.grad for n, p in layout.model.named_parameters() if "experts" in n)
                 getattr(grad, "_local_tensor", grad).fill_(float("nan"))
-            updates.append(finish_step(layout.model, optimizer, loss, 1.0,
-                                       layout.gradient_norm())[1])
+            updates.append(update(optimizer, loss, layout.gradient_norm()))
         result.append(updates)
     return result
 

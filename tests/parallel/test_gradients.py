@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fira.data.batches import Batch
 from fira.loss.head import IGNORED, head_loss
-from fira.loss.next_token import Batch, next_token_loss
+from fira.loss.next_token import next_token_loss
 from fira.model.files import build_meta
 from fira.model.spec import FIRA2Spec
 from fira.parallel.layout import Layout
