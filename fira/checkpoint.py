@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fira.files import find_damage, sha256, sync, write_json, write_manifest
 from fira.model.files import CONFIG, WEIGHTS, build_meta, write_config
-from fira.parallel.files import Writer, create_file, read_rows, read_slices, write_rows
+from fira.parallel.files import Writer, read_slice
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
 
@@ -40,7 +41,7 @@ class Checkpoints:
                  base: Path | None = None) -> None:
         self.run, self.tokenizer_folder, self.mesh = run, tokenizer_folder, mesh or Mesh()
         self.base = None if base is None else describe_base(base)
-        self._writer = Writer(self.mesh)
+        self._writer = Writer(self.mesh) if self.mesh.size > 1 else None
         if self.mesh.rank == 0:
             run.mkdir(parents=True, exist_ok=True)
             for leftover in run.glob(".step-*"):  # of a save that a kill cut short
@@ -55,14 +56,13 @@ class Checkpoints:
         """
         self.wait()
         folder = self.run / f"step-{step:06d}"
-        if self.mesh.agree(folder.exists())[0]:
+        if self.mesh.agree(folder.exists())[0] if self._writer else folder.exists():
             return folder
         partial = self.run / f".{folder.name}.partial"
         weights = (layout.model.state_dict() if self.base is None
                    else adapter_tensors(layout.model))
         files = {WEIGHTS if self.base is None else ADAPTER: weights,
                  OPTIMIZER: optimizer_tensors(layout.model, optimizer)}
-        contents = {name: self._writer.collect(layout, files[name]) for name in files}
         layout.model.base = self.base
 
         def begin() -> None:
@@ -70,32 +70,36 @@ class Checkpoints:
             for name in TOKENIZER_FILES:
                 shutil.copyfile(self.tokenizer_folder / name, partial / name)
             write_json(partial / STATE, state)
-            for name, content in contents.items():
-                create_file(partial / name, content)
-
-        def write() -> None:
-            for name, content in contents.items():
-                write_rows(partial / name, content)
 
         def finish() -> None:
             write_manifest(partial)
             os.rename(partial, folder)
             sync(self.run)
 
-        self._writer.start([(begin, True), (write, False), (finish, True)],
-                           lambda error: self._refused(partial, folder, error))
+        if self._writer:
+            self._writer.start(layout, partial, files, begin, finish,
+                               lambda error: self._refused(partial, error))
+            return folder
+        try:
+            begin()
+            for name, tensors in files.items():
+                save_file(tensors, partial / name, metadata={"format": "pt"})
+            finish()
+        except (OSError, SafetensorError) as error:
+            raise self._refused(partial, error) from error
         return folder
 
     def wait(self) -> None:
         """Wait until the newest save is whole. Raises ValueError if it cannot be."""
-        self._writer.wait()
+        if self._writer:
+            self._writer.wait()
 
-    def _refused(self, partial: Path, folder: Path, error: str) -> ValueError:
+    def _refused(self, partial: Path, error: object) -> ValueError:
         if self.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         before = self.steps()
         kept = f"{before[-1].name} is whole" if before else "no earlier step exists"
-        return ValueError(f"cannot save {folder}: {error}; {kept}; "
+        return ValueError(f"cannot save {partial.stem[1:]} in {self.run}: {error}; {kept}; "
                           "free some disk space and continue with --resume")
 
     def steps(self) -> list[Path]:
@@ -105,21 +109,19 @@ class Checkpoints:
 
     def newest_whole(self, say: Any) -> Path | None:
         """The newest undamaged step folder; damaged ones are renamed and reported through `say`."""
-        found = self._newest_whole(say) if self.mesh.rank == 0 else None
-        number = int(self.mesh.agree(step_number(found) if found else -1)[0])
-        return None if number < 0 else self.run / f"step-{number:06d}"
-
-    def _newest_whole(self, say: Any) -> Path | None:
-        for folder in reversed(self.steps()):
+        number = -1
+        for folder in reversed(self.steps()) if self.mesh.rank == 0 else ():
             fault = find_damage(folder)
             if fault is None:
-                return folder
+                number = step_number(folder)
+                break
             aside = folder.with_name(folder.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
             say(f"checkpoint {folder.name} is damaged ({fault}); it is now {aside.name}, "
                 "and the one before is used")
-        return None
+        number = int(self.mesh.agree(number)[0])
+        return None if number < 0 else self.run / f"step-{number:06d}"
 
     def prune(self, best_step: int | None) -> None:
         """Delete all but the newest KEEP steps and the best; one still being written stays."""
@@ -188,13 +190,9 @@ def restore(folder: Path, layout: Layout, optimizer: torch.optim.Optimizer) -> d
             saved.setdefault(key.rpartition("/")[0], []).append(key)
         parameters = {name: p for name, p in layout.model.named_parameters() if p.requires_grad}
         for part in layout.slices(parameters.items()):
-            device, state = part.rows.device, {}
-            for key in saved.get(part.name, []):
-                scalar = not file.get_slice(key).get_shape()
-                value = (file.get_tensor(key) if scalar
-                         else read_rows(file, key, part.start, len(part.rows)))
-                state[key.rpartition("/")[2]] = value if scalar else value.to(device)
-            optimizer.state[parameters[part.name]] = state
+            optimizer.state[parameters[part.name]] = {
+                key.rpartition("/")[2]: read_slice(file, key, part.start, len(part.rows)).to(
+                    part.rows.device) for key in saved.get(part.name, [])}
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
@@ -214,6 +212,8 @@ def read_weights(folder: Path, layout: Layout) -> None:
     for path in [folder / WEIGHTS] if base is None else [base, folder / ADAPTER]:
         with safe_open(path, framework="pt") as file:
             found = tensors.keys() & set(file.keys())
-        read_slices(path, layout.slices((name, tensors[name]) for name in sorted(found)))
+            for part in layout.slices((name, tensors[name]) for name in sorted(found)):
+                count = len(part.rows) if part.shape else 0
+                part.rows.copy_(read_slice(file, part.name, part.start, count))
         missing -= found
     assert not missing, (folder, missing)

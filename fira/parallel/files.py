@@ -9,24 +9,20 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
-from fira.model.initialize import TensorSlice
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
-Tasks = list[tuple[Callable[[], None], bool]]  # what to do, and whether only the first rank does it
 
 
 class Content(NamedTuple):
@@ -38,47 +34,43 @@ class Content(NamedTuple):
 
 
 class Writer:
-    """Writes files of all ranks, one save at a time: on many ranks in a thread, with a process
-    group of its own, so that training goes on."""
+    """Writes the files of many ranks, one save at a time, in a thread with a process group of its
+    own, so that training goes on."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-        self.group = (dist.new_group(backend="gloo", timeout=mesh.timeout) if mesh.size > 1
-                      else None)
+        self.first = mesh.rank == 0
+        self.group = dist.new_group(backend="gloo", timeout=mesh.timeout)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def collect(self, layout: Layout, tensors: dict[str, Tensor]) -> Content:
-        """The content of a file of `tensors`, named as parameters or as parameter/key.
+    def start(self, layout: Layout, folder: Path, files: dict[str, dict[str, Tensor]],
+              begin: Callable[[], None], finish: Callable[[], None],
+              refuse: Callable[[str], Exception]) -> None:
+        """Write `files` (name -> tensors, named as parameters or as parameter/key) into `folder`.
 
-        Copies this rank's rows to the CPU, so that training may change them while they are written.
+        The first rank calls `begin` before and `finish` after; each part of the work starts when
+        every rank has finished the one before. `refuse` makes the error, which `wait` raises, of
+        what failed on any rank. This rank's rows are copied to the CPU before this returns, so that
+        training may change them.
         """
-        parts = list(layout.slices(tensors.items()))
-        described: Any = {part.name: (DTYPES[part.rows.dtype], part.rows.element_size(), part.shape)
-                          for part in parts}
-        everyone = [described]
-        if self.group is not None:
-            everyone = [None] * self.mesh.size
-            dist.all_gather_object(everyone, described, group=self.group)
-        header, starts, size = _layout_file({name: facts for one in everyone
-                                             for name, facts in one.items()})
-        rows = [(starts[part.name] + part.start * prod(part.shape[1:]) * part.rows.element_size(),
-                 part.rows.detach().to("cpu", copy=True).contiguous())
-                for part in parts if layout.writes(part)]
-        return Content(header, size, rows)
+        contents = {folder / name: self._collect(layout, tensors)
+                    for name, tensors in files.items()}
 
-    def start(self, tasks: Tasks, refuse: Callable[[str], Exception]) -> None:
-        """Do `tasks` in order, each when every rank has finished the one before; `refuse` makes the
-        error of what failed on any rank, which `wait` raises."""
-        if self.group is None:
-            self._run(tasks, refuse)
-            self.wait()
-            return
+        def create() -> None:
+            begin()
+            for path, content in contents.items():
+                create_file(path, content)
+
+        def write() -> None:
+            for path, content in contents.items():
+                write_rows(path, content)
+
+        tasks = (create, write, finish) if self.first else (None, write, None)
         self._thread = threading.Thread(target=self._run, args=(tasks, refuse), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the tasks of `start`. Raises what went wrong."""
+        """Wait until everything is written. Raises what went wrong."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -86,32 +78,42 @@ class Writer:
         if error is not None:
             raise error
 
-    def _run(self, tasks: Tasks, refuse: Callable[[str], Exception]) -> None:
+    def _run(self, tasks: tuple[Callable[[], None] | None, ...],
+             refuse: Callable[[str], Exception]) -> None:
         try:
-            for do, first_only in tasks:
+            for task in tasks:
                 text = ""
-                if not (first_only and self.mesh.rank):
-                    try:
-                        do()
-                    except OSError as error:
-                        text = str(error)
-                if text := self._first_error(text):
+                try:
+                    if task is not None:
+                        task()
+                except OSError as error:
+                    text = str(error)
+                if text := next(filter(None, self._gather(text)), ""):  # also a barrier
                     self._error = refuse(text)
                     return
         except Exception as error:  # such as a lost rank: `wait` raises it
             self._error = error
 
-    def _first_error(self, text: str) -> str:
-        """What went wrong on any rank, or nothing; also a barrier."""
-        if self.group is None:
-            return text
-        everyone: list[Any] = [None] * self.mesh.size
-        dist.all_gather_object(everyone, text, group=self.group)
-        return next((one for one in everyone if one), "")
+    def _gather(self, value: Any) -> list[Any]:
+        everyone = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(everyone, value, group=self.group)
+        return everyone
+
+    def _collect(self, layout: Layout, tensors: dict[str, Tensor]) -> Content:
+        """The content of a file of `tensors`, with a copy of this rank's rows on the CPU."""
+        parts = list(layout.slices(tensors.items()))
+        described = self._gather({part.name: (DTYPES[part.rows.dtype], part.rows.element_size(),
+                                              part.shape) for part in parts})
+        header, starts, size = _lay_out({name: facts for one in described
+                                         for name, facts in one.items()})
+        rows = [(starts[part.name] + part.start * prod(part.shape[1:]) * part.rows.element_size(),
+                 part.rows.detach().to("cpu", copy=True).contiguous())
+                for part in parts if layout.writes(part)]
+        return Content(header, size, rows)
 
 
-def _layout_file(tensors: dict[str, tuple[str, int, tuple[int, ...]]]
-                 ) -> tuple[bytes, dict[str, int], int]:
+def _lay_out(tensors: dict[str, tuple[str, int, tuple[int, ...]]]
+             ) -> tuple[bytes, dict[str, int], int]:
     """Header, offset of every tensor and size of a file of tensors: (dtype, item size, shape)."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
@@ -143,17 +145,10 @@ def write_rows(path: Path, content: Content) -> None:
         os.fsync(file.fileno())
 
 
-def read_slices(path: Path, parts: Iterable[TensorSlice]) -> None:
-    """Fill the rows of `parts` in place from a file, whichever layout wrote it."""
-    with safe_open(path, framework="pt") as file:
-        for part in parts:
-            part.rows.copy_(read_rows(file, part.name, part.start, len(part.rows))
-                            if part.rows.dim() else file.get_tensor(part.name))
-
-
-def read_rows(file: Any, name: str, start: int, count: int) -> Tensor:
-    """`count` rows of a tensor from row `start`; nothing else is read."""
+def read_slice(file: Any, name: str, start: int, count: int) -> Tensor:
+    """`count` rows of a tensor from row `start`, or all of one without rows; reads nothing else."""
     part = file.get_slice(name)
-    if count == 0:
-        return torch.from_numpy(np.empty((0, *part.get_shape()[1:]), np.float32))
-    return part[start:start + count]
+    shape = part.get_shape()
+    if not shape:
+        return file.get_tensor(name)
+    return part[start:start + count] if count else torch.empty(0, *shape[1:])

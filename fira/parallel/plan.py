@@ -19,9 +19,8 @@ from fira.config import ConfigError
 from fira.loss.head import BLOCK_ELSEWHERE
 from fira.model.files import build_meta
 from fira.model.transformer import count_parameters
-from fira.parallel.accumulate import BUCKET
-from fira.parallel.layout import check_fit
-from fira.parallel.mesh import AXES, describe_sizes
+from fira.parallel.layout import BUCKET
+from fira.parallel.mesh import AXES, check_fit, describe_sizes
 from fira.parallel.pipeline import layers_of
 
 FLOAT = 4  # bytes of weights, gradients, optimizer state and activations

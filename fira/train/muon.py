@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fira.parallel.shard import first_row, local, own_rows, whole_matrices
+from fira.parallel.layout import first_row, local, own_rows, whole_matrices
 from fira.runtime import product_dtype
 
 # Odd polynomials a x + b x^3 + c x^5 whose composition takes singular values in 0.005..1 to
