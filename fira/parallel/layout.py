@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from fira.model.balance import end_step, health, set_loss_share
 from fira.model.initialize import TensorSlice, initialize
+from fira.model.moe import MoE
 from fira.model.router import routers
 from fira.parallel.expert import keep_experts
 from fira.parallel.mesh import Mesh
 from fira.parallel.pipeline import Pipeline, Ready, keep_stage
-from fira.parallel.shard import release, set_last, shard
 from fira.runtime import autocast
 
 LossFn = Callable[[Any, Any], "tuple[Tensor, dict[str, Any]]"]
@@ -128,8 +130,9 @@ class Layout:
                 if self.mesh.size == 1:
                     check()
                 set_loss_share(self.model, shares[number][1])
-                if self.sharded:
-                    set_last(self.model, number == len(batches) - 1)
+                if self.sharded:  # gradients are summed over replicas after the last micro-batch
+                    self.model.set_requires_all_reduce(number == len(batches) - 1)
+                    self.model.set_is_last_backward(number == len(batches) - 1)
                 loss_of(self.model, number).backward()
         set_loss_share(self.model, 1.0)
         self._sum_over_ranks()
@@ -225,7 +228,7 @@ class Layout:
         with autocast(self.mesh.device):
             result = function(model, batch)
         if self.sharded:
-            release(self.model)
+            self.model.reshard()  # free what stays gathered until a backward pass
         return result
 
     def slices(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[TensorSlice]:
@@ -276,6 +279,28 @@ def sum_gradients(parameters: Sequence[nn.Parameter], group: Any) -> None:
         dist.all_reduce(flat, group=group)
         for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             parameter.grad = part.view_as(parameter)
+
+
+def shard(model: Any, dense: DeviceMesh, experts: DeviceMesh) -> None:
+    """Shard `model` in place by FSDP2 (ZeRO stage 3, Rajbhandari et al. 2020): its experts over one
+    mesh (replicas, shards), the rest over another.
+
+    Every rank keeps some rows of every weight and gathers the rest when needed. A loss calls
+    `model.features`, then `model.head_weights`: the parameters outside the blocks stay gathered
+    from the first until the backward pass. Gradients arrive as plain sums, after every micro-batch,
+    because whole ones would be as large as the model.
+    """
+    for block in model.blocks:
+        if isinstance(block.moe, MoE):
+            fully_shard(block.moe.experts, mesh=experts)
+        fully_shard(block, mesh=dense)
+    fully_shard(model, mesh=dense, reshard_after_forward=False)
+    for method in ("features", "logits"):
+        register_fsdp_forward_method(model, method)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def local(tensor: Tensor) -> Tensor:
