@@ -85,17 +85,12 @@ class DevicePipeline(PipelineModel):
             getattr(model, part).to(devices[-1])
         for part in model.before:
             getattr(model, part).to(devices[0])
-        self.devices, self.stages = devices, []  # a list, so that no parameter has two names
+        self.devices, self.stages = devices, nn.ModuleList()
         for number, device in enumerate(devices):
             layers = layers_of(number, len(devices), len(model.blocks))
             blocks = [model.blocks[layer].to(device) for layer in layers]
             self.stages.append(Stage(_view(model, device), blocks, first=number == 0,
                                      last=number == len(devices) - 1))
-
-    def train(self, mode: bool = True) -> DevicePipeline:
-        for stage in getattr(self, "stages", []):
-            stage.model.training = mode
-        return super().train(mode)
 
     def features(self, tokens_BT: Tensor) -> Tensor:
         """The model's features of the whole batch; gradients flow back through all stages."""

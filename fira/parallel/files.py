@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fira.model.initialize import TensorSlice
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
 
@@ -25,12 +26,7 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-class Content(NamedTuple):
-    """A file about to be written: header, size, and this rank's rows with their offsets."""
-
-    header: bytes
-    size: int
-    rows: list[tuple[int, Tensor]]
+Rows = list[tuple[int, Tensor]]  # rows to write, each at an offset in the file
 
 
 class Writer:
@@ -40,67 +36,60 @@ class Writer:
     def __init__(self, mesh: Mesh) -> None:
         self.first = mesh.rank == 0
         self.group = dist.new_group(backend="gloo", timeout=mesh.timeout)
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def start(self, layout: Layout, folder: Path, files: dict[str, dict[str, Tensor]],
               begin: Callable[[], None], finish: Callable[[], None],
               refuse: Callable[[str], Exception]) -> None:
         """Write `files` (name -> tensors, named as parameters or as parameter/key) into `folder`.
 
-        The first rank calls `begin` before and `finish` after; each part of the work starts when
-        every rank has finished the one before. `refuse` makes the error, which `wait` raises, of
-        what failed on any rank. This rank's rows are copied to the CPU before this returns, so that
+        The first rank calls `begin` before this and `finish` after it; each of the three starts
+        when every rank has finished the one before. If a rank fails, `refuse` makes the error that
+        `wait` raises on all. This rank's rows are copied to the CPU before this returns, so that
         training may change them.
         """
         contents = {folder / name: self._collect(layout, tensors)
                     for name, tensors in files.items()}
 
         def create() -> None:
-            begin()
-            for path, content in contents.items():
-                create_file(path, content)
+            if self.first:
+                begin()
+                for path, (header, size, _) in contents.items():
+                    with open(path, "wb") as file:
+                        file.write(header)
+                        file.truncate(size)
 
         def write() -> None:
-            for path, content in contents.items():
-                write_rows(path, content)
+            for path, (_, _, rows) in contents.items():
+                write_rows(path, rows)
 
-        tasks = (create, write, finish) if self.first else (None, write, None)
-        self._thread = threading.Thread(target=self._run, args=(tasks, refuse), daemon=True)
-        self._thread.start()
+        tasks = create, write, finish if self.first else lambda: None
+        self._writing = self._thread.submit(self._run, tasks, refuse)
 
     def wait(self) -> None:
         """Wait until everything is written. Raises what went wrong."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
-    def _run(self, tasks: tuple[Callable[[], None] | None, ...],
-             refuse: Callable[[str], Exception]) -> None:
-        try:
-            for task in tasks:
-                text = ""
-                try:
-                    if task is not None:
-                        task()
-                except OSError as error:
-                    text = str(error)
-                if text := next(filter(None, self._gather(text)), ""):  # also a barrier
-                    self._error = refuse(text)
-                    return
-        except Exception as error:  # such as a lost rank: `wait` raises it
-            self._error = error
+    def _run(self, tasks: Sequence[Callable[[], None]], refuse: Callable[[str], Exception]) -> None:
+        for task in tasks:
+            fault = ""
+            try:
+                task()
+            except OSError as error:
+                fault = str(error)
+            if found := [text for text in self._gather(fault) if text]:  # also a barrier
+                raise refuse(found[0])
 
     def _gather(self, value: Any) -> list[Any]:
         everyone = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 
-    def _collect(self, layout: Layout, tensors: dict[str, Tensor]) -> Content:
-        """The content of a file of `tensors`, with a copy of this rank's rows on the CPU."""
+    def _collect(self, layout: Layout, tensors: dict[str, Tensor]) -> tuple[bytes, int, Rows]:
+        """Header and size of a file of `tensors`, and copies of this rank's rows on the CPU."""
         parts = list(layout.slices(tensors.items()))
         described = self._gather({part.name: (DTYPES[part.rows.dtype], part.rows.element_size(),
                                               part.shape) for part in parts})
@@ -109,7 +98,7 @@ class Writer:
         rows = [(starts[part.name] + part.start * prod(part.shape[1:]) * part.rows.element_size(),
                  part.rows.detach().to("cpu", copy=True).contiguous())
                 for part in parts if layout.writes(part)]
-        return Content(header, size, rows)
+        return header, size, rows
 
 
 def _lay_out(tensors: dict[str, tuple[str, int, tuple[int, ...]]]
@@ -128,27 +117,21 @@ def _lay_out(tensors: dict[str, tuple[str, int, tuple[int, ...]]]
     return header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
 
 
-def create_file(path: Path, content: Content) -> None:
-    """Write the header and give the file its full size; one rank does this first."""
-    with open(path, "wb") as file:
-        file.write(content.header)
-        file.truncate(content.size)
-
-
-def write_rows(path: Path, content: Content) -> None:
+def write_rows(path: Path, rows: Rows) -> None:
     """Write this rank's rows at their place, and fsync them."""
     with open(path, "r+b") as file:
-        for offset, tensor in content.rows:
+        for offset, tensor in rows:
             file.seek(offset)
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_slice(file: Any, name: str, start: int, count: int) -> Tensor:
-    """`count` rows of a tensor from row `start`, or all of one without rows; reads nothing else."""
-    part = file.get_slice(name)
-    shape = part.get_shape()
+def read_slice(file: Any, name: str, part: TensorSlice) -> Tensor:
+    """The rows of `part` of a tensor in a file, or all of a tensor without rows."""
+    saved = file.get_slice(name)
+    shape = saved.get_shape()
     if not shape:
         return file.get_tensor(name)
-    return part[start:start + count] if count else torch.empty(0, *shape[1:])
+    end = part.start + len(part.rows)
+    return saved[part.start:end] if len(part.rows) else torch.empty(0, *shape[1:])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,15 +29,8 @@ from fira.parallel.pipeline import Pipeline, Ready, keep_stage
 from fira.runtime import autocast
 
 LossFn = Callable[[Any, Any], "tuple[Tensor, dict[str, Any]]"]
+Result = tuple[float, Tensor, dict[str, Tensor]]  # of a micro-batch: share, mean loss, metrics
 BUCKET = 4 << 20  # elements per message: enough for full bandwidth, and little memory on top
-
-
-class Result(NamedTuple):
-    """A micro-batch's share of the global batch's weight, its mean loss and its metrics."""
-
-    share: float
-    loss: Tensor
-    metrics: dict[str, Tensor]
 
 
 class Layout:
@@ -118,7 +111,7 @@ class Layout:
             batch, share = to_device(batches[number], self.mesh.device), shares[number][0]
             with autocast(self.mesh.device):
                 loss, metrics = loss_fn(model, batch)
-            results.append(Result(share, loss.detach(), {
+            results.append((share, loss.detach(), {
                 name: torch.as_tensor(value).detach() for name, value in metrics.items()}))
             return loss * share
 
@@ -316,19 +309,13 @@ def first_row(tensor: Tensor) -> int:
     return min(me * -(-tensor.shape[0] // ranks), tensor.shape[0])  # as torch.chunk cuts
 
 
-def whole_matrices(update: Tensor, like: Tensor) -> Tensor:
-    """The whole of a matrix whose rows are sharded as those of the parameter `like`; `update` is
-    local. Stacks are sharded between matrices, which are whole already."""
+def apply_to_whole(function: Callable[[Tensor], Tensor], update: Tensor, like: Tensor) -> Tensor:
+    """function(update), where `update` is the local part of a tensor that is divided as the
+    parameter `like`. A matrix whose rows are sharded is gathered for it; this rank's rows of the
+    result are returned. Stacks are sharded between matrices, which are whole already."""
     if not isinstance(like, DTensor) or like.dim() > 2:
-        return update
+        return function(update)
     shards = DTensor.from_local(update, like.device_mesh, like.placements, shape=like.shape,
                                 stride=like.stride(), run_check=False)
-    return shards.full_tensor()
-
-
-def own_rows(matrices: Tensor, like: Tensor) -> Tensor:
-    """The rows of gathered matrices that belong to this rank."""
-    if not isinstance(like, DTensor) or like.dim() > 2:
-        return matrices
     start = first_row(like)
-    return matrices[start:start + len(local(like))]
+    return function(shards.full_tensor())[start:start + len(update)]

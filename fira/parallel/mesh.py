@@ -128,9 +128,8 @@ def _own_group(ranks: np.ndarray, timeout: datetime.timedelta) -> Any:
 def resolve_sizes(config: ParallelConfig, world: int) -> dict[str, int]:
     """Sizes along AXES. Raises ConfigError if their product is not `world`."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    others = config.shard * config.expert * config.pipeline
     if config.data is None:
-        sizes["data"] = max(1, world // others)
+        sizes["data"] = max(1, world // (config.shard * config.expert * config.pipeline))
     need = prod(sizes.values())
     if need != world:
         asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
