@@ -51,8 +51,7 @@ def pick_devices(num_stages: int, devices: list[Any] | None) -> list[torch.devic
     """One device per stage. Raises ConfigError if their number differs."""
     if devices is None:
         enough = torch.cuda.device_count() >= num_stages
-        return [torch.device("cuda", stage) if enough else torch.device("cpu")
-                for stage in range(num_stages)]
+        devices = [f"cuda:{stage}" if enough else "cpu" for stage in range(num_stages)]
     if len(devices) != num_stages:
         raise ConfigError(f"devices={devices} are {len(devices)}, but num_stages={num_stages}; "
                           "give one device per stage (a device may come twice)")

@@ -24,8 +24,6 @@ from fira.parallel.mesh import Mesh
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
-
-
 Rows = list[tuple[int, Tensor]]  # rows to write, each at an offset in the file
 
 
@@ -34,7 +32,7 @@ class Writer:
     own, so that training goes on."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.first = mesh.rank == 0
+        self.mesh = mesh
         self.group = dist.new_group(backend="gloo", timeout=mesh.timeout)
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
@@ -53,7 +51,7 @@ class Writer:
                     for name, tensors in files.items()}
 
         def create() -> None:
-            if self.first:
+            if self.mesh.rank == 0:
                 begin()
                 for path, (header, size, _) in contents.items():
                     with open(path, "wb") as file:
@@ -64,7 +62,7 @@ class Writer:
             for path, (_, _, rows) in contents.items():
                 write_rows(path, rows)
 
-        tasks = create, write, finish if self.first else lambda: None
+        tasks = create, write, finish if self.mesh.rank == 0 else lambda: None
         self._writing = self._thread.submit(self._run, tasks, refuse)
 
     def wait(self) -> None:
@@ -80,19 +78,16 @@ class Writer:
                 task()
             except OSError as error:
                 fault = str(error)
-            if found := [text for text in self._gather(fault) if text]:  # also a barrier
+            faults = self.mesh.gather(fault, self.group)  # also a barrier
+            if found := [text for text in faults if text]:
                 raise refuse(found[0])
-
-    def _gather(self, value: Any) -> list[Any]:
-        everyone = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, value, group=self.group)
-        return everyone
 
     def _collect(self, layout: Layout, tensors: dict[str, Tensor]) -> tuple[bytes, int, Rows]:
         """Header and size of a file of `tensors`, and copies of this rank's rows on the CPU."""
         parts = list(layout.slices(tensors.items()))
-        described = self._gather({part.name: (DTYPES[part.rows.dtype], part.rows.element_size(),
-                                              part.shape) for part in parts})
+        described = self.mesh.gather({part.name: (DTYPES[part.rows.dtype], part.shape,
+                                                  part.rows.element_size())
+                                      for part in parts}, self.group)
         header, starts, size = _lay_out({name: facts for one in described
                                          for name, facts in one.items()})
         rows = [(starts[part.name] + part.start * prod(part.shape[1:]) * part.rows.element_size(),
@@ -101,13 +96,13 @@ class Writer:
         return header, size, rows
 
 
-def _lay_out(tensors: dict[str, tuple[str, int, tuple[int, ...]]]
+def _lay_out(tensors: dict[str, tuple[str, tuple[int, ...], int]]
              ) -> tuple[bytes, dict[str, int], int]:
-    """Header, offset of every tensor and size of a file of tensors: (dtype, item size, shape)."""
+    """Header, offset of every tensor and size of a file of tensors: (dtype, shape, item size)."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name][1], name)):  # so all are aligned
-        kind, width, shape = tensors[name]
+    for name in sorted(tensors, key=lambda name: (-tensors[name][2], name)):  # so all are aligned
+        kind, shape, width = tensors[name]
         starts[name], begin = end, end
         end += prod(shape) * width
         entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}

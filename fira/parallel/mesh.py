@@ -79,19 +79,18 @@ class Mesh:
         return DeviceMesh.from_group([replicas, shards], self.device.type, mesh=ranks,
                                      mesh_dim_names=("replica", "shard"))
 
-    def gather(self, value: Any) -> list[Any]:
-        """The small `value` of every rank, in the order of the ranks."""
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """The small `value` of every rank, in the order of the ranks, by a group of all ranks."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=group)
         return values
 
     def agree(self, *values: float) -> list[float]:
         """The largest of each value over all ranks."""
-        if self.size == 1:
-            return list(values)
         largest = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        if self.size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
     def wait(self) -> None:
