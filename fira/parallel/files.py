@@ -106,7 +106,7 @@ def _lay_out(tensors: dict[str, tuple[str, tuple[int, ...], int]]
         starts[name], begin = end, end
         end += prod(shape) * width
         entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(entries).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
