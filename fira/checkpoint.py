@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fira.files import find_damage, sha256, sync, write_json, write_manifest
 from fira.model.files import CONFIG, WEIGHTS, build_meta, write_config
-from fira.parallel.files import Writer, create_file, read_rows, read_slices, write_rows
+from fira.parallel.files import Writer, read_slice
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
 
@@ -32,7 +32,7 @@ class Checkpoints:
     """The step folders of one run; keeps the newest KEEP and the best.
 
     On many ranks all of them call every method. Each writes its own rows into the same files while
-    training goes on; the first makes the folder whole. With `base`, a step folder that the model's
+    training goes on; the first makes the folder complete. With `base`, the step folder that the
     frozen weights come from, only trainable tensors and the routers' buffers are saved.
     """
 
@@ -40,7 +40,7 @@ class Checkpoints:
                  base: Path | None = None) -> None:
         self.run, self.tokenizer_folder, self.mesh = run, tokenizer_folder, mesh or Mesh()
         self.base = None if base is None else describe_base(base)
-        self._writer = Writer(self.mesh)
+        self._writer = Writer(self.mesh) if self.mesh.size > 1 else None
         if self.mesh.rank == 0:
             run.mkdir(parents=True, exist_ok=True)
             for leftover in run.glob(".step-*"):  # of a save that a kill cut short
@@ -49,20 +49,18 @@ class Checkpoints:
 
     def save(self, step: int, layout: Layout, optimizer: torch.optim.Optimizer,
              state: dict[str, Any]) -> Path:
-        """Write step-NNNNNN. Raises ValueError if the disk refuses; older steps stay whole.
+        """Write step-NNNNNN. Raises ValueError if the disk fails; older steps stay undamaged.
 
-        On many ranks it is being written when this returns; `wait` raises the error.
+        On many ranks it is still being written when this returns, and `wait` raises the error.
         """
         self.wait()
         folder = self.run / f"step-{step:06d}"
-        if self.mesh.agree(folder.exists())[0]:
+        if self.mesh.agree(folder.exists())[0] if self._writer else folder.exists():
             return folder
         partial = self.run / f".{folder.name}.partial"
-        weights = (layout.model.state_dict() if self.base is None
-                   else adapter_tensors(layout.model))
-        files = {WEIGHTS if self.base is None else ADAPTER: weights,
-                 OPTIMIZER: optimizer_tensors(layout.model, optimizer)}
-        contents = {name: self._writer.collect(layout, files[name]) for name in files}
+        files = {OPTIMIZER: optimizer_tensors(layout.model, optimizer)}
+        files |= ({WEIGHTS: layout.model.state_dict()} if self.base is None
+                  else {ADAPTER: adapter_tensors(layout.model)})
         layout.model.base = self.base
 
         def begin() -> None:
@@ -70,63 +68,63 @@ class Checkpoints:
             for name in TOKENIZER_FILES:
                 shutil.copyfile(self.tokenizer_folder / name, partial / name)
             write_json(partial / STATE, state)
-            for name, content in contents.items():
-                create_file(partial / name, content)
-
-        def write() -> None:
-            for name, content in contents.items():
-                write_rows(partial / name, content)
 
         def finish() -> None:
             write_manifest(partial)
             os.rename(partial, folder)
             sync(self.run)
 
-        self._writer.start([(begin, True), (write, False), (finish, True)],
-                           lambda error: self._refused(partial, folder, error))
+        if self._writer:
+            self._writer.start(layout, partial, files, begin, finish,
+                               lambda error: self._refused(partial, error))
+            return folder
+        try:
+            begin()
+            for name, tensors in files.items():
+                save_file(tensors, partial / name, metadata={"format": "pt"})
+            finish()
+        except (OSError, SafetensorError) as error:
+            raise self._refused(partial, error) from error
         return folder
 
     def wait(self) -> None:
-        """Wait until the newest save is whole. Raises ValueError if it cannot be."""
-        self._writer.wait()
+        """Wait until the newest step folder is complete. Raises ValueError if it cannot be."""
+        if self._writer:
+            self._writer.wait()
 
-    def _refused(self, partial: Path, folder: Path, error: str) -> ValueError:
+    def _refused(self, partial: Path, error: object) -> ValueError:
         if self.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         before = self.steps()
         kept = f"{before[-1].name} is whole" if before else "no earlier step exists"
-        return ValueError(f"cannot save {folder}: {error}; {kept}; "
+        return ValueError(f"cannot save {partial.stem[1:]} in {self.run}: {error}; {kept}; "
                           "free some disk space and continue with --resume")
 
     def steps(self) -> list[Path]:
         """Complete step folders, oldest first."""
-        return sorted((path for path in self.run.glob("step-*")
-                       if re.fullmatch(r"step-\d+", path.name)), key=step_number)
+        return sorted((path for path in self.run.glob("step-*") if path.name[5:].isdecimal()),
+                      key=step_number)
 
     def newest_whole(self, say: Any) -> Path | None:
         """The newest undamaged step folder; damaged ones are renamed and reported through `say`."""
-        found = self._newest_whole(say) if self.mesh.rank == 0 else None
-        number = int(self.mesh.agree(step_number(found) if found else -1)[0])
-        return None if number < 0 else self.run / f"step-{number:06d}"
-
-    def _newest_whole(self, say: Any) -> Path | None:
-        for folder in reversed(self.steps()):
+        number = -1
+        for folder in reversed(self.steps()) if self.mesh.rank == 0 else ():
             fault = find_damage(folder)
             if fault is None:
-                return folder
+                number = step_number(folder)
+                break
             aside = folder.with_name(folder.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
             say(f"checkpoint {folder.name} is damaged ({fault}); it is now {aside.name}, "
                 "and the one before is used")
-        return None
+        number = int(self.mesh.agree(number)[0])
+        return None if number < 0 else self.run / f"step-{number:06d}"
 
     def prune(self, best_step: int | None) -> None:
         """Delete all but the newest KEEP steps and the best; one still being written stays."""
-        if self.mesh.rank:
-            return
         for folder in self.steps()[:-KEEP]:
-            if step_number(folder) != best_step:
+            if self.mesh.rank == 0 and step_number(folder) != best_step:
                 shutil.rmtree(folder)
 
 
@@ -135,21 +133,21 @@ def step_number(folder: Path) -> int:
 
 
 def describe_base(folder: Path) -> dict[str, str]:
-    """What an adapter's step folder says of the weights under it: their place and checksum."""
+    """What an adapter's step folder records of the weights that it was trained on."""
     if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} holds no {WEIGHTS}, which an adapter needs under it; give a "
-                         "step folder with whole weights")
+        raise ValueError(f"{folder} holds no {WEIGHTS}, which an adapter is trained on; give a "
+                         "step folder with the weights of a whole model")
     return {"path": str(folder.resolve()), "sha256": sha256(folder / WEIGHTS)}
 
 
-def _base_weights(folder: Path, layout: Layout) -> Path | None:
-    """The file of the weights under the adapter in `folder`; None if its weights are whole.
+def _weight_files(folder: Path, layout: Layout) -> list[Path]:
+    """The file with the weights of `folder`, or of an adapter that of its base and its own.
 
-    Raises ValueError on all ranks if the file is gone or was changed.
+    Raises ValueError on all ranks if the base is gone or was changed.
     """
     base = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base")
     if base is None:
-        return None
+        return [folder / WEIGHTS]
     path, fault = Path(base["path"]) / WEIGHTS, None
     if layout.mesh.rank == 0:  # one rank reads all of it; the others hear the result
         found = sha256(path) if path.is_file() else "no file"
@@ -159,7 +157,7 @@ def _base_weights(folder: Path, layout: Layout) -> Path | None:
                      f"{folder / CONFIG}")
     if fault := layout.mesh.gather(fault)[0]:
         raise ValueError(fault)
-    return path
+    return [path, folder / ADAPTER]
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -177,43 +175,36 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def restore(folder: Path, layout: Layout, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a step folder's weights and optimizer state back in place; returns its loop state.
-
-    Whatever layout wrote it: every rank reads its own rows.
-    """
+    """Put a step folder's weights and optimizer state back in place; returns its loop state. Every
+    rank reads its own rows, whichever layout wrote them."""
     read_weights(folder, layout)
-    saved: dict[str, list[str]] = {}
     with safe_open(folder / OPTIMIZER, framework="pt") as file:
-        for key in file.keys():
-            saved.setdefault(key.rpartition("/")[0], []).append(key)
+        saved = set(file.keys())
+        kinds = {key.rpartition("/")[2] for key in saved}
         parameters = {name: p for name, p in layout.model.named_parameters() if p.requires_grad}
         for part in layout.slices(parameters.items()):
-            device, state = part.rows.device, {}
-            for key in saved.get(part.name, []):
-                scalar = not file.get_slice(key).get_shape()
-                value = (file.get_tensor(key) if scalar
-                         else read_rows(file, key, part.start, len(part.rows)))
-                state[key.rpartition("/")[2]] = value if scalar else value.to(device)
-            optimizer.state[parameters[part.name]] = state
+            optimizer.state[parameters[part.name]] = {
+                kind: read_slice(file, f"{part.name}/{kind}", part).to(part.rows.device)
+                for kind in kinds if f"{part.name}/{kind}" in saved}
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
 def read_weights(folder: Path, layout: Layout) -> None:
-    """Put a step folder's weights in place, in the dtype of the model; an adapter's after those of
-    its base.
+    """Put a step folder's weights in place, in the model's dtype; an adapter's after its base's.
 
     Router buffers that the folder lacks, because it was balanced by another method, stay as they
-    are. So do an adapter's own parameters where the folder is not of an adapter. Raises ValueError,
-    one line, if the base is gone or was changed.
+    are. So do an adapter's parameters if the folder holds a whole model. Raises ValueError, one
+    line, if the base is gone or was changed.
     """
-    base, tensors = _base_weights(folder, layout), layout.model.state_dict()
+    paths, tensors = _weight_files(folder, layout), layout.model.state_dict()
     missing = {name for name, _ in layout.model.named_parameters()}
-    if base is None:
+    if len(paths) == 1:
         missing &= {name for name, _ in build_meta(layout.model.spec).named_parameters()}
-    for path in [folder / WEIGHTS] if base is None else [base, folder / ADAPTER]:
+    for path in paths:
         with safe_open(path, framework="pt") as file:
             found = tensors.keys() & set(file.keys())
-        read_slices(path, layout.slices((name, tensors[name]) for name in sorted(found)))
+            for part in layout.slices((name, tensors[name]) for name in sorted(found)):
+                part.rows.copy_(read_slice(file, part.name, part))
         missing -= found
     assert not missing, (folder, missing)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fira import runtime
 from fira.config import ConfigError
-from fira.loss.head import Batch, next_token_loss
+from fira.data.batches import Batch
+from fira.loss.head import next_token_loss
 from fira.model.balance import end_step, set_loss_share, set_progress
 from fira.model.files import build_meta
 from fira.parallel.layout import Layout
-from fira.parallel.mesh import ParallelConfig, enter, resolve_sizes
+from fira.parallel.mesh import ParallelConfig, enter
 from fira.parallel.pipeline import SCHEDULES, Ready, Stage, layers_of
 
 
@@ -50,8 +51,7 @@ def pick_devices(num_stages: int, devices: list[Any] | None) -> list[torch.devic
     """One device per stage. Raises ConfigError if their number differs."""
     if devices is None:
         enough = torch.cuda.device_count() >= num_stages
-        return [torch.device("cuda", stage) if enough else torch.device("cpu")
-                for stage in range(num_stages)]
+        devices = [f"cuda:{stage}" if enough else "cpu" for stage in range(num_stages)]
     if len(devices) != num_stages:
         raise ConfigError(f"devices={devices} are {len(devices)}, but num_stages={num_stages}; "
                           "give one device per stage (a device may come twice)")
@@ -61,7 +61,9 @@ def pick_devices(num_stages: int, devices: list[Any] | None) -> list[torch.devic
 class PipelineModel(nn.Module):
     """What both pipelines share: the model's own names of parameters and buffers."""
 
-    model: Any
+    def __init__(self, model: Any, chunks: int) -> None:
+        super().__init__()
+        self.model, self.chunks = model, chunks
 
     def named_parameters(self, *args: Any, **options: Any) -> Any:
         return self.model.named_parameters(*args, **options)
@@ -77,25 +79,17 @@ class DevicePipeline(PipelineModel):
     """tokens_BT -> logits_BTV; the stages of `model` lie on `devices`, a tied head on the first."""
 
     def __init__(self, model: Any, devices: list[torch.device], chunks: int) -> None:
-        super().__init__()
-        self.model, self.devices, self.chunks = model, devices, chunks
-        cuts = [layers_of(stage, len(devices), len(model.blocks)) for stage in range(len(devices))]
-        for device, layers in zip(devices, cuts, strict=True):
-            for layer in layers:
-                model.blocks[layer].to(device)
+        super().__init__(model, chunks)
         for part in model.after:
             getattr(model, part).to(devices[-1])
         for part in model.before:
             getattr(model, part).to(devices[0])
-        last = len(devices) - 1
-        self.stages = [Stage(_view(model, devices[stage]), [model.blocks[layer] for layer in cut],
-                             first=stage == 0, last=stage == last)
-                       for stage, cut in enumerate(cuts)]  # a list: no parameter is named twice
-
-    def train(self, mode: bool = True) -> DevicePipeline:
-        for stage in getattr(self, "stages", []):
-            stage.model.training = mode
-        return super().train(mode)
+        self.devices, self.stages = devices, nn.ModuleList()
+        for number, device in enumerate(devices):
+            layers = layers_of(number, len(devices), len(model.blocks))
+            blocks = [model.blocks[layer].to(device) for layer in layers]
+            self.stages.append(Stage(_view(model, device), blocks, first=number == 0,
+                                     last=number == len(devices) - 1))
 
     def features(self, tokens_BT: Tensor) -> Tensor:
         """The model's features of the whole batch; gradients flow back through all stages."""
@@ -143,12 +137,9 @@ class RankPipeline(PipelineModel):
     """This rank's stage of `model`, with the interface of `DevicePipeline`."""
 
     def __init__(self, model: Any, num_stages: int, chunks: int, schedule: str) -> None:
-        super().__init__()
-        config = ParallelConfig(pipeline=num_stages)
-        sizes = resolve_sizes(config, runtime.launch().world)
-        self.layout = Layout(enter(config, sizes, runtime.pick_device()), build_meta(model.spec), 0,
-                             schedule)
-        self.chunks, self.model = chunks, self.layout.model
+        mesh = enter(ParallelConfig(pipeline=num_stages), runtime.pick_device())
+        self.layout = Layout(mesh, build_meta(model.spec), 0, schedule)
+        super().__init__(self.layout.model, chunks)
         whole = model.state_dict()
         with torch.no_grad():
             for part in self.layout.slices(self.model.state_dict().items()):
@@ -163,14 +154,11 @@ class RankPipeline(PipelineModel):
         """Every rank gives the whole batch; replicas of the pipeline take their rows of it."""
         rows = self.layout.rows(len(tokens_BT))
         parts = [part[rows].tensor_split(self.chunks) for part in (tokens_BT, targets_BT)]
-        return self.layout.forward_backward([Batch(*both) for both in zip(*parts, strict=True)],
-                                            next_token_loss)[0]
+        return self.layout.forward_backward(list(map(Batch, *parts)), next_token_loss)[0]
 
     def clip_gradients(self, max_norm: float) -> float:
         norm = self.layout.gradient_norm()
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad *= min(1.0, max_norm / (norm + 1e-6))
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, torch.tensor(norm))
         return norm
 
     def end_step(self, fraction: float = 0.0) -> None:

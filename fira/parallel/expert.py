@@ -22,8 +22,7 @@ class AllToAll:
         self.ranks = dist.get_world_size(group)
 
     def __call__(self, experts: nn.Module, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """This rank's rows, sorted by expert, and the counts of all experts -> the rows' results.
-        """
+        """The results of this rank's rows, which are sorted by expert; counts of all experts."""
         counts_PE = counts_E.view(self.ranks, -1)  # P ranks, each with E of the experts
         arriving_PE = torch.zeros_like(counts_PE)
         dist.all_to_all_single(arriving_PE, counts_PE, group=self.group)

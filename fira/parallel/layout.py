@@ -1,6 +1,9 @@
-"""How one model is divided between the ranks of a mesh, and the sums that its training needs.
+"""How one model is divided between the ranks of a mesh, and the gradient of a step on all of them.
 
-On one rank every method is the plain computation, so the training loop knows only this.
+A micro-batch's share is its weight over that of the global batch. Each loss is multiplied by its
+share, so the sum of the gradients over all micro-batches of all ranks is the gradient of the
+weighted mean, and nothing is divided afterwards. On one rank every method is the plain computation,
+so the training loop knows only this class.
 """
 from __future__ import annotations
 
@@ -10,18 +13,24 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
-from fira.config import ConfigError
 from fira.model.balance import end_step, health, set_loss_share
 from fira.model.initialize import TensorSlice, initialize
+from fira.model.moe import MoE
 from fira.model.router import routers
-from fira.parallel.accumulate import LossFn, Result, accumulate, average, sum_gradients, to_device
 from fira.parallel.expert import keep_experts
-from fira.parallel.mesh import Mesh, describe_sizes
+from fira.parallel.mesh import Mesh
 from fira.parallel.pipeline import Pipeline, Ready, keep_stage
-from fira.parallel.shard import first_row, local, release, set_last, shard
 from fira.runtime import autocast
+
+LossFn = Callable[[Any, Any], "tuple[Tensor, dict[str, Any]]"]
+Result = tuple[float, Tensor, dict[str, Tensor]]  # of a micro-batch: share, mean loss, metrics
+BUCKET = 4 << 20  # elements per message: enough for full bandwidth, and little memory on top
 
 
 class Layout:
@@ -41,13 +50,14 @@ class Layout:
             self.tied = {*model.before} & {*model.after}
             keep_stage(model, mesh.place["pipeline"], mesh.sizes["pipeline"])
         if mesh.sizes["expert"] > 1:
-            keep_experts(model, mesh.place["expert"], mesh.sizes["expert"], mesh.group("expert"))
-        if mesh.sizes["shard"] > 1:
+            keep_experts(model, mesh.place["expert"], mesh.sizes["expert"], mesh.groups["expert",])
+        self.sharded = mesh.sizes["shard"] > 1
+        if self.sharded:
             shard(model, *mesh.shard_meshes)
         model.to_empty(device=mesh.device)
         initialize(model, seed, self.slices(model.named_parameters()))
         self._make_counters()
-        self.pipeline = (Pipeline(model, schedule, mesh.device, mesh.group("pipeline"))
+        self.pipeline = (Pipeline(model, schedule, mesh.device, mesh.groups["pipeline",])
                          if mesh.sizes["pipeline"] > 1 else None)
 
     def _make_counters(self) -> None:
@@ -68,7 +78,7 @@ class Layout:
                          ) -> tuple[float, dict[str, float]]:
         """The mean loss and metrics of the global batch; leaves its gradient in `grad`.
 
-        `batches` are this rank's micro-batches: named tuples of tensors on the CPU, of them
+        `batches` are this rank's micro-batches: named tuples of tensors on the CPU, one of them
         tokens_BT, with a `weight`. loss_fn(model, batch) gives the mean loss of a micro-batch and
         its metrics. Everything is averaged by weight over all micro-batches of all ranks; the
         router's own losses, which are means over tokens, by tokens. Without any weight the loss is
@@ -91,40 +101,67 @@ class Layout:
             check()
         counts = torch.tensor([(batch.weight, batch.tokens_BT.numel()) for batch in batches],
                               dtype=torch.float64)
-        weight, tokens = (self.sum(counts.sum(0)) / self.mesh.sizes["pipeline"]).tolist()
-        if weight == 0:
+        totals = self.sum(counts.sum(0)) / self.mesh.sizes["pipeline"]
+        if totals[0] == 0:
             return math.nan, {}
-        shares, token_shares = (counts[:, 0] / weight).tolist(), (counts[:, 1] / tokens).tolist()
+        shares = (counts / totals).tolist()  # by weight, by tokens
+        results: list[Result] = []
 
-        def before(number: int) -> None:
-            if self.mesh.size == 1:
-                check()
-            set_loss_share(self.model, token_shares[number])
-            set_last(self.model, number == len(batches) - 1)
+        def loss_of(model: Any, number: int) -> Tensor:
+            batch, share = to_device(batches[number], self.mesh.device), shares[number][0]
+            with autocast(self.mesh.device):
+                loss, metrics = loss_fn(model, batch)
+            results.append((share, loss.detach(), {
+                name: torch.as_tensor(value).detach() for name, value in metrics.items()}))
+            return loss * share
 
-        results: list[Result]
         if self.pipeline:
-            set_loss_share(self.model, token_shares[0])  # its micro-batches are equally large
-            results = self.pipeline.run(batches, shares, loss_fn)
+            set_loss_share(self.model, shares[0][1])  # its micro-batches are equally large
+            self.pipeline.run([batch.tokens_BT for batch in batches], loss_of)
         else:
-            results = accumulate(self.model, batches, shares, loss_fn, self.mesh.device, before)
+            for number in range(len(batches)):
+                if self.mesh.size == 1:
+                    check()
+                set_loss_share(self.model, shares[number][1])
+                if self.sharded:  # gradients are summed over replicas after the last micro-batch
+                    self.model.set_requires_all_reduce(number == len(batches) - 1)
+                    self.model.set_is_last_backward(number == len(batches) - 1)
+                loss_of(self.model, number).backward()
         set_loss_share(self.model, 1.0)
         self._sum_over_ranks()
-        means = average(results, self.mesh.gather)
+        means = self._average(results)
         return means.pop("loss"), means
+
+    def _average(self, results: list[Result]) -> dict[str, float]:
+        """The mean of the loss and of every metric, by weight, over the results of all ranks.
+
+        Micro-batches without weight do not count, and a rank may lack a metric that others have.
+        """
+        sums: dict[str, tuple[float, float]] = {}
+        for share, loss, metrics in results:
+            assert "loss" not in metrics, "the loss itself has this name"
+            for name, value in {"loss": loss, **metrics}.items() if share else ():
+                total, weight = sums.get(name, (0.0, 0.0))
+                sums[name] = total + share * float(value), weight + share
+        everyone = [sums] if self.mesh.size == 1 else self.mesh.gather(sums)
+        means = {}
+        for name in dict.fromkeys(name for found in everyone for name in found):
+            totals, weights = zip(*(found[name] for found in everyone if name in found),
+                                  strict=True)
+            means[name] = sum(totals) / sum(weights)
+        return means
 
     def _sum_over_ranks(self) -> None:
         """Sum gradients over the ranks that hold the same rows; `fully_shard` sums its own."""
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        tied = [p for name, p in trained if name.split(".")[0] in self.tied]
-        if tied:  # the first and the last stage hold it, and each has a part of its gradient
-            sum_gradients(tied, self.mesh.group("ends"))
-        if self.mesh.batch_ranks == 1 or self.mesh.sizes["shard"] > 1:
+        if self.mesh.size == 1:
             return
-        for axes in ("data",), ("data", "expert"):
-            members = [p for name, p in trained if _replica_axes(name) == axes]
-            if members and self.mesh.group(*axes):
-                sum_gradients(members, self.mesh.group(*axes))
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        # the first and the last stage hold a tied matrix, and each has a part of its gradient
+        sum_gradients([p for name, p in trained if name.split(".")[0] in self.tied],
+                      self.mesh.groups.get(("ends",)))
+        for axes in () if self.sharded else (("data",), ("data", "expert")):
+            sum_gradients([p for name, p in trained if _replica_axes(name) == axes],
+                          self.mesh.groups[axes])
 
     def gradient_norm(self) -> float:
         """The norm of the whole model's gradient: every row of every parameter counts once."""
@@ -158,7 +195,9 @@ class Layout:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks of a small CPU tensor."""
-        return self.mesh.sum(tensor)
+        if self.mesh.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def take_turns(self, batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         """Every n-th of `batches`, as many on every rank, and whether this rank's result counts."""
@@ -181,7 +220,8 @@ class Layout:
             model = Ready(model, x_BTD)
         with autocast(self.mesh.device):
             result = function(model, batch)
-        release(self.model)
+        if self.sharded:
+            self.model.reshard()  # free what stays gathered until a backward pass
         return result
 
     def slices(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[TensorSlice]:
@@ -211,26 +251,71 @@ def _replica_axes(name: str) -> tuple[str, ...]:
     return ("data",) if ".experts." in name else ("data", "expert")
 
 
-def check_fit(sizes: dict[str, int], spec: Any, batch_size: int, micro_batch: int,
-              sequence_length: int) -> None:
-    """Raises ConfigError, one line, where a model or batch cannot be divided as asked."""
-    expert, pipeline = sizes["expert"], sizes["pipeline"]
-    if spec.num_experts % expert:
-        fit = max(size for size in range(1, expert) if spec.num_experts % size == 0)
-        raise ConfigError(f"parallel.expert={expert} must divide model.num_experts="
-                          f"{spec.num_experts}; try parallel.expert={fit}")
-    if sizes["shard"] > 1 and pipeline > 1:
-        raise ConfigError(f"parallel.shard={sizes['shard']} cannot be combined with "
-                          f"parallel.pipeline={pipeline}; try parallel.shard=1 with parallel.data "
-                          "or parallel.expert")
-    if pipeline > spec.num_layers:
-        raise ConfigError(f"parallel.pipeline={pipeline} is more than model.num_layers="
-                          f"{spec.num_layers}; try parallel.pipeline={spec.num_layers}")
-    ranks = sizes["data"] * sizes["shard"] * expert
-    least = ranks * micro_batch * pipeline  # a pipeline needs a micro-batch for every stage
-    if batch_size % least:
-        fit = max(1, round(batch_size / least)) * least
-        raise ConfigError(f"train.batch_tokens={batch_size * sequence_length} are {batch_size} "
-                          f"sequences, which do not divide into micro-batches of {micro_batch} on "
-                          f"parallel {describe_sizes(sizes, sign='=')}; "
-                          f"try train.batch_tokens={fit * sequence_length}")
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch, which is a named tuple of tensors, on `device`."""
+    return type(batch)(*(field.to(device, non_blocking=True) for field in batch))
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], group: Any) -> None:
+    """Sum the gradients over the ranks of `group`, several of them in each message. Without a group
+    no other rank holds these parameters."""
+    while parameters and group is not None:
+        count = size = 0
+        while count < len(parameters) and size < BUCKET:
+            size += parameters[count].numel()
+            count += 1
+        bucket, parameters = parameters[:count], parameters[count:]
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                          for p in bucket])
+        for parameter in bucket:
+            parameter.grad = None  # gradients are not held twice
+        dist.all_reduce(flat, group=group)
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def shard(model: Any, dense: DeviceMesh, experts: DeviceMesh) -> None:
+    """Shard `model` in place by FSDP2 (ZeRO stage 3, Rajbhandari et al. 2020): its experts over one
+    mesh (replicas, shards), the rest over another.
+
+    Every rank keeps some rows of every weight and gathers the rest when needed. A loss calls
+    `model.features`, then `model.head_weights`: the parameters outside the blocks stay gathered
+    from the first until the backward pass. Gradients arrive as plain sums, after every micro-batch,
+    because whole ones would be as large as the model.
+    """
+    for block in model.blocks:
+        if isinstance(block.moe, MoE):
+            fully_shard(block.moe.experts, mesh=experts)
+        fully_shard(block, mesh=dense)
+    fully_shard(model, mesh=dense, reshard_after_forward=False)
+    for method in ("features", "logits"):
+        register_fsdp_forward_method(model, method)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor that are on this rank; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """The row of the whole tensor at which `local(tensor)` begins."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    ranks, me = tensor.device_mesh.size(-1), tensor.device_mesh.get_local_rank(-1)
+    return min(me * -(-tensor.shape[0] // ranks), tensor.shape[0])  # as torch.chunk cuts
+
+
+def apply_to_whole(function: Callable[[Tensor], Tensor], update: Tensor, like: Tensor) -> Tensor:
+    """function(update), where `update` is the local part of a tensor that is divided as the
+    parameter `like`. A matrix whose rows are sharded is gathered for it; this rank's rows of the
+    result are returned. Stacks are sharded between matrices, which are whole already."""
+    if not isinstance(like, DTensor) or like.dim() > 2:
+        return function(update)
+    shards = DTensor.from_local(update, like.device_mesh, like.placements, shape=like.shape,
+                                stride=like.stride(), run_check=False)
+    start = first_row(like)
+    return function(shards.full_tensor())[start:start + len(update)]

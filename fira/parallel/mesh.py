@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -13,12 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fira import runtime
 from fira.config import Config, ConfigError
 
+TIMEOUT = datetime.timedelta(minutes=30)
 AXES = ("pipeline", "data", "expert", "shard")  # outermost first: neighbors communicate most
 
 
@@ -30,7 +29,8 @@ class ParallelConfig(Config):
     expert: int = Field(1, ge=1, description="ranks that divide the experts")
     pipeline: int = Field(1, ge=1, description="ranks that divide the blocks")
     # a setting, because a slow file system delays ranks for minutes, and tests wait for seconds
-    timeout: float = Field(1800.0, gt=0, description="seconds to wait for a rank that is silent")
+    timeout: float = Field(TIMEOUT.total_seconds(), gt=0,
+                           description="seconds to wait for a rank that is silent")
 
 
 def describe_sizes(sizes: dict[str, int], sign: str = " ") -> str:
@@ -38,50 +38,31 @@ def describe_sizes(sizes: dict[str, int], sign: str = " ") -> str:
     return " x ".join(f"{axis}{sign}{size}" for axis, size in sizes.items() if size > 1)
 
 
-@dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the grid: sizes along AXES, and `groups` by the axes they span.
+    """This rank's place in the grid; without arguments, the only rank of a run.
 
-    `timeout` is how long operations wait for a silent rank. A process group has a limit of its own,
-    half an hour unless told otherwise, so every group is made with this one.
+    `groups` are process groups by the axes that they span, of the ranks that differ from this one
+    along these axes only; None where that is this rank alone. `timeout` is how long operations wait
+    for a silent rank. A process group has a limit of its own, half an hour unless told otherwise,
+    so every group is made with this one.
     """
 
-    sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 1))
-    rank: int = 0
-    device: torch.device = torch.device("cpu")
-    groups: dict[tuple[str, ...], Any] = field(default_factory=dict)
-    timeout: datetime.timedelta = datetime.timedelta(seconds=1800)
-
-    @property
-    def size(self) -> int:
-        return prod(self.sizes.values())
-
-    @property
-    def place(self) -> dict[str, int]:
-        """This rank's coordinate along every axis."""
-        return dict(zip(AXES, map(int, np.unravel_index(self.rank, self.shape)), strict=True))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.sizes[axis] for axis in AXES)
-
-    @property
-    def batch_ranks(self) -> int:
-        """The number of ranks that a batch is divided between."""
-        return self.size // self.sizes["pipeline"]
-
-    @property
-    def batch_rank(self) -> int:
-        return self.rank % self.batch_ranks
+    def __init__(self, sizes: dict[str, int] | None = None, rank: int = 0,
+                 device: torch.device | None = None, groups: dict[Any, Any] | None = None,
+                 timeout: datetime.timedelta = TIMEOUT) -> None:
+        self.sizes = sizes or dict.fromkeys(AXES, 1)
+        self.rank, self.groups, self.timeout = rank, groups or {}, timeout
+        self.device = device or torch.device("cpu")
+        shape = [self.sizes[axis] for axis in AXES]
+        self.size = prod(shape)
+        self.place = dict(zip(AXES, map(int, np.unravel_index(rank, shape)), strict=True))
+        self.batch_ranks = self.size // shape[0]  # a batch is divided between these
+        self.batch_rank = rank % self.batch_ranks
 
     def __str__(self) -> str:
         if self.size == 1:
             return str(self.device)
         return f"{self.size} {self.device.type} ranks ({describe_sizes(self.sizes)})"
-
-    def group(self, *axes: str) -> Any:
-        """The process group of the ranks that differ from this one along `axes` only."""
-        return self.groups[axes]
 
     @cached_property
     def shard_meshes(self) -> tuple[DeviceMesh, DeviceMesh]:
@@ -89,35 +70,27 @@ class Mesh:
         which are not replicated along the expert axis."""
         return self._shard_mesh("data", "expert"), self._shard_mesh("data")
 
-    def _shard_mesh(self, *replicas: str) -> DeviceMesh:
-        shards, copies = self.group("shard"), self.group(*replicas)
-        if copies is None:
+    def _shard_mesh(self, *axes: str) -> DeviceMesh:
+        shards, replicas = self.groups["shard",], self.groups[axes]
+        if replicas is None:
             return DeviceMesh.from_group(shards, self.device.type)
-        place = tuple(slice(None) if axis in (*replicas, "shard") else self.place[axis]
-                      for axis in AXES)
-        ranks = np.arange(self.size).reshape(self.shape)[place].reshape(-1, self.sizes["shard"])
-        return DeviceMesh.from_group([copies, shards], self.device.type, mesh=ranks.tolist(),
+        ranks = [[first + other - self.rank for other in dist.get_process_group_ranks(shards)]
+                 for first in dist.get_process_group_ranks(replicas)]  # ranks are linear in places
+        return DeviceMesh.from_group([replicas, shards], self.device.type, mesh=ranks,
                                      mesh_dim_names=("replica", "shard"))
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks of a small CPU tensor."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, value: Any) -> list[Any]:
-        """The small `value` of every rank, in the order of the ranks."""
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """The small `value` of every rank, in the order of the ranks, by a group of all ranks."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=group)
         return values
 
     def agree(self, *values: float) -> list[float]:
         """The largest of each value over all ranks."""
-        if self.size == 1:
-            return list(values)
         largest = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        if self.size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
     def wait(self) -> None:
@@ -131,43 +104,62 @@ GROUPS = (("pipeline",), ("expert",), ("data",), ("shard",), ("data", "expert"))
 
 
 def make_mesh(sizes: dict[str, int], rank: int, device: torch.device,
-              timeout: datetime.timedelta = Mesh.timeout) -> Mesh:
+              timeout: datetime.timedelta = TIMEOUT) -> Mesh:
     """The grid of `sizes` with its process groups; every rank must call it."""
     ranks = np.arange(prod(sizes.values())).reshape([sizes[axis] for axis in AXES])
     groups: dict[tuple[str, ...], Any] = {}
     for axes in GROUPS:
-        last = [AXES.index(axis) for axis in axes]
-        rest = [number for number in range(len(AXES)) if number not in last]
-        lists = ranks.transpose(*rest, *last).reshape(-1, prod(sizes[axis] for axis in axes))
-        groups[axes] = _new_group(lists.tolist(), rank, timeout)
+        last = range(-len(axes), 0)
+        lists = np.moveaxis(ranks, [AXES.index(axis) for axis in axes], last)
+        groups[axes] = _own_group(lists.reshape(-1, prod(sizes[axis] for axis in axes)), timeout)
     if sizes["pipeline"] > 1:
-        ends = ranks[[0, -1]].reshape(2, -1).T
-        groups["ends",] = _new_group(ends.tolist(), rank, timeout)
+        groups["ends",] = _own_group(ranks[[0, -1]].reshape(2, -1).T, timeout)
     return Mesh(sizes, rank, device, groups, timeout)
 
 
-def _new_group(lists: list[list[int]], rank: int, timeout: datetime.timedelta) -> Any:
-    """Make a group of every list of two or more; returns the one that holds `rank`, or None."""
-    found = None
-    for members in lists:
-        if len(members) > 1:
-            group = dist.new_group(members, timeout=timeout)
-            found = group if rank in members else found
-    return found
+def _own_group(ranks: np.ndarray, timeout: datetime.timedelta) -> Any:
+    """Make a process group of every row of `ranks`; returns this rank's, None if it has none."""
+    if ranks.shape[1] == 1:
+        return None
+    return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
 
 
 def resolve_sizes(config: ParallelConfig, world: int) -> dict[str, int]:
     """Sizes along AXES. Raises ConfigError if their product is not `world`."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    others = config.shard * config.expert * config.pipeline
     if config.data is None:
-        sizes["data"] = max(1, world // others)
+        sizes["data"] = max(1, world // (config.shard * config.expert * config.pipeline))
     need = prod(sizes.values())
     if need != world:
         asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ConfigError(f"parallel {asked} needs {need} ranks, but {world} run; start them with: "
                           f"torchrun --nproc-per-node {need} -m fira train ...")
     return sizes
+
+
+def check_fit(sizes: dict[str, int], spec: Any, batch_size: int, micro_batch: int,
+              sequence_length: int) -> None:
+    """Raises ConfigError, one line, where a model or batch cannot be divided as asked."""
+    expert, pipeline = sizes["expert"], sizes["pipeline"]
+    if spec.num_experts % expert:
+        fit = max(size for size in range(1, expert) if spec.num_experts % size == 0)
+        raise ConfigError(f"parallel.expert={expert} must divide model.num_experts="
+                          f"{spec.num_experts}; try parallel.expert={fit}")
+    if sizes["shard"] > 1 and pipeline > 1:
+        raise ConfigError(f"parallel.shard={sizes['shard']} cannot be combined with "
+                          f"parallel.pipeline={pipeline}; try parallel.shard=1 with parallel.data "
+                          "or parallel.expert")
+    if pipeline > spec.num_layers:
+        raise ConfigError(f"parallel.pipeline={pipeline} is more than model.num_layers="
+                          f"{spec.num_layers}; try parallel.pipeline={spec.num_layers}")
+    ranks = sizes["data"] * sizes["shard"] * expert
+    least = ranks * micro_batch * pipeline  # a pipeline needs a micro-batch for every stage
+    if batch_size % least:
+        fit = max(1, round(batch_size / least)) * least
+        raise ConfigError(f"train.batch_tokens={batch_size * sequence_length} are {batch_size} "
+                          f"sequences, which do not divide into micro-batches of {micro_batch} on "
+                          f"parallel {describe_sizes(sizes, sign='=')}; "
+                          f"try train.batch_tokens={fit * sequence_length}")
 
 
 @contextlib.contextmanager
@@ -178,15 +170,10 @@ def joined(config: ParallelConfig, device_name: str) -> Iterator[Mesh]:
     not fit the number of ranks, ValueError if this machine has fewer CUDA devices than ranks.
     """
     launch = runtime.launch()
-    sizes = resolve_sizes(config, launch.world)
-    device = runtime.pick_device(device_name)
-    if launch.world == 1:
-        yield Mesh(sizes, device=device)
-        return
     try:
-        yield enter(config, sizes, device)
+        yield enter(config, runtime.pick_device(device_name))
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in LOST):
+        if launch.world == 1 or not any(sign in str(error) for sign in LOST):
             raise
         raise ValueError(f"rank {launch.rank}: another rank is gone, or was silent for "
                          f"{config.timeout:g} s ({str(error).splitlines()[0]}); the newest "
@@ -196,9 +183,12 @@ def joined(config: ParallelConfig, device_name: str) -> Iterator[Mesh]:
             dist.destroy_process_group()
 
 
-def enter(config: ParallelConfig, sizes: dict[str, int], device: torch.device) -> Mesh:
-    """Start the process group of a launcher's ranks; returns the mesh of `sizes` over them."""
+def enter(config: ParallelConfig, device: torch.device) -> Mesh:
+    """Start the process group of a launcher's ranks; returns the mesh over them."""
     launch = runtime.launch()
+    sizes = resolve_sizes(config, launch.world)
+    if launch.world == 1:
+        return Mesh(sizes, device=device)
     if device.type == "cuda":
         if launch.local_rank >= torch.cuda.device_count():
             raise ValueError(f"rank {launch.rank} is number {launch.local_rank} on its machine, "

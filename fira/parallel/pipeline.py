@@ -5,7 +5,7 @@ ready. The router's own losses enter inside the layers.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from fira import runtime
-from fira.parallel.accumulate import LossFn, Result, run_loss, to_device
 
 SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
@@ -76,28 +75,24 @@ class Pipeline:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.stage = Stage(model, model.blocks, self.rank == 0, self.rank == self.ranks - 1)
         self._schedules: dict[Any, Any] = {}
-        self._step: tuple[Sequence[Any], Sequence[float], LossFn, list[Result]]
+        self._loss_of: Callable[[Any, int], Tensor]
 
-    def run(self, batches: Sequence[Any], shares: Sequence[float],
-            loss_fn: LossFn) -> list[Result]:
-        """What `accumulate` does; results are on the rank of the last stage, none elsewhere."""
-        shape, count = batches[0].tokens_BT.shape, len(batches)
-        assert all(batch.tokens_BT.shape == shape for batch in batches), "unequal micro-batches"
-        self._step = [to_device(batch, self.device) if self.stage.last else batch
-                      for batch in batches], shares, loss_fn, []
-        inputs = ([torch.cat([batch.tokens_BT for batch in batches]).to(self.device)]
-                  if self.stage.first else [])
+    def run(self, micro_batches: Sequence[Tensor],
+            loss_of: Callable[[Any, int], Tensor]) -> None:
+        """Forward and backward of equally large micro-batches of tokens_BT on all stages.
+
+        loss_of(model, number) is called on the rank of the last stage, in order. It gives the loss
+        of a micro-batch from a model whose features are ready.
+        """
+        shape, count = micro_batches[0].shape, len(micro_batches)
+        assert all(part.shape == shape for part in micro_batches), "unequal micro-batches"
+        self._loss_of = loss_of
+        inputs = [torch.cat(list(micro_batches)).to(self.device)] if self.stage.first else []
         numbers = torch.arange(count) if self.stage.last else None  # the loss finds its batch
         self._schedule(count, shape).step(*inputs, target=numbers, return_outputs=False)
-        return self._step[3]
 
     def _loss(self, x_BTD: Tensor, number: Tensor) -> Tensor:
-        """The loss of micro-batch `number`, times its share."""
-        batches, shares, loss_fn, results = self._step
-        loss, result = run_loss(Ready(self.model, x_BTD), batches[int(number)],
-                                shares[int(number)], loss_fn)
-        results.append(result)
-        return loss
+        return self._loss_of(Ready(self.model, x_BTD), int(number))
 
     def _schedule(self, count: int, shape: torch.Size) -> Any:
         """The schedule of `count` micro-batches of `shape`; torch need not infer the shapes."""

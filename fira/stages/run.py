@@ -31,8 +31,8 @@ from fira.model.files import (
 from fira.model.moe import grouping_obstacle
 from fira.model.spec import ModelSpec
 from fira.model.transformer import count_parameters
-from fira.parallel.layout import Layout, check_fit
-from fira.parallel.mesh import Mesh, ParallelConfig, joined
+from fira.parallel.layout import Layout
+from fira.parallel.mesh import Mesh, ParallelConfig, check_fit, joined
 from fira.runlog import NoLog, RunLog, tracker
 from fira.train.config import ScheduleConfig, TrainConfig, fraction_done, rate_factor
 from fira.train.loop import Loop, LoopState, Recipe

@@ -20,8 +20,7 @@ from rich.console import Console
 from fira.checkpoint import Checkpoints
 from fira.model.balance import set_progress
 from fira.model.router import routers
-from fira.parallel.accumulate import LossFn
-from fira.parallel.layout import Layout
+from fira.parallel.layout import Layout, LossFn
 from fira.runlog import NoLog, ProgressLine, RunLog
 from fira.runtime import seed_step
 from fira.train.config import LoopConfig, ScheduleConfig, fraction_done, rate_factor
@@ -148,7 +147,9 @@ class Loop:
     def _update_fraction(self) -> None:
         """All ranks use the largest clock value and learn of a signal that any of them received."""
         mesh = self.layout.mesh
-        seconds, number = mesh.agree(self._seconds(), self.stop_signal or 0)
+        seconds, number = self._seconds(), float(self.stop_signal or 0)
+        if mesh.size > 1:
+            seconds, number = mesh.agree(seconds, number)
         self.agreed_signal = int(number) or None
         self.fraction = fraction_done(self.config, self.state.step, seconds)
         set_progress(self.layout.model, self.fraction)

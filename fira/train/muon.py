@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fira.parallel.shard import first_row, local, own_rows, whole_matrices
+from fira.parallel.layout import apply_to_whole, first_row, local
 from fira.runtime import product_dtype
 
 # Odd polynomials a x + b x^3 + c x^5 whose composition takes singular values in 0.005..1 to
@@ -66,12 +66,12 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter in parameters:
             rows = _due(parameter, group["step"], group["interval"])
             ahead = self._ahead(parameter, rows, group["betas"][0])
-            update = orthogonalize(whole_matrices(ahead, parameter))
+            update = apply_to_whole(orthogonalize, ahead, parameter)
             scale = RMS * max(parameter.shape[-2:]) ** 0.5
             rate = group["lr"] * (rows.step or 1)
             weights = local(parameter)[rows]
             weights.mul_(1 - rate * group["weight_decay"])
-            weights.add_(own_rows(update, parameter), alpha=-rate * scale)
+            weights.add_(update, alpha=-rate * scale)
 
     def _ahead(self, parameter: Tensor, rows: slice, momentum: float) -> Tensor:
         """Nesterov's look ahead of the momentum, which takes the gradient up; of `rows` only."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fira.config import Config
 from fira.model.router import routers
-from fira.parallel.shard import local
+from fira.parallel.layout import local
 from fira.train.muon import MuonAdamW
 
 BETAS = 0.9, 0.95  # decay of the averages of gradients and of their squares, as in GPT-3

@@ -14,7 +14,6 @@ from fira.data.chat import render
 from fira.data.tokenizer import CHAT_TEMPLATE
 from fira.infer.load import load
 from fira.model.files import build
-from fira.model.moe import ExpertLinear
 from fira.model.spec import FIRA2Spec
 from tests.convert.conftest import HARD
 

@@ -10,11 +10,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fira.parallel.mesh import AXES, Mesh, make_mesh
+
 
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def mesh_of(rank, sizes, **options):
+    """The mesh of a rank of `on_ranks`; without sizes, that of one process alone."""
+    whole = dict.fromkeys(AXES, 1) | sizes
+    return make_mesh(whole, rank, torch.device("cpu"), **options) if sizes else Mesh()
 
 
 def _enter(rank, world, port, folder, work, arguments, join):

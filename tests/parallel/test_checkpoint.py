@@ -3,7 +3,6 @@ import json
 
 import pytest
 import torch
-from fira.train.step import finish_step
 from safetensors.torch import load_file, save_file
 
 from fira.checkpoint import ADAPTER, OPTIMIZER, Checkpoints, read_weights, restore
@@ -12,7 +11,7 @@ from fira.loss.head import next_token_loss
 from fira.model.files import WEIGHTS, build, build_meta, save_weights
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
-from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.optim import OptimConfig, make_optimizer, update
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_parity import SPECS, adapt, batch, cut
 
@@ -27,7 +26,7 @@ def train(layout, optimizer, steps):
     losses = []
     for step in steps:
         loss, _ = layout.forward_backward(cut(batch(step), layout.rows(8)), next_token_loss)
-        finish_step(layout.model, optimizer, loss, 1.0, layout.gradient_norm())
+        update(optimizer, loss, layout.gradient_norm())
         layout.end_step()
         losses.append(loss)
     return losses

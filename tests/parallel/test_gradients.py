@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fira.loss.head import IGNORED, Batch, head_loss, next_token_loss
+from fira.data.batches import Batch
+from fira.loss.head import IGNORED, head_loss, next_token_loss
 from fira.model.files import build_meta
 from fira.model.spec import FIRA2Spec
 from fira.parallel.layout import Layout

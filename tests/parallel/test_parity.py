@@ -1,15 +1,16 @@
 """Every layout trains as one process does: losses, gradient norms, routing, final weights."""
 import pytest
 import torch
-from fira.model.experts import ExpertLinear, expert_linear
-from fira.train.step import finish_step
 
-from fira.loss.head import Batch, next_token_loss
+from fira.data.batches import Batch
+from fira.loss.head import next_token_loss
+from fira.model.fast import expert_linear
 from fira.model.files import build_meta
+from fira.model.moe import ExpertLinear
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
-from fira.train.optim import OptimConfig, make_optimizer, set_step
+from fira.train.optim import OptimConfig, make_optimizer, set_rates, update
 from tests.parallel.ranks import on_ranks
 
 SHAPE = {"vocab_size": 60, "d_model": 16, "n_head": 2, "num_layers": 4, "d_ff": 24,
@@ -74,15 +75,15 @@ def train(layout, rule, steps=STEPS, starve=False):
                 preferred = torch.tensor([2.0, 1.0, -1.0, -2.0])
                 part.rows.copy_(preferred[part.start:part.start + len(part.rows)])
     follows = 0.25 if rule == "muon" else 0.0  # those jobs have no pipeline
-    optimizer = make_optimizer(model, OptimConfig(lr=2e-3, rule=rule, turns=2, clip=0.5,
+    optimizer = make_optimizer(model, OptimConfig(lr=2e-3, rule=rule, expert_interval=2,
                                                   head_follows=follows))
     record = []
     model.train()
     for step in range(steps):
         loss, _ = layout.forward_backward(cut(batch(step), layout.rows(BATCH)), next_token_loss)
-        set_step(optimizer, step, 1.0)
-        norm, updated = finish_step(model, optimizer, loss, 0.5, layout.gradient_norm())
-        assert updated
+        set_rates(optimizer, step, 1.0)
+        norm = layout.gradient_norm()
+        assert update(optimizer, loss, norm, max_norm=0.5)
         found = layout.end_step()
         record.append((loss, norm, found and found["load"], found and found["entropy"]))
     weights = [(p.name, p.start, p.rows.clone())

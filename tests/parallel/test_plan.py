@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
-from fira.train.step import finish_step
 
 from fira.config import load_preset
-from fira.loss.head import Batch, next_token_loss
+from fira.data.batches import Batch
+from fira.loss.head import next_token_loss
 from fira.model.files import build, build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
@@ -26,7 +26,7 @@ from fira.parallel.plan import (
 )
 from fira.stages.pretrain import PRETRAIN
 from fira.stages.run import configure
-from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.optim import OptimConfig, make_optimizer, update
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_parity import cut
 from tests.parallel.traffic import Traffic
@@ -92,7 +92,7 @@ def measured(rank, spec, rule, layouts):
                 loss, _ = layout.forward_backward(batches, next_token_loss)
                 gradients = sum(getattr(p.grad, "_local_tensor", p.grad).nbytes
                                 for p in model.parameters())
-                finish_step(model, optimizer, loss, 1.0, layout.gradient_norm())
+                update(optimizer, loss, layout.gradient_norm())
                 layout.end_step()
         weights = sum(part.rows.nbytes for part in layout.slices(model.named_parameters()))
         state = sum(tensor.nbytes for each in optimizer.state.values() for tensor in each.values())

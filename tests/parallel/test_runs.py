@@ -10,8 +10,7 @@ from fira.checkpoint import Checkpoints
 from fira.config import ConfigError
 from fira.files import find_damage
 from fira.model.spec import FIRA2Spec
-from fira.parallel.layout import check_fit
-from fira.parallel.mesh import ParallelConfig, resolve_sizes
+from fira.parallel.mesh import ParallelConfig, check_fit, resolve_sizes
 from fira.runlog import read_rows
 from fira.stages.pretrain import pretrain
 from tests.parallel.ranks import on_ranks

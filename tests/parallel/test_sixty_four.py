@@ -8,21 +8,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # noqa: F401 (teaches fake tensors to be sent)
-from fira.train.step import finish_step
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fira.config import load_preset
-from fira.loss.head import Batch, next_token_loss
+from fira.data.batches import Batch
+from fira.loss.head import next_token_loss
 from fira.model.files import build_meta
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
 from fira.parallel.plan import count_elements
 from fira.stages.pretrain import PRETRAIN
 from fira.stages.run import configure
-from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.optim import OptimConfig, make_optimizer, update
 
 LOSS = {"loss": (1.0, 1.0)}  # from the last stage of a pipeline
 LENGTH = 128  # tokens of a sequence: divides into equal rows for all experts
@@ -79,8 +79,8 @@ def step_once(spec, sizes, rank):
         loss, _ = layout.forward_backward(cut, next_token_loss)
         without = [name for name, p in layout.model.named_parameters() if p.grad is None]
         assert not without
-        _, updated = finish_step(layout.model, optimizer, loss, 1.0, layout.gradient_norm())
-        assert updated and len(optimizer.state) == len(list(layout.model.parameters()))
+        assert update(optimizer, loss, layout.gradient_norm())
+        assert len(optimizer.state) == len(list(layout.model.parameters()))
         return {p.name: p.rows.numel() for p in layout.slices(layout.model.named_parameters())}
 
 
