@@ -157,8 +157,8 @@ def pad(batch: list[Window], model: Any) -> tuple[Tensor, Tensor]:
 def batch_nats(model: Any, tokens_BT: Tensor, scored_BT: Tensor) -> float:
     """Negative log-likelihood, in nats, of the tokens that a batch has to score."""
     x_ND = model.features(tokens_BT[:, :-1])[scored_BT]
-    return float(token_losses(x_ND, *model.head_weights(), tokens_BT[:, 1:][scored_BT]).double()
-                 .sum())
+    weight_VD, bias_V = model.head_weights()
+    return float(token_losses(x_ND, weight_VD, bias_V, tokens_BT[:, 1:][scored_BT]).double().sum())
 
 
 class _Totals:

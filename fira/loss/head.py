@@ -38,8 +38,10 @@ Cost = Callable[..., "tuple[Tensor, Tensor]"]
 class Batch(Protocol):
     """Ids and, at each place, the id to predict (IGNORED where nothing is scored), [B, T] both."""
 
-    tokens_BT: Tensor
-    targets_BT: Tensor
+    @property
+    def tokens_BT(self) -> Tensor: ...
+    @property
+    def targets_BT(self) -> Tensor: ...
 
 
 def next_token_loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
