@@ -1,9 +1,4 @@
 """The plan's numbers are those of the code: memory kept, bytes sent, parameters held."""
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -123,20 +118,6 @@ def test_memory_and_bytes_sent_are_as_planned(world, rule):
                 assert kept == pytest.approx(planned, rel=0.03)
             planned = sum(sent_by(work, grid, place).values())
             assert sent == pytest.approx(planned, rel=1e-6), sizes
-
-
-@pytest.mark.parametrize("words", [("one process", "shard 2"), ("one process", "--recompute")])
-def test_planned_memory_is_that_of_processes(words, tmp_path):
-    """As benchmarks/plan_memory.py measures it, which see; a hundred MB instead of a thousand."""
-    root, record = Path(__file__).parents[2], tmp_path / "record.jsonl"
-    named = [word for name in words
-             for word in (["--layout", name] if name[0] != "-" else [name])]
-    subprocess.run([sys.executable, "benchmarks/plan_memory.py", *named, "--no-kept", "--width",
-                    "384", "--vocab", "4096", "--length", "256", "--json", str(record)], cwd=root,
-                   env=os.environ | {"PYTHONPATH": str(root)}, check=True, timeout=300)
-    for line in record.read_text().splitlines():
-        for row in json.loads(line)["ranks"]:
-            assert row["all"]["planned"] == pytest.approx(row["all"]["resident"], rel=0.1)
 
 
 @pytest.mark.parametrize("preset,total,active", [("fira2-7b", 7e9, 1e9), ("fira2-30b", 30e9, 3e9)])
