@@ -99,12 +99,12 @@ class Layout:
                           check: Callable[[], None]) -> tuple[float, dict[str, float]]:
         if self.mesh.size > 1:
             check()
-        counts = torch.tensor([(batch.weight, batch.tokens_BT.numel()) for batch in batches],
-                              dtype=torch.float64)
-        totals = self.sum(counts.sum(0)) / self.mesh.sizes["pipeline"]
-        if totals[0] == 0:
+        counts = [(batch.weight, batch.tokens_BT.numel()) for batch in batches]
+        totals = self.sum(torch.tensor(counts, dtype=torch.float64).sum(0))
+        weight, tokens = (totals / self.mesh.sizes["pipeline"]).tolist()
+        if weight == 0:
             return math.nan, {}
-        shares = (counts / totals).tolist()  # by weight, by tokens
+        shares = [(own / weight, size / tokens) for own, size in counts]
         results: list[Result] = []
 
         def loss_of(model: Any, number: int) -> Tensor:

@@ -13,13 +13,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fira.checkpoint import Checkpoints
+from fira.config import ConfigError
 from fira.loss.head import next_token_loss
 from fira.model.files import build_meta
+from fira.model.spec import FIRA2Spec
 from fira.parallel import files
 from fira.parallel.files import Writer
 from fira.parallel.layout import Layout
-from fira.parallel.mesh import Mesh
+from fira.parallel.mesh import Mesh, ParallelConfig, check_fit, resolve_sizes
 from fira.runlog import read_rows
 from fira.runtime import launch
 from fira.stages.pretrain import pretrain
@@ -202,26 +203,6 @@ def test_one_rank_s_non_finite_gradient_makes_all_skip():
     assert on_ranks(2, poisoned) == [[[False, True]] * 4] * 2
 
 
-def stopping(rank, preset, data, run):
-    """Only rank 1 gets SIGTERM, in step 4; the step at which this rank stopped."""
-    step = Loop._step
-
-    def hear(loop, line):
-        if loop.state.step == 3 and rank == 1:
-            loop.stop_signal = signal.SIGTERM
-        step(loop, line)
-
-    Loop._step = hear
-    with pytest.raises(Exception, match="SIGTERM"):
-        train(rank, preset, data, run, "train.micro_batch=1")
-    return Checkpoints(run, run).steps()[-1].name
-
-
-def test_a_signal_to_one_rank_saves_and_stops_all(preset, data_folder, tmp_path):
-    names = on_ranks(2, stopping, preset, data_folder, tmp_path / "run", join=False)
-    assert names[0] == names[1] != "step-000005"
-
-
 @pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE", "LOCAL_RANK"), (
     "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")])
 def test_torchrun_and_open_mpi_name_the_ranks(names, monkeypatch):
@@ -232,3 +213,17 @@ def test_torchrun_and_open_mpi_name_the_ranks(names, monkeypatch):
 
 def test_one_rank_sends_nothing():
     assert Mesh().agree(1.0, 2) == [1.0, 2]
+
+
+@pytest.mark.parametrize("sizes,rows,words", [
+    ({"expert": 4}, 16, "parallel.expert=4 must divide model.num_experts=6; try parallel.expert=3"),
+    ({"pipeline": 4}, 16, "parallel.pipeline=4 is more than model.num_layers=3; try "),
+    ({"shard": 2, "pipeline": 2}, 16, "shard=2 cannot be combined with parallel.pipeline=2"),
+    ({"data": 4}, 12, "train.batch_tokens=192 are 12 sequences.*try train.batch_tokens=256"),
+    ({"data": 3}, 12, "parallel pipeline=1 x data=3 x expert=1 x shard=1 needs 3 ranks, but 4"),
+])
+def test_what_does_not_fit_is_one_line(sizes, rows, words):
+    spec = FIRA2Spec(d_model=16, n_head=2, n_kv_head=1, num_layers=3, num_experts=6)
+    with pytest.raises(ConfigError, match=words) as refused:
+        check_fit(resolve_sizes(ParallelConfig(**sizes), 4), spec, rows, 2, 16)
+    assert "\n" not in str(refused.value)

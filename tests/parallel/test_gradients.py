@@ -6,15 +6,13 @@ import torch
 from torch.nn import functional as F
 
 from fira.data.batches import Batch
-from fira.loss.head import IGNORED, head_loss, next_token_loss
+from fira.loss.head import IGNORED, next_token_loss
 from fira.model.files import build_meta
-from fira.model.spec import FIRA2Spec
 from fira.parallel.layout import Layout
-from fira.parallel.mesh import AXES, Mesh, make_mesh
-from tests.parallel.ranks import on_ranks
-from tests.parallel.test_parity import SHAPE, cut
+from tests.parallel.ranks import mesh_of, on_ranks
+from tests.parallel.test_parity import FIRA2, cut
 
-SPEC = FIRA2Spec(**(SHAPE | {"context": 64}), n_kv_head=1, head_dim=8)
+SPEC = FIRA2.model_copy(update={"context": 64})
 ROWS = 4
 LAYOUTS = [{"data": 2}, {"expert": 2}, {"shard": 2}, {"pipeline": 2}]
 
@@ -30,11 +28,10 @@ def masked(scored=(2, 64, 0, 0)):
 
 def measured_loss(model, batch):
     """Next token, with a metric of every micro-batch and one that only some of them have."""
-    x_BTD = model.features(batch.tokens_BT)
-    loss = head_loss(x_BTD, *model.head_weights(), batch.targets_BT)
-    scored = batch.targets_BT != IGNORED
+    loss, _ = next_token_loss(model, batch)
     with torch.no_grad():
-        likely = model.logits(x_BTD).log_softmax(-1).amax(-1)[scored].mean()
+        logits_BTV = model.logits(model.features(batch.tokens_BT))
+        likely = logits_BTV.log_softmax(-1).amax(-1)[batch.targets_BT != IGNORED].mean()
     return loss, {"likely": likely} | ({"rare": 5.0} if batch.weight > 10 else {})
 
 
@@ -43,9 +40,8 @@ def token_losses(model, batch):
     return F.cross_entropy(logits.flatten(0, 1), batch.targets_BT.flatten(), reduction="none")
 
 
-def make(rank, sizes, seed=5):
-    mesh = make_mesh(dict.fromkeys(AXES, 1) | sizes, rank, torch.device("cpu")) if sizes else Mesh()
-    return Layout(mesh, build_meta(SPEC), seed=seed)
+def make(rank, sizes):
+    return Layout(mesh_of(rank, sizes), build_meta(SPEC), seed=5)
 
 
 def gradients(layout):
@@ -62,13 +58,13 @@ def assert_equal_gradients(found, expected):
     assert torch.stack(off).norm() < 1e-6 * norm
 
 
-def step_each(rank, layouts):
+def step_each(rank, layouts, count=1):
     """Per layout: loss, metrics and gradients; what happens without a scored token; scores."""
     results = []
     for sizes in layouts:
         layout = make(rank, sizes)
         rows = layout.rows(ROWS)
-        loss, metrics = layout.forward_backward(cut(masked(), rows, 1), measured_loss)
+        loss, metrics = layout.forward_backward(cut(masked(), rows, count), measured_loss)
         found, norm = gradients(layout), layout.gradient_norm()
         layout.model.zero_grad()
         nothing = layout.forward_backward(cut(masked((0,) * ROWS), rows, 1), measured_loss)
@@ -77,44 +73,28 @@ def step_each(rank, layouts):
         with torch.no_grad():  # scoring must leave nothing gathered of the weights before this
             for part in layout.slices(layout.model.named_parameters()):
                 part.rows.mul_(1.01)
-        layout.forward_backward(cut(masked(), rows, 1), measured_loss)
+        layout.forward_backward(cut(masked(), rows, count), measured_loss)
         results.append((loss, metrics, found, norm, nothing, left, scores, gradients(layout)))
     return results
 
 
-@pytest.fixture(scope="module")
-def uncut():
-    """One process, one micro-batch."""
-    layout = make(0, {})
-    loss, metrics = layout.forward_backward([masked()], measured_loss)
-    return (loss, metrics, gradients(layout), layout.gradient_norm(),
-            layout.score(token_losses, masked()))
-
-
-@pytest.fixture(scope="module")
-def results():
-    return on_ranks(2, step_each, LAYOUTS)
-
-
-@pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=[next(iter(one)) for one in LAYOUTS])
-def test_a_cut_batch_has_the_gradient_of_the_uncut_one(number, uncut, results):
-    alone = step_each(0, [{}])[0]
-    for rank, ranks in enumerate([[alone] * len(LAYOUTS), *results], start=-1):
-        loss, metrics, found, norm, nothing, left, scores, again = ranks[number]
+def test_a_cut_batch_has_the_gradient_of_the_uncut_one():
+    uncut, = step_each(0, [{}], count=ROWS)
+    found = [step_each(0, [{}])[0], *(one for rank in on_ranks(2, step_each, LAYOUTS)
+                                      for one in rank)]
+    for number, (loss, metrics, first, norm, nothing, left, scores, again) in enumerate(found):
         assert loss == pytest.approx(uncut[0], rel=1e-6)
-        assert metrics == pytest.approx(uncut[1], rel=1e-6)
-        assert metrics["rare"] == 5.0
-        assert_equal_gradients(found, uncut[2])
+        assert metrics == pytest.approx(uncut[1], rel=1e-6) and metrics["rare"] == 5.0
         assert norm == pytest.approx(uncut[3], rel=1e-6)
         assert nothing[0] != nothing[0] and nothing[1] == {} and left == 0
-        if rank == -1 or LAYOUTS[number].keys() == {"pipeline"}:
-            expected = uncut[4] if rank else None
+        assert_equal_gradients(first, uncut[2])
+        assert_equal_gradients(again, uncut[7])
+        rank, layout = divmod(number - 1, len(LAYOUTS)) if number else (None, None)
+        if layout == LAYOUTS.index({"pipeline": 2}) and rank == 0:
+            assert scores is None
         else:
-            expected = uncut[4].view(2, -1)[rank]
-        assert (scores is None) == (expected is None)
-        if scores is not None:
-            torch.testing.assert_close(scores, expected)
-        assert_equal_gradients(again, alone[7])
+            whole = number == 0 or "pipeline" in LAYOUTS[layout]
+            torch.testing.assert_close(scores, uncut[6] if whole else uncut[6].view(2, -1)[rank])
 
 
 class Stop(Exception):
@@ -138,36 +118,32 @@ def stopped(rank, sizes):
     return left, counted, gradients(layout)
 
 
-def test_a_check_that_raises_leaves_nothing_half_done(uncut):
-    for left, counted, found in [stopped(0, {}), *on_ranks(2, stopped, {"data": 2})]:
+def taught(rank, sizes):
+    """Gradients of a student; its frozen teacher, of another seed, is divided on the same mesh."""
+    student = make(rank, sizes)
+    with mock.patch("torch.distributed.new_group", side_effect=AssertionError("a new group")):
+        teacher = Layout(student.mesh, build_meta(SPEC).requires_grad_(False), seed=9).model
+
+    def loss_fn(model, batch):
+        with torch.no_grad():
+            target_BTD = teacher.features(batch.tokens_BT)
+        return F.mse_loss(model.features(batch.tokens_BT), target_BTD), {}
+
+    student.forward_backward(cut(masked((64,) * ROWS), student.rows(ROWS)), loss_fn)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    return gradients(student)
+
+
+def stopped_and_taught(rank):
+    return stopped(rank, {"data": 2}), [taught(rank, sizes) for sizes in LAYOUTS[:3]]
+
+
+def test_a_check_that_raises_leaves_nothing_and_a_teacher_lies_beside_the_student():
+    alone, lesson = stopped(0, {}), taught(0, {})
+    uncut = step_each(0, [{}], count=ROWS)[0][2]
+    for stop, lessons in [(alone, []), *on_ranks(2, stopped_and_taught)]:
+        left, counted, found = stop
         assert not left and not counted
-        assert_equal_gradients(found, uncut[2])
-
-
-def taught(rank, layouts):
-    """A frozen teacher of another seed is divided on the same mesh; gradients of the student."""
-    results = []
-    for sizes in layouts:
-        student = make(rank, sizes)
-        with mock.patch("torch.distributed.new_group", side_effect=AssertionError("a new group")):
-            teacher = Layout(student.mesh, build_meta(SPEC).requires_grad_(False), seed=9)
-
-        def loss_fn(model, batch, teacher=teacher.model):
-            with torch.no_grad():
-                target_BTD = teacher.features(batch.tokens_BT)
-            return F.mse_loss(model.features(batch.tokens_BT), target_BTD), {}
-
-        whole = masked((64,) * ROWS)
-        student.forward_backward(cut(whole, student.rows(ROWS), 2), loss_fn)
-        results.append((gradients(student), any(p.grad is not None
-                                                for p in teacher.model.parameters())))
-    return results
-
-
-def test_a_teacher_lies_beside_the_student():
-    layouts = [{"data": 2}, {"expert": 2}, {"shard": 2}]
-    expected = taught(0, [{}])[0][0]
-    for rank in on_ranks(2, taught, layouts):
-        for found, of_teacher in rank:
-            assert not of_teacher
-            assert_equal_gradients(found, expected)
+        assert_equal_gradients(found, uncut)
+        for one in lessons:
+            assert_equal_gradients(one, lesson)

@@ -1,4 +1,6 @@
 """Every layout trains as one process does: losses, gradient norms, routing, final weights."""
+import functools
+
 import pytest
 import torch
 
@@ -9,26 +11,23 @@ from fira.model.files import build_meta
 from fira.model.moe import ExpertLinear
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
-from fira.parallel.mesh import AXES, Mesh, make_mesh
 from fira.train.optim import OptimConfig, make_optimizer, set_rates, update
-from tests.parallel.ranks import on_ranks
+from tests.parallel.ranks import mesh_of, on_ranks
 
 SHAPE = {"vocab_size": 60, "d_model": 16, "n_head": 2, "num_layers": 4, "d_ff": 24,
          "num_experts": 4, "top_k": 2, "context": 8, "balance_weight": 0.02}
-SPECS = {"fira": FIRASpec(**SHAPE, dropout=0.0),
-         "fira2": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)}
-OTHERS = {"quantile": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, balance="quantile"),
-          "untied": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, tied=False, look_back=True),
-          "adapted": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)}
-BATCH, STEPS = 8, 20
+FIRA2 = FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)
+SPECS = {"fira": FIRASpec(**SHAPE, dropout=0.0), "fira2": FIRA2, "adapted": FIRA2,
+         "quantile": FIRA2.model_copy(update={"balance": "quantile"}),
+         "untied": FIRA2.model_copy(update={"tied": False, "look_back": True})}
+BATCH = 8
 LAYOUTS = {
     "data2": {"data": 2}, "shard2": {"shard": 2}, "expert2": {"expert": 2},
-    "gpipe2": {"pipeline": 2, "schedule": "gpipe"}, "1f1b2": {"pipeline": 2},
+    "gpipe2": {"pipeline": 2}, "1f1b2": {"pipeline": 2},
     "data2-expert2": {"data": 2, "expert": 2}, "data2-pipeline2": {"data": 2, "pipeline": 2},
     "expert2-pipeline2": {"expert": 2, "pipeline": 2},
     "data2-shard2": {"data": 2, "shard": 2}, "expert2-shard2": {"expert": 2, "shard": 2},
 }
-LONG = [name for name in LAYOUTS if name.count("-") == 0] + ["data2-expert2", "data2-pipeline2"]
 
 
 class AdaptedLinear(torch.nn.Linear):
@@ -64,9 +63,18 @@ def batch(step):
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
 
-def train(layout, rule, steps=STEPS, starve=False):
+def cut(whole, rows, count=2):
+    """Micro-batches of `count` rows, of a rank's rows of the whole batch."""
+    return [Batch(*(part[i:i + count] for part in whole))
+            for i in range(rows.start, rows.stop, count)]
+
+
+def train(rank, arch, layout, rule, steps, starve):
     """Train as the loop does; every step's loss, norm and loads, and this rank's final weights."""
-    model = layout.model
+    model = build_meta(SPECS[arch])
+    layout = Layout(mesh_of(rank, LAYOUTS.get(layout, {})),
+                    adapt(model) if arch == "adapted" else model, seed=5,
+                    schedule="gpipe" if layout == "gpipe2" else "1f1b")
     if starve:  # every row to experts 0 and 1: the second half gets none, nor a rank that has it
         for part in layout.slices(model.named_parameters()):
             if part.name.endswith("router.weight"):
@@ -91,40 +99,21 @@ def train(layout, rule, steps=STEPS, starve=False):
     return record, weights
 
 
-def cut(whole, rows, count=2):
-    """Micro-batches of `count` rows, of a rank's rows of the whole batch."""
-    return [Batch(*(part[i:i + count] for part in whole))
-            for i in range(rows.start, rows.stop, count)]
-
-
-def make_layout(rank, arch, sizes):
-    sizes = dict(sizes)
-    schedule = sizes.pop("schedule", "1f1b")
-    mesh = make_mesh(dict.fromkeys(AXES, 1) | sizes, rank, torch.device("cpu")) if sizes else Mesh()
-    model = build_meta((SPECS | OTHERS)[arch])
-    return Layout(mesh, adapt(model) if arch == "adapted" else model, seed=5, schedule=schedule)
-
-
 def train_all(rank, jobs):
-    return {name: train(make_layout(rank, arch, LAYOUTS[layout]), rule, steps, starve)
-            for name, (arch, layout, rule, steps, starve) in jobs.items()}
+    return {name: train(rank, *job) for name, job in jobs.items()}
 
 
 def jobs_of(world):
+    """Name -> arguments of `train` for everything that is compared on so many ranks."""
     jobs = {}
-    for layout, sizes in LAYOUTS.items():
-        ranks = 1
-        for axis in AXES:
-            ranks *= sizes.get(axis, 1)
-        if ranks == world:
+    for layout in LAYOUTS:
+        if 2 ** len(layout.split("-")) == world:
             for arch in SPECS:
-                steps = STEPS if layout in LONG else 5
+                steps = 8 if arch in ("fira", "fira2") else 3
                 jobs[f"{arch} {layout}"] = (arch, layout, "adamw", steps, False)
-            for other in OTHERS:
-                jobs[f"{other} {layout}"] = (other, layout, "adamw", 5, False)
-            if "pipeline" not in sizes:
-                jobs[f"muon {layout}"] = ("untied", layout, "muon", 5, False)
-            if "expert" in sizes:
+            if "pipeline" not in LAYOUTS[layout]:
+                jobs[f"muon {layout}"] = ("untied", layout, "muon", 4, False)
+            if "expert" in LAYOUTS[layout]:
                 jobs[f"starved {layout}"] = ("fira", layout, "adamw", 3, True)
     return jobs
 
@@ -132,17 +121,10 @@ def jobs_of(world):
 JOBS = {2: jobs_of(2), 4: jobs_of(4)}
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """The one-process run of a job, made once."""
-    made = {}
-
-    def run(arch, rule, steps, starve):
-        key = arch, rule, steps, starve
-        if key not in made:
-            made[key] = train(make_layout(0, arch, {}), rule, steps, starve)
-        return made[key]
-    return run
+@functools.cache
+def alone(arch, rule, steps, starve):
+    """The one-process run of a job."""
+    return train(0, arch, "one process", rule, steps, starve)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +134,7 @@ def results():
 
 
 @pytest.mark.parametrize("world,name", [(world, name) for world in JOBS for name in JOBS[world]])
-def test_a_layout_equals_one_process(world, name, alone, results):
+def test_a_layout_equals_one_process(world, name, results):
     arch, _, rule, steps, starve = JOBS[world][name]
     expected, weights = alone(arch, rule, steps, starve)
     if starve:

@@ -1,7 +1,9 @@
 """The large presets on 64 ranks, at full depth and width: torch's fake process group and tensors.
 
-Nothing is computed or sent, but every shape, group, exchange and gather is the real one.
+Nothing is computed or sent, but every group, exchange and gather is the real one, and so is every
+shape but those inside the experts, which are multiplied as one.
 """
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -25,11 +27,12 @@ from fira.stages.run import configure
 from fira.train.optim import OptimConfig, make_optimizer, update
 
 LOSS = {"loss": (1.0, 1.0)}  # from the last stage of a pipeline
+ONE_PRODUCT = SimpleNamespace(apply=lambda rows_Ri, counts_E, weight: rows_Ri @ weight.sum(0).T)
 LENGTH = 128  # tokens of a sequence: divides into equal rows for all experts
 
 
-class Answers(TorchDispatchMode):
-    """What depends on data, which fake tensors cannot know: numbers are 1, counts so many."""
+class Values(TorchDispatchMode):
+    """What depends on data, which fake tensors do not know: every number is 1."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -70,12 +73,13 @@ def step_once(spec, sizes, rank):
 
     with (mock.patch.object(Mesh, "gather", lambda mesh, value: [value, LOSS]),
           mock.patch.object(torch.nn.Module, "to_empty", to_empty),
-          mock.patch.object(FakeTensor, "tolist", balanced), FakeTensorMode(), Answers()):
+          mock.patch("fira.model.fast.SortedLinear", ONE_PRODUCT),
+          mock.patch.object(FakeTensor, "tolist", balanced), FakeTensorMode(), Values()):
         layout = Layout(mesh, build_meta(spec), seed=0)
         layout.model.train()
         optimizer = make_optimizer(layout.model, OptimConfig())
         tokens_BT = torch.zeros(1, LENGTH, dtype=torch.long)
-        cut = [Batch(tokens_BT, tokens_BT)] * (2 * sizes["pipeline"])
+        cut = [Batch(tokens_BT, tokens_BT)] * sizes["pipeline"]
         loss, _ = layout.forward_backward(cut, next_token_loss)
         without = [name for name, p in layout.model.named_parameters() if p.grad is None]
         assert not without
