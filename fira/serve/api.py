@@ -42,6 +42,7 @@ class ServedModel:
             names[token["id"]] = token["content"].encode()
         # by token id; a special token has its name, a row that only pads the vocabulary has nothing
         self.token_bytes = names + [b""] * (self.vocab_size - len(names))
+        self.longest_token = max(map(len, self.token_bytes))
 
     def name_of(self, id: int) -> str:
         """A token as a string; one that is not valid UTF-8 is written as OpenAI does, in bytes."""
@@ -156,6 +157,7 @@ def _prompts(request: CompletionRequest, model: ServedModel) -> list[str] | list
 
 
 def _text_ids(text: str, model: ServedModel) -> list[int]:
+    _check_size(text, model, "prompt")
     return [model.tokenizer.end_of_text, *model.tokenizer.encode(text)]
 
 
@@ -167,7 +169,16 @@ def _chat_ids(messages: Sequence[schema.Message], model: ServedModel) -> list[in
         text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         role = "system" if message.role == "developer" else message.role
         turns.append({"role": role, "content": text})
+    _check_size("".join(turn["content"] for turn in turns), model, "messages")
     return prompt_ids(model.tokenizer, turns, model.chat_tuned)
+
+
+def _check_size(text: str, model: ServedModel, param: str) -> None:
+    """Refuse a text that exceeds the window whatever its tokens are, before tokenizing it."""
+    if len(text) > model.window * model.longest_token:
+        raise APIError(400, f"the prompt of {len(text)} characters is longer than the model's "
+                       f"window of {model.window} tokens; shorten it", param,
+                       "context_length_exceeded")
 
 
 def _room(ids: Sequence[int], model: ServedModel, param: str, least: int = 0) -> int:

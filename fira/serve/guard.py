@@ -4,7 +4,9 @@ Each check raises APIError with one line that names the value, the rule and the 
 """
 from __future__ import annotations
 
+import asyncio
 import difflib
+import hashlib
 import hmac
 import json
 import re
@@ -22,6 +24,7 @@ OPEN_PATHS = ("/", "/health", "/openapi.json")  # these need no key
 MAX_BODY = 4 * 2**20  # bytes; the prompt of any model here is far smaller
 MAX_DISCARDED = 16 * MAX_BODY  # bytes of a too large body that are read, so that the client,
 # which sends before it listens, receives the error instead of a closed connection
+BODY_SECONDS = 60
 MAX_ERRORS = 1000  # wrong fields in one request; more are only counted
 UNSUPPORTED = {  # fields of OpenAI's API for which this server has no function
     "best_of": "the server does not rank choices",
@@ -40,10 +43,10 @@ _LOOPBACK_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNOR
 
 
 class Keys:
-    """The accepted API keys."""
+    """The accepted API keys. Only their digests are kept."""
 
     def __init__(self, keys: list[str]) -> None:
-        self.keys = [key.encode() for key in keys]
+        self.digests = [_digest(key) for key in keys]
 
     @classmethod
     def load(cls, path: Path) -> Keys:
@@ -64,11 +67,16 @@ class Keys:
     def check(self, request: Request) -> None:
         """Raise APIError(401) without a known bearer key; the time does not depend on the key."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        found = sum([hmac.compare_digest(key.strip().encode(), known) for known in self.keys])
+        digest = _digest(key.strip())
+        found = sum([hmac.compare_digest(digest, known) for known in self.digests])
         if scheme.lower() != "bearer" or not found:
             raise APIError(401, "the API key is missing or unknown; send a header Authorization: "
                            "Bearer KEY", code="invalid_api_key",
                            headers={"WWW-Authenticate": "Bearer"})
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "replace")).digest()
 
 
 def check_host(request: Request) -> None:
@@ -84,11 +92,20 @@ def check_host(request: Request) -> None:
 
 
 async def read_body(request: Request) -> bytes:
-    """Return the JSON body. Raises APIError if it has another type (415) or is too large (413)."""
+    """Return the JSON body. Raises APIError if it has another type (415), is too large (413) or
+    takes too long (408)."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise APIError(415, f"content type {content_type[:60]!r} is not application/json; send a "
                        "header Content-Type: application/json")
+    try:
+        return await asyncio.wait_for(_read(request), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise APIError(408, f"the body took longer than {BODY_SECONDS} s; send it faster"
+                       ) from None
+
+
+async def _read(request: Request) -> bytes:
     body, size = bytearray(), 0
     async for part in request.stream():
         size += len(part)
@@ -153,5 +170,4 @@ def _path(error: ErrorDetails) -> list[str]:
 
 def _shorten(value: Any) -> str:
     text = json.dumps(value, default=str)
-
     return text if len(text) <= 60 else text[:57] + "..."

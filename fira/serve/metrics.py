@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from statistics import pstdev
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -40,9 +41,23 @@ class Metrics:
             yield GaugeMetricFamily(f"fira_requests_{name}", meaning, value=stats[name])
         for name, meaning in COUNTERS.items():
             yield CounterMetricFamily(f"fira_{name}", meaning, value=stats[name])
-        experts = CounterMetricFamily("fira_expert_rows", "Tokens routed to an expert",
-                                      labels=["layer", "expert"])
-        for layer, counts in enumerate(engine.loads):
-            for expert, count in enumerate(counts):
-                experts.add_metric([str(layer), str(expert)], count)
-        yield experts
+        yield from expert_metrics(engine.loads)
+
+
+def expert_metrics(loads: list[list[int]]) -> Iterator[Metric]:
+    """The load of every expert and its imbalance, named as in the routing rows of training."""
+    rows = CounterMetricFamily("fira_expert_rows", "Tokens routed to an expert",
+                               labels=["layer", "expert"])
+    cv, max_mean, dead = (GaugeMetricFamily(f"fira_expert_{name}", meaning, labels=["layer"])
+                          for name, meaning in (
+                              ("cv", "Standard deviation over mean of the load"),
+                              ("max_mean", "Largest load over the mean load"),
+                              ("dead", "Experts without a token")))
+    for layer, counts in enumerate(loads):
+        for expert, count in enumerate(counts):
+            rows.add_metric([str(layer), str(expert)], count)
+        if mean := sum(counts) / len(counts):
+            cv.add_metric([str(layer)], pstdev(counts) / mean)
+            max_mean.add_metric([str(layer)], max(counts) / mean)
+            dead.add_metric([str(layer)], counts.count(0))
+    yield from (rows, cv, max_mean, dead)
