@@ -18,12 +18,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fira.files import find_damage, sha256, sync, write_json, write_manifest
-from fira.model.files import CONFIG, WEIGHTS, build_meta, write_config
+from fira.model.files import ADAPTER, CONFIG, WEIGHTS, build_meta, find_base, write_config
 from fira.parallel.files import Writer, create_file, read_rows, read_slices, write_rows
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
 
-OPTIMIZER, STATE, ADAPTER = "optimizer.safetensors", "state.json", "adapter.safetensors"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 KEEP = 2  # newest steps, besides the best: if the newest is damaged, the one before continues
 
@@ -150,16 +150,15 @@ def _base_weights(folder: Path, layout: Layout) -> Path | None:
     base = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base")
     if base is None:
         return None
-    path, fault = Path(base["path"]) / WEIGHTS, None
-    if layout.mesh.rank == 0:  # one rank reads all of it; the others hear the result
-        found = sha256(path) if path.is_file() else "no file"
-        if found != base["sha256"]:
-            fault = (f"{path} has checksum {found[:12]}, but the adapter {folder} was trained on "
-                     f"{base['sha256'][:12]}; put those weights back, or correct base.path in "
-                     f"{folder / CONFIG}")
+    fault = None
+    try:
+        if layout.mesh.rank == 0:  # one rank reads all of it; the others receive the result
+            find_base(folder, base)
+    except ValueError as error:
+        fault = str(error)
     if fault := layout.mesh.gather(fault)[0]:
         raise ValueError(fault)
-    return path
+    return Path(base["path"]) / WEIGHTS
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

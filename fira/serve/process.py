@@ -15,7 +15,7 @@ from fira.infer.chat import UNTUNED
 from fira.infer.decode import open_step
 from fira.infer.engine import Engine
 from fira.infer.load import load
-from fira.model.files import WEIGHTS, find_model, knows_chat
+from fira.model.files import CONFIG, find_model, knows_chat
 from fira.model.generate import window_length
 from fira.runlog import console
 from fira.serve.api import ServedModel
@@ -94,7 +94,7 @@ def open_service(run: Path, name: str, slots: int, queue: int, device: str,
     if fused is not None:
         engine.decode_step = fused.decode
     engine.start()
-    created = int((loaded.folder / WEIGHTS).stat().st_mtime)
+    created = int((loaded.folder / CONFIG).stat().st_mtime)
     return Service(ServedModel(name, loaded.tokenizer, window_length(loaded.model),
                                loaded.model.spec.vocab_size, knows_chat(loaded.folder), created,
                                architecture(loaded.model)), engine)
