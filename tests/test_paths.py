@@ -20,7 +20,7 @@ def test_a_chat_request_passes_at_most_14_files(model, tokenizer):  # noqa: F811
     pytest.importorskip("numba")
     with tracing() as path:
         engine = Engine(model, tokenizer, capacity=100)
-        engine.decode_step = open_step(model, "float32", print).decode
+        engine.decode_step = open_step(model, "float32", print)
         engine.start()
         served = ServedModel("tiny", tokenizer, 100, 320, chat_tuned=True,
                              architecture=architecture(model))

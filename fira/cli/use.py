@@ -23,7 +23,7 @@ def generate(run: Path, prompt: str, device: str, precision: str, **sampling: An
     """
     from fira.infer.decode import open_step
     from fira.infer.load import load
-    from fira.infer.sample import SamplingParams
+    from fira.infer.request import SamplingParams
     from fira.infer.text import complete
     from fira.runlog import console
 
@@ -50,7 +50,7 @@ def chat(run: Path, system: str | None, device: str, precision: str, **sampling:
     Example: fira chat out/quickstart/run
     """
     from fira.infer.chat import chat as run_chat
-    from fira.infer.sample import SamplingParams
+    from fira.infer.request import SamplingParams
 
     run_chat(run, SamplingParams(**_given(sampling)), system, device, precision)
 

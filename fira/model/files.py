@@ -78,9 +78,9 @@ def knows_chat(step_folder: str | Path) -> bool:
 def load_pretrained(folder: str | Path, expected: type[nn.Module] | None = None) -> Any:
     """The model in a step folder, or in the newest complete step of a run folder, in eval mode.
 
-    Weights keep the dtype they were saved in. An adapter's tensors replace those of its base. Raises
-    ValueError, one line, when there is no model, its architecture is not `expected`, its files are
-    damaged or do not fit each other, or its adapter cannot be applied.
+    Weights keep the dtype they were saved in. An adapter's tensors replace those of its base.
+    Raises ValueError, one line, when there is no model, its architecture is not `expected`, its
+    files are damaged or do not fit each other, or its adapter cannot be applied.
     """
     folder = find_model(folder)
     spec, notes = read_config(folder / CONFIG)

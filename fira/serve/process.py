@@ -90,9 +90,7 @@ def open_service(run: Path, name: str, slots: int, queue: int, device: str,
     """Load the model of a run and start an engine for it."""
     loaded = load(run, device)
     engine = Engine(loaded.model, loaded.tokenizer, slots=slots, max_waiting=queue)
-    fused = open_step(loaded.model, precision, console().print)
-    if fused is not None:
-        engine.decode_step = fused.decode
+    engine.decode_step = open_step(loaded.model, precision, console().print)
     engine.start()
     created = int((loaded.folder / CONFIG).stat().st_mtime)
     return Service(ServedModel(name, loaded.tokenizer, window_length(loaded.model),

@@ -11,7 +11,6 @@ import uvicorn
 from fira.data.tokenizer import train_tokenizer
 from fira.infer.engine import Engine
 from fira.infer.request import End, QueueFull, Token, TokenScore
-from fira.infer.text import decode
 from fira.model.spec import FIRA2Spec
 from fira.serve.api import ServedModel
 from fira.serve.guard import Keys
@@ -54,7 +53,7 @@ class FakeEngine:
         self.cancelled |= set(self.running)
 
     def _generate(self, number, ids, params, listener):
-        table, new, text, held = self.tokenizer.token_bytes(), [], "", ""
+        new, text, held = [], "", ""
         reason = "length"
         while len(new) < params.max_new_tokens:
             if self.pause:
@@ -63,7 +62,7 @@ class FakeEngine:
                 reason = "error" if self.fault else "cancelled"
                 break
             new.append(self.said[len(new) % len(self.said)])
-            whole = "".join(decode(new, table))
+            whole = self.tokenizer.decode(new).rstrip("\ufffd")  # without half a character
             piece, text = whole[len(text):], whole
             cuts = [text.index(stop) for stop in params.stop if stop in text]
             if cuts:
