@@ -1,7 +1,6 @@
 """One request passes few files of fira/, from the server to the token and back."""
 from __future__ import annotations
 
-import httpx
 import pytest
 
 from fira.infer.decode import open_step
