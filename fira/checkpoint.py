@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fira.files import find_damage, sha256, sync, write_json, write_manifest
-from fira.model.files import CONFIG, WEIGHTS, build_meta, write_config
+from fira.model.files import ADAPTER, CONFIG, WEIGHTS, build_meta, find_base, write_config
 from fira.parallel.files import Writer, read_slice
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
 
-OPTIMIZER, STATE, ADAPTER = "optimizer.safetensors", "state.json", "adapter.safetensors"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 KEEP = 2  # newest steps, besides the best: if the newest is damaged, the one before continues
 
@@ -148,16 +148,15 @@ def _weight_files(folder: Path, layout: Layout) -> list[Path]:
     base = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base")
     if base is None:
         return [folder / WEIGHTS]
-    path, fault = Path(base["path"]) / WEIGHTS, None
-    if layout.mesh.rank == 0:  # one rank reads all of it; the others hear the result
-        found = sha256(path) if path.is_file() else "no file"
-        if found != base["sha256"]:
-            fault = (f"{path} has checksum {found[:12]}, but the adapter {folder} was trained on "
-                     f"{base['sha256'][:12]}; put those weights back, or correct base.path in "
-                     f"{folder / CONFIG}")
+    fault = None
+    try:
+        if layout.mesh.rank == 0:  # one rank reads all of it; the others receive the result
+            find_base(folder, base)
+    except ValueError as error:
+        fault = str(error)
     if fault := layout.mesh.gather(fault)[0]:
         raise ValueError(fault)
-    return [path, folder / ADAPTER]
+    return [Path(base["path"]) / WEIGHTS, folder / ADAPTER]
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

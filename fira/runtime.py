@@ -60,23 +60,6 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step + rank * 0xD1B54A32D192ED03) % 2**63)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """For small work between steps of a crew of our own.
-
-    OpenMP's threads go on spinning after their share is done, on the cores that the crew needs:
-    choosing a token of 50,304 with two threads made the next step of fira-334m 1.4 times as long.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def keep_large_blocks() -> bool:
     """Ask glibc to keep freed memory for reuse; True if it agreed, False where there is no glibc.
 

@@ -101,7 +101,7 @@ def generate(run: Path, prompt: str, device: str, precision: str, **sampling: An
     """Continue a prompt."""
     from fira.infer.decode import open_step
     from fira.infer.load import load
-    from fira.infer.sample import SamplingParams
+    from fira.infer.request import SamplingParams
     from fira.infer.text import complete
     from fira.runlog import console
 
@@ -122,7 +122,7 @@ def generate(run: Path, prompt: str, device: str, precision: str, **sampling: An
 def chat(run: Path, system: str | None, device: str, precision: str, **sampling: Any) -> None:
     """Chat with a model in the terminal or through a pipe."""
     from fira.infer.chat import chat as run_chat
-    from fira.infer.sample import SamplingParams
+    from fira.infer.request import SamplingParams
 
     run_chat(run, SamplingParams(**sampling), system, device, precision)
 

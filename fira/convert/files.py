@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from fira.data.tokenizer import Tokenizer
 from fira.files import MANIFEST, find_damage, new_target, write_json, write_manifest
 from fira.model.files import (
+    ADAPTER,
     CONFIG,
     WEIGHTS,
     find_model,
@@ -48,7 +49,8 @@ def find_whole(run: str | Path) -> Path:
     Raises ValueError, one line, if there is none.
     """
     folder = find_model(run)
-    damage = find_damage(folder, (WEIGHTS,)) if (folder / MANIFEST).exists() else None
+    damage = (find_damage(folder, (WEIGHTS, ADAPTER)) if (folder / MANIFEST).exists()
+              else None)
     if damage:
         raise ValueError(f"{folder} is damaged: {damage}; use another step of the run")
     read_config(folder / CONFIG)  # refuses a model of another program before its tokenizer is read

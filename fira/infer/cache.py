@@ -46,10 +46,6 @@ class SlotCache:
         self.tokens: list[list[int]] = [[] for _ in range(slots)]
         self.idle = list(range(slots))
 
-    def batch(self, parts: Sequence[Part]) -> SlotBatch:
-        """What a model takes as its cache to read the parts' tokens, [1, N] in this order."""
-        return SlotBatch(self, parts)
-
     def take(self, prompt: Sequence[int], earlier: Sequence[Sequence[int]],
              reuse: bool = True) -> tuple[int, int] | None:
         """An idle slot for a prompt, and how many of the prompt's first tokens it already holds.
@@ -89,7 +85,7 @@ DecodeStep = Callable[[Any, SlotCache, Tensor, Tensor, Sequence[int]],
 
 
 class SlotBatch:
-    """Takes the place of a model's key-value cache."""
+    """What a model takes as its cache to read the tokens of `parts`, [1, N] in this order."""
 
     def __init__(self, cache: SlotCache, parts: Sequence[Part]) -> None:
         self.parts = parts
@@ -158,12 +154,24 @@ class SlotLayer(NamedTuple):
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first items two lists share; halving, for slices compare in C."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    """How many first items two lists share."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
+                min(len(a), len(b)))
+
+
+def split_budget(budget: int, needs: Sequence[int]) -> list[int]:
+    """Split a step's prompt tokens among prompts, the oldest first in `needs`.
+
+    The oldest gets half, so that it always advances; the rest goes to the shortest first, so that a
+    short prompt does not wait for a long one.
+    """
+    if not needs:
+        return []
+    given = [0] * len(needs)
+    given[0] = min(needs[0], (budget + 1) // 2)
+    left = budget - given[0]
+    for index in sorted(range(len(needs)), key=lambda index: needs[index]):
+        more = min(left, needs[index] - given[index])
+        given[index] += more
+        left -= more
+    return given

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fira.infer.decode import open_step
 from fira.infer.load import load
-from fira.infer.sample import SamplingParams
+from fira.infer.request import SamplingParams
 from fira.infer.text import Conversation
 from fira.model.files import knows_chat
 from fira.model.generate import window_length

@@ -5,9 +5,9 @@ One step reads the newest token of every request that is generating (`decode_ste
 prompt that begins like what a slot holds reuses those rows of the cache instead of reading the
 tokens again.
 
-A request has the `capacity` of its slot, and its window never slides: the prompt must fit, and
-generation ends with "length" when its last token would find no place. So prompt and new tokens
-together are at most capacity + 1. (`fira.model.generate` slides its window instead.)
+A request has the `capacity` of its slot. Its prompt must fit, and generation ends with "length"
+when its last token would find no place, so prompt and new tokens together are at most capacity + 1.
+With `slide`, the window slides instead, by the rule of `fira.model.generate`.
 
 Listeners are called in the thread that steps. They must be quick, and may call `add` and `cancel`.
 """
@@ -16,8 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -25,12 +24,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fira.infer.cache import DecodeStep, Part, SlotCache
-from fira.infer.request import End, Listener, QueueFull, Reason, Request, Token, check_request
-from fira.infer.sample import SamplingParams
+from fira.infer.cache import DecodeStep, Part, SlotBatch, SlotCache, split_budget
+from fira.infer.request import (
+    End,
+    Listener,
+    QueueFull,
+    Reason,
+    Request,
+    SamplingParams,
+    Token,
+    check_request,
+)
 from fira.model.generate import window_length
 from fira.model.router import Watch, routers
-from fira.runtime import one_thread
 
 log = logging.getLogger(__name__)
 COUNTED = ("finished", "cancelled", "failed", "prompt_tokens", "cached_tokens", "generated_tokens",
@@ -44,7 +50,8 @@ class Engine:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, slots: int = 8, capacity: int | None = None,
-                 max_waiting: int = 64, prefill_tokens: int = 512) -> None:
+                 max_waiting: int = 64, prefill_tokens: int = 512, slide: bool = False,
+                 decode_step: DecodeStep | None = None) -> None:
         """Raises ValueError on a number out of range."""
         context = model.spec.context
         self.capacity = window_length(model) if capacity is None else capacity
@@ -54,14 +61,13 @@ class Engine:
                 raise ValueError(f"{name}={value} must be at least 1"
                                  + (f" and at most the model's context={most}" if most else ""))
         self.model = model.eval()
-        self.max_waiting, self.prefill_tokens = max_waiting, prefill_tokens
+        self.max_waiting, self.prefill_tokens, self.slide = max_waiting, prefill_tokens, slide
         self.token_bytes, self.end_of_text = tokenizer.token_bytes(), tokenizer.end_of_text
         self.cache = SlotCache(model, slots, self.capacity)
         self.device = self.cache.keys.device
-        self.decode_step: DecodeStep | None = None
+        self.decode_step: Any = decode_step
         self._watch = Watch(model)
-        self._waiting: deque[Request] = deque()
-        self._requests: dict[int, Request] = {}  # waiting or running
+        self._requests: dict[int, Request] = {}  # running or waiting, oldest first
         self._ids = itertools.count(1)
         self._closed = False
         self._changed = threading.Condition()  # guards what is above
@@ -74,16 +80,17 @@ class Engine:
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener) -> int:
         """Queue a request; its id. Raises QueueFull, or ValueError for what can never be run."""
         prompt = [int(token) for token in prompt_ids]
+        if self.slide:
+            prompt = prompt[-self.capacity:]
         check_request(prompt, params, self.model.spec.vocab_size, self.capacity)
         with self._changed:
             if self._closed:
                 raise QueueFull("the engine is closed and takes no requests; start another")
-            if len(self._waiting) >= self.max_waiting:
-                raise QueueFull(f"{len(self._waiting)} requests are waiting, the most allowed; "
-                                "try again later")
+            if self.stats["waiting"] >= self.max_waiting:
+                raise QueueFull(f"{self.max_waiting} requests are waiting, the most allowed; try "
+                                "again later")
             request = Request(next(self._ids), prompt, params, listener, self.token_bytes,
                               self.end_of_text, self.device)
-            self._waiting.append(request)
             self._requests[request.id] = request
             self._changed.notify_all()
         return request.id
@@ -107,8 +114,8 @@ class Engine:
                 if not self._running:
                     return False
                 self._counts["steps"] += 1
-                reading = [request for request in self._running if not request.new_tokens]
-                self._decode([request for request in self._running if request.new_tokens])
+                reading = [request for request in self._running if request.reading]
+                self._decode([request for request in self._running if not request.reading])
                 self._prefill(reading)
                 return True
             except BaseException as error:
@@ -146,21 +153,35 @@ class Engine:
                                  "requests, which would mix old and new weights; let them end, or "
                                  "cancel them, before refresh()")
             self.cache.forget()
-            refresh = getattr(self.decode_step, "refresh", None)
-            if refresh is not None:  # a step that holds weights of its own
-                refresh()
+            if hasattr(self.decode_step, "refresh"):  # it may hold weights of its own
+                self.decode_step.refresh()
 
-    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Token | End]:
+    def stream(self, prompt_ids: Sequence[int],
+               params: SamplingParams) -> Generator[Token | End, None, None]:
         """The events of one request. Steps itself if no thread does; leaving early cancels."""
         events: SimpleQueue[Token | End] = SimpleQueue()
-        return self._events(self.add(prompt_ids, params, events.put), events)
+        request_id = self.add(prompt_ids, params, events.put)
+
+        def read() -> Generator[Token | End, None, None]:
+            event: Token | End | None = None
+            try:
+                while not isinstance(event, End):
+                    while self._thread is None and events.empty():
+                        self.step()
+                    event = events.get()
+                    yield event
+            finally:
+                self.cancel(request_id)
+
+        return read()
 
     @property
     def stats(self) -> dict[str, int]:
         """Requests waiting and running now; slots; and, since the engine was made, requests that
         finished by themselves, were cancelled or failed, prompt tokens, those of them that were
         found in the cache, generated tokens, and steps."""
-        return {"waiting": len(self._waiting), "running": len(self._running),
+        running = len(self._running)
+        return {"waiting": len(self._requests) - running, "running": running,
                 "slots": len(self.cache.tokens), **self._counts}
 
     @property
@@ -171,42 +192,45 @@ class Engine:
     def decode_plain(self, model: Any, cache: SlotCache, tokens_N: Tensor, positions_N: Tensor,
                      slots: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The `DecodeStep` that is the model's own forward."""
-        parts = [Part(slot, start, 1)
-                 for slot, start in zip(slots, positions_N.tolist(), strict=True)]
-        x_1ND = model.features(tokens_N[None], cache.batch(parts))
-        return model.logits(x_1ND[0]), self._watched()
+        starts = positions_N.tolist()
+        x_ND, experts_LNK = self._read(tokens_N, list(map(Part, slots, starts, [1] * len(starts))))
+        return model.logits(x_ND), experts_LNK
 
     def _admit(self) -> None:
         """Between forwards: end what was cancelled, give free slots to the oldest that wait."""
         with self._changed:
-            cancelled = [request for request in self._requests.values() if request.cancelled]
-            if cancelled:
-                self._waiting = deque(one for one in self._waiting if not one.cancelled)
-            free = len(self.cache.tokens) - sum(not one.cancelled for one in self._running)
-            admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        for request in cancelled:
-            self._finish(request, "cancelled")
-        for request in admitted:
-            self._running.append(request)
-            if request.params.max_new_tokens == 0 and not request.scores_prompt:
-                self._finish(request, "length")
+            requests = list(self._requests.values())
+        for request in requests:
+            if request.cancelled:
+                self._finish(request, "cancelled")
+            elif len(self._running) < len(self.cache.tokens) and request not in self._running:
+                self._running.append(request)
+                if request.params.max_new_tokens == 0 and not request.scores_prompt:
+                    self._finish(request, "length")
 
     def _decode(self, generating: list[Request]) -> None:
         if not generating:
             return
-        tokens_N = torch.tensor([request.ids[-1] for request in generating], device=self.device)
+        tokens_N = torch.tensor([request.window[-1] for request in generating], device=self.device)
         positions_N = torch.tensor([request.read for request in generating], device=self.device)
         slots = [request.slot for request in generating]
         logits_NV, experts_LNK = (self.decode_step or self.decode_plain)(
             self.model, self.cache, tokens_N, positions_N, slots)
         self._count(experts_LNK)
         for request in generating:
-            self.cache.tokens[request.slot].append(request.ids[-1])
+            self.cache.tokens[request.slot].append(request.window[-1])
             request.read += 1
-        with one_thread():
+        # OpenMP's threads keep spinning after their work is done, on the cores that a compiled step
+        # needs: choosing a token of 50,304 with two threads made the next step of fira-334m 1.4
+        # times as long.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
             for row, request in enumerate(generating):
                 self._advance(request, logits_NV[row],
                               None if experts_LNK is None else experts_LNK[:, row])
+        finally:
+            torch.set_num_threads(threads)
 
     def _prefill(self, reading: list[Request]) -> None:
         """Read up to `prefill_tokens` of the prompts, all parts in one flat batch."""
@@ -216,10 +240,9 @@ class Engine:
         if not chosen:
             return
         parts = [Part(request.slot, request.read, size) for request, size in chosen]
-        tokens = [request.ids[request.read:request.read + size] for request, size in chosen]
-        x_ND = self.model.features(torch.tensor([sum(tokens, [])], device=self.device),
-                                   self.cache.batch(parts))[0]
-        experts_LNK = self._watched()
+        tokens = [request.window[request.read:request.read + size] for request, size in chosen]
+        tokens_N = torch.tensor(sum(tokens, []), device=self.device)
+        x_ND, experts_LNK = self._read(tokens_N, parts)
         self._count(experts_LNK)
         end = 0
         for (request, size), ids in zip(chosen, tokens, strict=True):
@@ -238,8 +261,8 @@ class Engine:
     def _take_slot(self, request: Request, reading: Sequence[Request]) -> bool:
         """Before a prompt is read; False: it waits for an earlier one with the same beginning."""
         if request.slot < 0:
-            earlier = [other.ids for other in reading[:reading.index(request)]]
-            taken = self.cache.take(request.ids, earlier, reuse=not request.scores_prompt)
+            earlier = [other.window for other in reading[:reading.index(request)]]
+            taken = self.cache.take(request.window, earlier, reuse=not request.scores_prompt)
             if taken is None:
                 return False
             request.slot, request.read = taken
@@ -255,7 +278,13 @@ class Engine:
             return
         self._counts["generated_tokens"] += 1
         self._tell(request, token)
-        reason = request.end_reason(self.capacity)
+        reason = request.end_reason()
+        if len(request.window) > self.capacity and not reason:
+            if self.slide:
+                request.window = request.window[-max(1, self.capacity // 2):]
+                request.read, self.cache.tokens[request.slot] = 0, []
+            else:
+                reason = "length"
         if reason:
             self._finish(request, reason)
 
@@ -264,7 +293,7 @@ class Engine:
             self._running.remove(request)
         if request.slot >= 0:
             self.cache.release(request.slot)
-        self._counts["prompt_tokens"] += min(request.read, request.prompt_tokens)
+        self._counts["prompt_tokens"] += len(request.prompt) if request.new else request.read
         self._counts["cached_tokens"] += request.cached
         self._counts[{"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")] += 1
         with self._changed:
@@ -286,10 +315,11 @@ class Engine:
             self._finish(request, "error", line)
         self.cache.forget()
 
-    def _watched(self) -> Tensor | None:
-        """experts_LNK of the model's latest forward; None for a dense model."""
+    def _read(self, tokens_N: Tensor, parts: list[Part]) -> tuple[Tensor, Tensor | None]:
+        """The model's features of the parts' tokens, and their experts; None for a dense model."""
+        x_ND = self.model.features(tokens_N[None], SlotBatch(self.cache, parts))[0]
         experts = [chosen_NK for chosen_NK in self._watch.experts if chosen_NK is not None]
-        return torch.stack(experts) if experts else None
+        return x_ND, torch.stack(experts) if experts else None
 
     def _count(self, experts_LNK: Tensor | None) -> None:
         if experts_LNK is not None:
@@ -306,33 +336,3 @@ class Engine:
                 self.step()
             except Exception:
                 log.exception("a step failed; its requests have ended with an error")
-
-    def _events(self, request_id: int, events: SimpleQueue[Token | End]) -> Iterator[Token | End]:
-        try:
-            while True:
-                while self._thread is None and events.empty():
-                    self.step()
-                event = events.get()
-                yield event
-                if isinstance(event, End):
-                    return
-        finally:
-            self.cancel(request_id)
-
-
-def split_budget(budget: int, needs: Sequence[int]) -> list[int]:
-    """Split a step's prompt tokens among prompts, the oldest first in `needs`.
-
-    The oldest gets half, so that it always advances; the rest goes to the shortest first, so that a
-    short prompt does not wait for a long one.
-    """
-    if not needs:
-        return []
-    given = [0] * len(needs)
-    given[0] = min(needs[0], (budget + 1) // 2)
-    left = budget - given[0]
-    for index in sorted(range(len(needs)), key=lambda index: needs[index]):
-        more = min(left, needs[index] - given[index])
-        given[index] += more
-        left -= more
-    return given

@@ -1,26 +1,80 @@
-"""One request to the engine, from its prompt to its last event.
+"""One request to the engine: its parameters, how its tokens are chosen, and its events.
 
 The engine calls a request's listener with one `Token` per generated token, including the one that
 ends the text, and then exactly once with an `End`. Text is released as soon as its characters are
 complete and no stop string can begin in it. So a token's text may be empty; the texts of all
 tokens and of the end, joined, are the whole text.
+
+The draw itself is `fira.model.generate.sample`. Penalties and biases, which depend on the request's
+own tokens, and log-probabilities are added here. Nothing depends on other requests.
 """
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fira.infer.sample import SamplingParams, TokenScore, choose_token, score_tokens
+from fira.model.generate import check_sampling, sample
 
-__all__ = ["End", "Listener", "QueueFull", "Reason", "Release", "Request", "SamplingParams",
-           "Token", "TokenScore", "check_request"]
 Reason = Literal["stop", "length", "cancelled", "error"]
 SCORED_ROWS = 64  # prompt tokens whose logits over the whole vocabulary are in memory together
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Raises ValueError, one line, on a value out of range."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0  # drops tokens below this fraction of the likeliest token's probability
+    repetition_penalty: float = 1.0  # over prompt and new tokens (Keskar et al. 2019)
+    presence_penalty: float = 0.0  # over new tokens, as OpenAI defines both
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to a token's logit
+    stop: tuple[str, ...] = ()  # strings that end the text, which does not contain them
+    stop_ids: tuple[int, ...] = ()  # ids that end the text, as the end-of-text id does
+    ignore_end: bool = False  # go on after the end-of-text id
+    seed: int | None = None  # None: different tokens each time
+    logprobs: int | None = None  # report each token's log-probability and this many likeliest ones
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens, in `End.prompt`
+    experts: bool = False  # report the experts that processed each token, per layer
+
+    def __post_init__(self) -> None:
+        check_sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+        rules = {
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 is none"),
+            "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
+            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
+            "logit_bias": (all(bias < math.inf for bias in self.logit_bias.values()),
+                           "numbers, or -inf to forbid a token"),
+            "stop": ("" not in self.stop, "strings that are not empty"),
+            "logprobs": ((self.logprobs or 0) >= 0, "0 or more, or left out"),
+            "prompt_logprobs": ((self.prompt_logprobs or 0) >= 0, "0 or more, or left out"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)} must be {rule}")
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """One token's log-probability, and the likeliest tokens in its place, best first.
+
+    Log-probabilities are the model's own, before temperature, penalties and cuts.
+    """
+
+    id: int
+    logprob: float | None  # None for a prompt's first token, which nothing predicts
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,16 +109,17 @@ class QueueFull(Exception):
 
 
 class Request:
-    """`ids` are the prompt and then the generated tokens.
+    """A prompt and the `new` tokens after it.
 
-    While it runs, a request owns a `slot` of the engine's cache, which holds the keys and values of
-    its first `read` tokens. `cancelled` is set by whoever no longer wants it.
+    `window` are the tokens that the model reads to predict the next one: all of them, or the newest
+    ones. A running request owns a `slot` of the engine's cache, which holds the keys and values of
+    the first `read` tokens of its window. `cancelled` is set by whoever no longer wants it.
     """
 
     def __init__(self, id: int, prompt: list[int], params: SamplingParams, listener: Listener,
                  token_bytes: list[bytes], end_of_text: int, device: torch.device) -> None:
         self.id, self.params, self.listener = id, params, listener
-        self.ids, self.prompt_tokens = prompt, len(prompt)
+        self.prompt, self.new, self.window = prompt, list[int](), [*prompt]
         self.cancelled = False
         self.slot = -1  # none until its prompt is read
         self.read = self.cached = 0
@@ -79,18 +134,19 @@ class Request:
             self.generator.manual_seed(params.seed)
 
     @property
-    def new_tokens(self) -> int:
-        return len(self.ids) - self.prompt_tokens
+    def unread(self) -> int:
+        return len(self.window) - self.read
 
     @property
-    def unread(self) -> int:
-        return len(self.ids) - self.read
+    def reading(self) -> bool:
+        """Whether the model has more to read than the token that it has just generated."""
+        return not self.new or self.unread > 1
 
     def score_prompt(self, model: Any, x_ND: Tensor) -> None:
         """Score, if asked for, the prompt tokens that these rows predict; `read` tokens precede."""
-        if self.params.prompt_logprobs is None:
+        if self.params.prompt_logprobs is None or self.new:
             return
-        targets = self.ids[self.read + 1:self.read + 1 + len(x_ND)]
+        targets = self.window[self.read + 1:self.read + 1 + len(x_ND)]
         for start in range(0, len(targets), SCORED_ROWS):
             tokens = targets[start:start + SCORED_ROWS]
             logits_NV = model.logits(x_ND[start:start + len(tokens)])
@@ -98,9 +154,10 @@ class Request:
 
     def add_token(self, logits_V: Tensor, experts_LK: Tensor | None) -> Token:
         """Choose the next token. Raises ValueError if no logit is finite."""
-        params, size = self.params, self.prompt_tokens
-        token = choose_token(logits_V, self.ids[:size], self.ids[size:], params, self.generator)
-        self.ids.append(token)
+        params = self.params
+        token = choose_token(logits_V, self.prompt, self.new, params, self.generator)
+        self.new.append(token)
+        self.window.append(token)
         text = "" if token in self.ends else self.text.push(token)
         experts = None
         if params.experts and experts_LK is not None:
@@ -109,15 +166,14 @@ class Request:
                  score_tokens(logits_V[None], [token], params.logprobs)[0])
         return Token(token, text, score, experts)
 
-    def end_reason(self, capacity: int) -> Reason | None:
-        """Why the text ends with its latest token; None if it goes on."""
-        if self.ids[-1] in self.ends or self.text.stopped:
+    def end_reason(self) -> Reason | None:
+        """Why the text ends with its latest token; None if it may go on."""
+        if self.new[-1] in self.ends or self.text.stopped:
             return "stop"
-        full = self.new_tokens >= self.params.max_new_tokens or len(self.ids) > capacity
-        return "length" if full else None
+        return "length" if len(self.new) >= self.params.max_new_tokens else None
 
     def end(self, reason: Reason, error: str = "") -> End:
-        return End(reason, self.text.finish(), self.prompt_tokens, self.cached, self.new_tokens,
+        return End(reason, self.text.finish(), len(self.prompt), self.cached, len(self.new),
                    self.text.stopped, tuple(self.prompt_scores), error)
 
 
@@ -136,6 +192,59 @@ def check_request(prompt: Sequence[int], params: SamplingParams, vocab_size: int
     if len(prompt) > capacity:
         raise ValueError(f"prompt of {len(prompt)} tokens leaves no room: {capacity} fit; "
                          "shorten it")
+
+
+def choose_token(logits_V: Tensor, prompt: Sequence[int], new: Sequence[int],
+                 params: SamplingParams, generator: torch.Generator) -> int:
+    """The token after `prompt` and the `new` tokens. Raises ValueError if no logit is finite."""
+    logits_V = penalize(logits_V, prompt, new, params)
+    largest = float(logits_V.max())
+    if not math.isfinite(largest):  # NaN too
+        raise ValueError(f"the largest logit is {largest}; the model's weights are damaged, or "
+                         "logit_bias forbids every token")
+    top_p = params.top_p if params.top_p < 1 else None
+    return int(sample(logits_V[None], params.temperature, params.top_k, top_p, generator,
+                      params.min_p))
+
+
+def penalize(logits_V: Tensor, prompt: Sequence[int], new: Sequence[int],
+             params: SamplingParams) -> Tensor:
+    """Logits after penalties and biases; the same tensor if there are none.
+
+    Repetition (Keskar et al. 2019, equation 2): the logit of every token of prompt and `new` is
+    divided by the penalty if positive and multiplied by it if not. Then, for the tokens in `new`,
+    count * frequency_penalty + presence_penalty is subtracted. Then biases are added.
+    """
+    repetition = params.repetition_penalty != 1
+    counted = bool((params.presence_penalty or params.frequency_penalty) and new)
+    if not (repetition or counted or params.logit_bias):
+        return logits_V
+    logits_V = logits_V.float().clone()
+    if repetition:
+        ids = logits_V.new_tensor(sorted({*prompt, *new}), dtype=torch.long)
+        old = logits_V[ids]
+        factor = params.repetition_penalty
+        logits_V[ids] = torch.where(old > 0, old / factor, old * factor)
+    if counted:
+        counter = Counter(new)
+        ids = logits_V.new_tensor(list(counter), dtype=torch.long)
+        counts = logits_V.new_tensor(list(counter.values()))
+        logits_V[ids] -= counts * params.frequency_penalty + params.presence_penalty
+    if params.logit_bias:
+        ids = logits_V.new_tensor(list(params.logit_bias), dtype=torch.long)
+        logits_V[ids] += logits_V.new_tensor(list(params.logit_bias.values()))
+    return logits_V
+
+
+def score_tokens(logits_NV: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
+    """One token's score for each row, with its `top` likeliest tokens."""
+    logprobs_NV = logits_NV.float().log_softmax(dim=-1)
+    ids_N1 = torch.tensor(tokens, device=logits_NV.device)[:, None]
+    own = logprobs_NV.gather(-1, ids_N1)[:, 0].tolist()
+    best = logprobs_NV.topk(min(top, logprobs_NV.shape[-1]), dim=-1)
+    return [TokenScore(token, logprob, tuple(zip(ids, values, strict=True)))
+            for token, logprob, ids, values in zip(tokens, own, best.indices.tolist(),
+                                                   best.values.tolist(), strict=True)]
 
 
 class Release:

@@ -1,26 +1,24 @@
-"""Text from a model and its tokenizer, without the engine: one prompt, or one conversation.
+"""Text from a model and its tokenizer: the continuation of one prompt, or a conversation.
 
-A window that is full slides (`fira.model.generate`), so that a text may become longer than what the
-model reads at once.
+The window slides when it is full, so that a text may become longer than what the model reads at
+once.
 """
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fira.data.chat import prompt_ids
 from fira.data.tokenizer import TURN_END
-from fira.infer.request import Release
-from fira.infer.sample import SamplingParams
-from fira.model.generate import Step, stream, window_length
-
-ENGINE_ONLY = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
-               "logprobs", "prompt_logprobs", "experts")
+from fira.infer.cache import DecodeStep
+from fira.infer.engine import Engine
+from fira.infer.request import End, SamplingParams, Token
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, params: SamplingParams,
-             step: Step | None = None) -> Iterator[str]:
+             decode_step: DecodeStep | None = None) -> Iterator[str]:
     """Yield the continuation of `prompt` as text, without the prompt.
 
     As in training, the model reads the end-of-text token before the prompt. Raises ValueError at
@@ -29,59 +27,47 @@ def complete(model: Any, tokenizer: Any, prompt: str, params: SamplingParams,
     if not prompt:
         raise ValueError("the prompt is empty; give the text to continue, for example "
                          "'The state of the Union is'")
+    engine = Engine(model, tokenizer, slots=1, slide=True, decode_step=decode_step)
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    return stream_text(model, tokenizer, ids, params, step)
+    return _closing(engine, stream_text(engine, ids, params))
 
 
-def stream_text(model: Any, tokenizer: Any, ids: Sequence[int], params: SamplingParams,
-                step: Step | None = None) -> Iterator[str]:
-    """Yield what follows `ids` as text. `step` reads a token in the model's place.
+def _closing(engine: Engine, texts: Iterator[str]) -> Iterator[str]:
+    with contextlib.closing(engine):
+        yield from texts
 
-    Raises ValueError at once for ids outside the vocabulary and for what only the engine can do.
+
+def stream_text(engine: Engine, ids: Sequence[int], params: SamplingParams) -> Iterator[str]:
+    """Yield what follows `ids` as text.
+
+    Raises ValueError: at once for a request that cannot be run, later if no token can be chosen.
     """
-    for name in ENGINE_ONLY:
-        value = getattr(params, name)
-        if value != getattr(SamplingParams(), name):
-            raise ValueError(f"{name}={value} is not supported by plain generation; leave it out, "
-                             "or use fira.infer.engine.Engine")
-    top_p = params.top_p if params.top_p < 1 else None
-    tokens = stream(model, ids, params.max_new_tokens, params.temperature, params.top_k, top_p,
-                    params.seed, end_of_text=-1, step=step)
-    ends = {*params.stop_ids} | (set() if params.ignore_end else {tokenizer.end_of_text})
-    return decode((int(token_B[0]) for token_B in tokens), tokenizer.token_bytes(), params.stop,
-                  ends)
+    return _texts(engine.stream(ids, params))
 
 
-def decode(ids: Iterable[int], token_bytes: Sequence[bytes], stop: Sequence[str] = (),
-           ends: Iterable[int] = ()) -> Iterator[str]:
-    """Text of a stream of ids as `Release` releases it, until an id of `ends` or a `stop` string.
-    """
-    release, ends = Release(token_bytes, stop), set(ends)
-    for token in ids:
-        if token in ends:
-            break
-        text = release.push(token)
-        if text:
-            yield text
-        if release.stopped:
-            return
-    if text := release.finish():
-        yield text
+def _texts(events: Generator[Token | End, None, None]) -> Iterator[str]:
+    with contextlib.closing(events):
+        for event in events:
+            if event.text:
+                yield event.text
+    if isinstance(event, End) and event.reason == "error":
+        raise ValueError(event.error)
 
 
 class Conversation:
     """Messages so far, cut to what the model can read. `tuned`: the model knows chat turns."""
 
     def __init__(self, model: Any, tokenizer: Any, tuned: bool, params: SamplingParams,
-                 system: str | None = None, step: Step | None = None) -> None:
+                 system: str | None = None, decode_step: DecodeStep | None = None) -> None:
         """Raises ValueError if params.max_new_tokens leave no room for a message."""
-        self.model, self.tokenizer, self.tuned, self.step = model, tokenizer, tuned, step
+        self.engine = Engine(model, tokenizer, slots=1, slide=True, decode_step=decode_step)
+        self.tokenizer, self.tuned = tokenizer, tuned
         ends = (tokenizer.special(TURN_END),) if tuned else ()
         self.params = replace(params, stop_ids=ends)
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = []
         self.replies = 0
-        window = window_length(model)
+        window = self.engine.capacity
         self.budget = window - params.max_new_tokens
         if self.budget < 1:
             raise ValueError(f"max_new_tokens={params.max_new_tokens} leaves no room in the window "
@@ -114,8 +100,7 @@ class Conversation:
             params = replace(params, seed=params.seed + self.replies)
         self.replies += 1
         try:
-            for text in stream_text(self.model, self.tokenizer, self.prompt(self.messages), params,
-                                    self.step):
+            for text in stream_text(self.engine, self.prompt(self.messages), params):
                 said.append(text)
                 yield text
         finally:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from fira.files import MANIFEST, read_json, write_json
+from fira.files import MANIFEST, read_json, sha256, write_json
 from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2
 from fira.model.initialize import initialize, reset_buffers
@@ -21,13 +21,13 @@ from fira.model.spec import ModelSpec, drop_constants
 
 CLASSES: dict[str, type[FIRA] | type[FIRA2]] = {"fira": FIRA, "fira2": FIRA2}
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+ADAPTER = "adapter.safetensors"  # only what was trained; the other weights are in another folder
 INDEX = WEIGHTS + ".index.json"  # of models in several files, made elsewhere
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What config.json holds besides the spec, each an attribute of the model: the end-of-text id, the
-# longest length trained on, how weights are stored if not as floats, the stage that trained it, and
-# whether it was trained on chat turns, the checkpoint that an adapter belongs to.
-NOTES = ("end_of_text", "trained_length", "quantization", "stage", "chat",
-         "base")
+# longest length trained on, how weights are stored if not as floats, the stage that trained it,
+# whether it was trained on chat turns, and the step folder and checksum of an adapter's base.
+NOTES = ("end_of_text", "trained_length", "quantization", "stage", "chat", "base")
 
 
 def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:
@@ -77,8 +77,9 @@ def knows_chat(step_folder: str | Path) -> bool:
 def load_pretrained(folder: str | Path, expected: type[nn.Module] | None = None) -> Any:
     """The model in a step folder, or in the newest complete step of a run folder, in eval mode.
 
-    Weights keep the dtype they were saved in. Raises ValueError, one line, when there is no model,
-    its architecture is not `expected`, or its files are damaged or do not fit each other.
+    Weights keep the dtype they were saved in. An adapter's tensors replace those of its base.
+    Raises ValueError, one line, when there is no model, its architecture is not `expected`, its
+    files are damaged or do not fit each other, or its adapter cannot be applied.
     """
     folder = find_model(folder)
     spec, notes = read_config(folder / CONFIG)
@@ -90,7 +91,11 @@ def load_pretrained(folder: str | Path, expected: type[nn.Module] | None = None)
         raise ValueError(f"{folder} holds {notes['quantization']} weights, which cannot be trained "
                          "or converted; use the run it was made from")
     model = build_meta(spec)
-    return assemble(model, read_tensors(folder / WEIGHTS, model.state_dict()), notes)
+    if base := notes.pop("base"):
+        tensors = _read_adapted(folder, base, model.state_dict())
+    else:
+        tensors = read_tensors(folder / WEIGHTS, model.state_dict())
+    return assemble(model, tensors, notes)
 
 
 def assemble(model: Any, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> Any:
@@ -120,7 +125,7 @@ def find_model(folder: str | Path) -> Path:
                              "run folder that it was exported from")
         raise ValueError(f"{folder} is not a folder; give a run folder such as out/tiny, "
                          "or a step folder in it")
-    if (folder / WEIGHTS).exists():
+    if (folder / WEIGHTS).exists() or (folder / ADAPTER).exists():
         return folder
     if (folder / INDEX).exists():
         raise ValueError(f"{folder} is a Hugging Face model in several files; bring it in with "
@@ -168,14 +173,45 @@ def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
                          "copy the file again or use another step") from None
 
 
-def read_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, wanted: dict[str, torch.Tensor],
+                 more: bool = False) -> dict[str, torch.Tensor]:
     """The `wanted` tensors, copied out of the file so that it may change while the model lives.
 
-    Raises ValueError, one line, if the file is damaged, or has others or other shapes.
+    Raises ValueError, one line, if the file is damaged, lacks one, has one of another shape, or has
+    others and not `more`.
     """
     with _opened(path) as file:
-        _check_names(path, file, wanted)
+        _check_names(path, file, wanted, more)
         return {name: file.get_tensor(name).clone() for name in wanted}
+
+
+def find_base(folder: Path, base: dict[str, str]) -> Path:
+    """The file of the weights that the adapter in `folder` was trained on, by its note `base`.
+
+    Raises ValueError, one line, if the file is gone or was changed.
+    """
+    path = Path(base["path"]) / WEIGHTS
+    found = sha256(path) if path.is_file() else "no file"
+    if found != base["sha256"]:
+        raise ValueError(f"{path} has checksum {found[:12]}, but the adapter {folder} was trained "
+                         f"on {base['sha256'][:12]}; put those weights back, or correct base.path "
+                         f"in {folder / CONFIG}")
+    return path
+
+
+def _read_adapted(folder: Path, base: dict[str, str],
+                  wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The `wanted` tensors: those in the adapter's file, and all others from its base."""
+    weights = find_base(folder, base)
+    with _opened(folder / ADAPTER) as file:
+        names = set(file.keys())
+    if unknown := sorted(names - wanted.keys()):
+        raise ValueError(f"{folder} was made with an adapter that this version cannot apply: the "
+                         f"model has no tensor {unknown[0]}; use the version of FIRA that made it, "
+                         f"or its base {base['path']}")
+    adapted = {name: wanted[name] for name in names}
+    rest = {name: tensor for name, tensor in wanted.items() if name not in names}
+    return read_tensors(weights, rest, more=True) | read_tensors(folder / ADAPTER, adapted)
 
 
 def check_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> None:
@@ -196,11 +232,11 @@ def _opened(path: Path) -> Iterator[Any]:
                          ) from None
 
 
-def _check_names(path: Path, file: Any, wanted: dict[str, torch.Tensor]) -> None:
+def _check_names(path: Path, file: Any, wanted: dict[str, torch.Tensor],
+                 more: bool = False) -> None:
     names = set(file.keys())
-    if names != set(wanted):
-        odd = sorted(names.symmetric_difference(wanted))[0]
-        raise ValueError(f"{path} and its config.json disagree on tensor {odd}; "
+    if odd := sorted(wanted.keys() - names if more else wanted.keys() ^ names):
+        raise ValueError(f"{path} and its config.json disagree on tensor {odd[0]}; "
                          "use the config.json that was written with it")
     for name, tensor in wanted.items():
         shape = file.get_slice(name).get_shape()

@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fira.runtime import one_thread
-
 # Tokens sorted to find those of top_p (0.13 ms); all 50,304 (3.8 ms) only if these fall short.
 NUCLEUS = 256
 Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor
-Step = Callable[[Tensor, Any], Tensor]  # tokens_B, cache -> logits_BV
 
 
 def generate(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float = 1.0,
@@ -38,28 +35,27 @@ def generate(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float
 
 def stream(model: Any, ids: Ids, max_new_tokens: int = 128, temperature: float = 1.0,
            top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
-           end_of_text: int | None = None, step: Step | None = None) -> Iterator[Tensor]:
+           end_of_text: int | None = None) -> Iterator[Tensor]:
     """Yield the next token of every row, [B], until `max_new_tokens` or all rows have ended.
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p keeps the fewest likeliest
     whose probabilities reach it. `seed` fixes the draw; None takes one from torch's global
-    generator. `end_of_text` None means the model's own id, if it has one; -1 never ends. `step`
-    replaces the model's forward for single tokens: (tokens_B, cache) -> logits_BV. The model is in
-    eval mode while streaming. Raises ValueError on a value out of range.
+    generator. `end_of_text` None means the model's own id, if it has one; -1 never ends. The model
+    is in eval mode while streaming. Raises ValueError on a value out of range.
     """
-    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
     prompt_BT = prompt_tensor(model, ids)
     if end_of_text is None:
         end_of_text = model.end_of_text
     generator = torch.Generator(device=prompt_BT.device)
     generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
-    return _stream(model, prompt_BT, max_new_tokens, end_of_text, step,
+    return _stream(model, prompt_BT, max_new_tokens, end_of_text,
                    lambda logits_BV: sample(logits_BV, temperature, top_k, top_p, generator))
 
 
 @torch.inference_mode()
 def _stream(model: Any, prompt_BT: Tensor, max_new_tokens: int, end_of_text: int | None,
-            step: Step | None, choose: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+            choose: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     window = window_length(model)
     window_BT = unread_BT = prompt_BT[:, -window:]
     cache = model.new_cache(len(prompt_BT), min(window, window_BT.shape[1] + max_new_tokens))
@@ -68,11 +64,7 @@ def _stream(model: Any, prompt_BT: Tensor, max_new_tokens: int, end_of_text: int
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            if step is not None and unread_BT.shape[1] == 1:
-                with one_thread():
-                    token_B = choose(step(unread_BT[:, 0], cache))
-            else:
-                token_B = choose(model.logits(model.features(unread_BT, cache)[:, -1]))
+            token_B = choose(model.logits(model.features(unread_BT, cache)[:, -1]))
             if end_of_text is not None:
                 token_B = torch.where(ended_B, end_of_text, token_B)
                 ended_B = ended_B | (token_B == end_of_text)
@@ -156,8 +148,9 @@ def prompt_tensor(model: Any, ids: Ids) -> Tensor:
     return ids_BT
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None,
-                    top_p: float | None) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None,
+                   top_p: float | None) -> None:
+    """Raise ValueError, one line, on a value out of range."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more; try 128")
     if not 0 <= temperature < math.inf:

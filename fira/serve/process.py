@@ -14,7 +14,7 @@ from fira.infer.chat import UNTUNED
 from fira.infer.decode import open_step
 from fira.infer.engine import Engine
 from fira.infer.load import load
-from fira.model.files import WEIGHTS, find_model, knows_chat
+from fira.model.files import CONFIG, find_model, knows_chat
 from fira.model.generate import window_length
 from fira.runlog import console
 from fira.serve.api import ServedModel
@@ -90,11 +90,9 @@ def open_service(run: Path, name: str, slots: int, queue: int, device: str,
     """Load the model of a run and start an engine for it."""
     model, tokenizer, folder = load(run, device)
     engine = Engine(model, tokenizer, slots=slots, max_waiting=queue)
-    fused = open_step(model, precision, console().print)
-    if fused is not None:
-        engine.decode_step = fused.decode
+    engine.decode_step = open_step(model, precision, console().print)
     engine.start()
-    created = int((folder / WEIGHTS).stat().st_mtime)
+    created = int((folder / CONFIG).stat().st_mtime)
     return ServedModel(name, tokenizer, window_length(model), model.spec.vocab_size,
                        knows_chat(folder), created, architecture(model)), engine
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from fira.config import load_preset
 from fira.data.prepare import learn_tokenizer, prepare
 from fira.infer.load import load
-from fira.infer.sample import SamplingParams
+from fira.infer.request import SamplingParams
 from fira.infer.text import complete
 from fira.runlog import RunLog
 from fira.stages.pretrain import PRETRAIN, pretrain

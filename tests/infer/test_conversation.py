@@ -12,7 +12,7 @@ from rich.console import Console
 from fira.data.chat import render
 from fira.infer import text as module
 from fira.infer.chat import UNTUNED, chat, talk
-from fira.infer.sample import SamplingParams
+from fira.infer.request import SamplingParams
 from fira.infer.text import Conversation
 from fira.model.files import knows_chat
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fira.data.chat import prompt_ids
-from fira.infer.cache import Part, SlotCache, common_prefix
+from fira.infer.cache import Part, SlotBatch, SlotCache, common_prefix
 from fira.infer.engine import Engine
 from fira.infer.request import End, SamplingParams
 from fira.model.spec import FIRA2Spec, FIRASpec
@@ -91,7 +91,7 @@ def test_attention_in_one_masked_call_equals_part_by_part(either):
         generator = torch.Generator().manual_seed(0)
         for rows in (cache.keys, cache.values):
             rows.normal_(generator=generator)
-        batch = cache.batch([Part(3, 5, 1), Part(0, 31, 1), Part(1, 0, 1)])
+        batch = SlotBatch(cache, [Part(3, 5, 1), Part(0, 31, 1), Part(1, 0, 1)])
         batch.single_tokens = at_once
         with torch.no_grad():
             logits.append(either.logits(either.features(torch.tensor([[4, 5, 6]]), batch)))
@@ -223,7 +223,8 @@ class CompiledStep:
     def __call__(self, model, cache, tokens_N, positions_N, slots):
         parts = [Part(slot, start, 1) for slot, start in zip(slots, positions_N.tolist(),
                                                              strict=True)]
-        return self.copy.logits(self.copy.features(tokens_N[None], cache.batch(parts))[0]), None
+        x_ND = self.copy.features(tokens_N[None], SlotBatch(cache, parts))[0]
+        return self.copy.logits(x_ND), None
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -268,7 +269,7 @@ def test_one_request_passes_few_files_of_the_engine(model, tokenizer):
         request()
     print(path)
     assert {file for file in path.files if file.startswith("infer/")} - {"infer/stand_in.py"} == {
-        f"infer/{name}.py" for name in ("engine", "request", "sample", "cache")}
+        f"infer/{name}.py" for name in ("engine", "request", "cache")}
     engine.close()
 
 

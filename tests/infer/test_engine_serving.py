@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from fira.infer.engine import Engine, split_budget
+from fira.infer.cache import split_budget
+from fira.infer.engine import Engine
 from fira.infer.request import End, QueueFull, SamplingParams, Token
 
 LONG = SamplingParams(max_new_tokens=50, temperature=0.0, ignore_end=True)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fira.infer.sample import SamplingParams, choose_token, penalize, score_tokens
+from fira.infer.request import SamplingParams, choose_token, penalize, score_tokens
 from fira.model.generate import sample
 
 

@@ -8,7 +8,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from fira.infer.text import decode
+from fira.infer.request import Release
 from fira.model.generate import generate
 
 WINDOW = 128
@@ -60,7 +60,7 @@ class InProcess(TemplateLM):
             ids = self.tok_encode(prompt)
             new = generate(self.model, [ids], options["max_gen_toks"], temperature=0,
                            end_of_text=self.eot_token_id)[0, len(ids):].tolist()
-            text = "".join(decode(new, self.words.token_bytes()))
+            text = "".join(map(Release(self.words.token_bytes()).push, new))
             for stop in options["until"]:
                 text = text.partition(stop)[0]
             texts.append(text)

@@ -5,7 +5,7 @@ waits for the others at a barrier between the phases; norms and routing are comp
 itself, which takes less time than a barrier. A weight row is read from memory once and used for
 all S tokens while it is in the processor's cache. Blocks of four or eight rows were slower.
 
-Weights are found by address in the records of `pack.py`.
+Weights are found by address in the records of `step.py`.
 """
 from __future__ import annotations
 

@@ -1,50 +1,64 @@
-"""`FusedStep`: a model's decode step as one call of the compiled function in `kernel.py`."""
+"""`FusedStep`: a model's decode step as one call of the compiled function in `kernel.py`.
+
+The compiled function finds the weights by a table of addresses in torch's memory. Nothing is
+copied, neither float32 weights nor the numbers and scales of a quantized model
+(`fira.convert.quantize`). Each matrix has its own precision. Activations are float32. A part that a
+model does not have (a bias, a rotation, a gate, a router) has address 0.
+"""
 from __future__ import annotations
 
+import collections
+import copy
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fira import runtime
+from fira.convert.quantize import Quantized, quantize
 from fira.infer.cache import SlotCache
-from fira.infer.decode.kernel import decode_step
-from fira.infer.decode.pack import AddressTable
-from fira.model.transformer import KeyValueCache
+from fira.infer.decode.kernel import FLOAT32, INT4, INT8, decode_step
+
+PARTS = {  # the matrices and norms of a layer, and where they are in a block
+    "attention_norm": "attention_norm", "qkv": "attention.qkv",
+    "query_norm": "attention.query_norm", "key_norm": "attention.key_norm",
+    "output": "attention.output", "moe_norm": "moe_norm", "router": "moe.router",
+    "gate": "moe.experts.gate", "up": "moe.experts.up", "down": "moe.experts.down"}
+MATRIX = np.dtype([(name, np.int64) for name in ("weight", "scale", "bias", "precision")])
+LAYER = np.dtype([(name, MATRIX) for name in PARTS]
+                 + [(name, np.int64) for name in ("selection_bias", "keys", "values")])
+MODEL = np.dtype([(name, np.int64) for name in (
+    "heads", "kv_heads", "head_width", "cosines", "sines", "slot_stride", "group_stride")] + [
+    ("norm", MATRIX), ("head", MATRIX), ("epsilon", np.float64)])
+Scratch = collections.namedtuple(
+    "Scratch", "x qkv mixed hidden normed scores probs weights chosen order starts")
 
 
-class Scratch(NamedTuple):
+def new_scratch(spec: Any, S: int, ranks: int) -> Scratch:
     """Activations of S tokens; a pair is a token and one of its K experts.
 
     The first four are shared by the threads (ranks); each rank has its own part of the others.
     """
-
-    x: np.ndarray  # [S, D], the residual stream
-    qkv: np.ndarray  # [S, (H + 2G) C]
-    mixed: np.ndarray  # [S, H C]
-    hidden: np.ndarray  # [S K, F]
-    normed: np.ndarray  # [ranks, S, D]
-    scores: np.ndarray  # [ranks, context], of one attention head
-    probs: np.ndarray  # [ranks, E], of one token
-    weights: np.ndarray  # [ranks, S K]
-    chosen: np.ndarray  # [ranks, S K], the expert of each pair, token by token
-    order: np.ndarray  # [ranks, S K], the pairs sorted by expert
-    starts: np.ndarray  # [ranks, E + 1], where the pairs of each expert start in `order`
-
-
-def new_scratch(spec: Any, S: int, ranks: int) -> Scratch:
-    D, H, G, C = spec.d_model, spec.n_head, spec.n_kv_head, spec.head_dim
-    E, pairs = spec.num_experts, S * spec.top_k
-    shared = [(S, D), (S, (H + 2 * G) * C), (S, H * C), (pairs, spec.d_ff)]
-    own = [(S, D), (spec.context,), (E,), (pairs,), (pairs,), (pairs,), (E + 1,)]
-    shapes = shared + [(ranks, *shape) for shape in own]
-    integers = ("chosen", "order", "starts")
-    return Scratch(*(np.empty(shape, np.int64 if name in integers else np.float32)
-                     for name, shape in zip(Scratch._fields, shapes, strict=True)))
+    H, G, C, pairs = spec.n_head, spec.n_kv_head, spec.head_dim, S * spec.top_k
+    floats, integers = partial(np.empty, dtype=np.float32), partial(np.empty, dtype=np.int64)
+    return Scratch(
+        x=floats((S, spec.d_model)),  # the residual stream
+        qkv=floats((S, (H + 2 * G) * C)),
+        mixed=floats((S, H * C)),
+        hidden=floats((pairs, spec.d_ff)),
+        normed=floats((ranks, S, spec.d_model)),
+        scores=floats((ranks, spec.context)),  # of one attention head
+        probs=floats((ranks, spec.num_experts)),  # of one token
+        weights=floats((ranks, pairs)),
+        chosen=integers((ranks, pairs)),  # the expert of each pair, token by token
+        order=integers((ranks, pairs)),  # the pairs sorted by expert
+        starts=integers((ranks, spec.num_experts + 1)))  # where an expert's pairs start in `order`
 
 
 class FusedStep:
@@ -69,41 +83,22 @@ class FusedStep:
         """
         self.table = AddressTable(self.model, self.precision)
 
-    def step(self, tokens_S: Any, positions_S: Any, slots_S: Any, keys: Sequence[Tensor],
-             values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits [S, V] after the tokens, and the experts chosen for them, [L, S, K].
-
-        tokens_S[s] stands at positions_S[s] of slot slots_S[s]. `keys` and `values` hold one cache
-        [slots, G, T, C] per layer; the step writes the new tokens' rows, and all earlier positions
-        must be filled. Raises ValueError for a number out of range.
-        """
-        tokens, positions, slots = (np.asarray(x, np.int64) for x in
-                                    (tokens_S, positions_S, slots_S))
-        self._check(tokens, positions, slots, keys[0])
+    def __call__(self, model: Any, cache: SlotCache, tokens_N: Tensor, positions_N: Tensor,
+                 slots: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The engine's `DecodeStep`; all earlier positions of the slots must be filled."""
+        tokens, positions, places = (np.asarray(x, np.int64) for x in
+                                     (tokens_N, positions_N, slots))
+        self._check(tokens, positions, places, cache)
         if len(tokens) != len(self.scratch.x):
             self.scratch = new_scratch(self.spec, len(tokens), self.threads.count)
         self.scratch.x[:] = self._embed(tokens, positions)
-        self._bind(keys, values)
+        self._bind(cache)
         logits = np.empty((len(tokens), self.spec.vocab_size), np.float32)
         experts = np.empty((self.spec.num_layers, len(tokens), self.spec.top_k), np.int64)
         self.threads.run(self.table.model, self.table.layers, self.scratch, self.barrier,
-                         positions, slots, logits, experts)
-        return torch.from_numpy(logits), torch.from_numpy(experts)
-
-    def __call__(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits [B, V] after one more token of every row: a `fira.model.generate.Step`."""
-        B = len(tokens_B)
-        logits_BV, _ = self.step(tokens_B, np.full(B, cache.length), np.arange(B),
-                                 [layer.keys_BGSC for layer in cache.layers],
-                                 [layer.values_BGSC for layer in cache.layers])
-        for layer in cache.layers:
-            layer.length += 1
-        return logits_BV
-
-    @property
-    def decode(self) -> EngineStep:
-        """The engine's `DecodeStep`."""
-        return EngineStep(self)
+                         positions, places, logits, experts)
+        return (torch.from_numpy(logits),
+                torch.from_numpy(experts) if self.spec.num_experts > 1 else None)
 
     def _embed(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """What the first block reads, [S, D]. Compiled, it would save 4% of a very small step."""
@@ -112,42 +107,75 @@ class FusedStep:
             x_SD = x_SD + self.model.position_embedding(torch.from_numpy(positions))
         return x_SD.detach().numpy()
 
-    def _bind(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Enter the caches into the table."""
-        strides = keys[0].stride()
-        assert strides[2:] == (self.spec.head_dim, 1) and keys[0].dtype == torch.float32, strides
-        assert all(cache.stride() == strides for cache in (*keys, *values)), strides
-        self.table.model["slot_stride"], self.table.model["group_stride"] = strides[:2]
-        self.table.layers["keys"] = [cache.data_ptr() for cache in keys]
-        self.table.layers["values"] = [cache.data_ptr() for cache in values]
+    def _bind(self, cache: SlotCache) -> None:
+        """Enter the addresses of the cache's rows into the table."""
+        layer_stride, *strides = cache.keys.stride()[:3]
+        offsets = 4 * layer_stride * np.arange(self.spec.num_layers)
+        self.table.model["slot_stride"], self.table.model["group_stride"] = strides
+        self.table.layers["keys"] = cache.keys.data_ptr() + offsets
+        self.table.layers["values"] = cache.values.data_ptr() + offsets
 
     def _check(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray,
-               keys_SGTC: Tensor) -> None:
-        """Refuse numbers with which compiled code would read or write outside of its memory."""
-        capacity = min(keys_SGTC.shape[2], self.spec.context)
-        for name, numbers, limit in (("token", tokens, self.spec.vocab_size),
-                                     ("position", positions, capacity),
-                                     ("slot", slots, len(keys_SGTC))):
-            if len(numbers) != len(tokens) or min(numbers) < 0 or max(numbers) >= limit:
-                raise ValueError(f"{name}s {numbers.tolist()} must be {len(tokens)} numbers from 0 "
-                                 f"to {limit - 1}; check the call of the step")
-        if len(set(slots.tolist())) < len(slots):
-            raise ValueError(f"slots {slots.tolist()} repeat; give each sequence its own")
+               cache: SlotCache) -> None:
+        """Stop before compiled code would read or write outside of its memory."""
+        for rows in (cache.keys, cache.values):
+            assert rows.dtype == torch.float32 and rows.is_contiguous(), (rows.dtype, rows.shape)
+        _, num_slots, _, capacity, _ = cache.keys.shape
+        for numbers, limit in ((tokens, self.spec.vocab_size), (slots, num_slots),
+                               (positions, min(capacity, self.spec.context))):
+            assert len(numbers) == len(tokens), (tokens, positions, slots)
+            assert 0 <= min(numbers) and max(numbers) < limit, (numbers, limit)
+        assert len(set(slots.tolist())) == len(slots), slots
 
 
-class EngineStep(NamedTuple):
-    """A `FusedStep` as the engine calls it (`fira.infer.cache.DecodeStep`)."""
+class AddressTable:
+    """`model`, one record of type MODEL, and `layers`, records of type LAYER.
 
-    fused: FusedStep
+    `tensors` are all that the table points at; holding them keeps their memory alive.
+    """
 
-    def __call__(self, model: Any, cache: SlotCache, tokens_N: Tensor, positions_N: Tensor,
-                 slots: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        logits_NV, experts_LNK = self.fused.step(tokens_N, positions_N, slots, list(cache.keys),
-                                                 list(cache.values))
-        return logits_NV, experts_LNK if self.fused.spec.num_experts > 1 else None
+    def __init__(self, model: Any, precision: str = "float32") -> None:
+        """With precision int8 or int4, a float32 model's matrices are quantized as copies."""
+        self.tensors: list[Tensor] = []
+        spec = model.spec
+        if precision != "float32":
+            model = _quantized_copy(model, precision)
+        self.layers = np.array([(
+            *(self._matrix(_find(block, path)) for path in PARTS.values()),
+            self._address(_find(block, "moe.router.selection_bias_E")), 0, 0)
+            for block in model.blocks], LAYER)
+        self.model = np.array([(
+            spec.n_head, spec.n_kv_head, spec.head_dim, self._address(_find(model, "rotary.cos")),
+            self._address(_find(model, "rotary.sin")), 0, 0, self._matrix(model.norm),
+            self._matrix(getattr(model, "head", model.token_embedding)), model.norm.eps)], MODEL)
 
-    def refresh(self) -> None:
-        self.fused.refresh()
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        assert tensor.is_contiguous(), tensor.shape
+        self.tensors.append(tensor.detach())
+        return tensor.data_ptr()
+
+    def _matrix(self, module: Any) -> tuple[int, int, int, int]:
+        """The record of a weight [..., out, in] or a norm; zeros if the model does not have it."""
+        bias = self._address(getattr(module, "bias", None))
+        if isinstance(module, Quantized):
+            return (self._address(module.numbers), self._address(module.scale), bias,
+                    {"int8": INT8, "int4": INT4}[module.kind])
+        return self._address(getattr(module, "weight", None)), 0, bias, FLOAT32
+
+
+def _find(module: Any, path: str) -> Any:
+    """The part of a module at a path of attributes; None if there is none."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _quantized_copy(model: Any, kind: str) -> Any:
+    """What `fira export` would write, sharing every tensor that stays float32 with the model."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return quantize(copy.deepcopy(model, shared), kind)
 
 
 class Threads:
