@@ -24,7 +24,7 @@ from arms import Arm, final_score, mean_and_deviation, routing_cells, train_arm
 from record import append, machine
 from train_step import training_step
 
-from fira.model.files import build
+from fira.model import build
 from fira.report.read import Run
 from fira.runtime import keep_large_blocks
 

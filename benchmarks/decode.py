@@ -37,7 +37,7 @@ from fira.infer.decode import find_obstacle
 from fira.infer.decode.step import FusedStep
 from fira.infer.engine import Engine
 from fira.infer.request import SamplingParams, Token
-from fira.model.files import build
+from fira.model import build
 from fira.model.spec import FIRA2Spec, FIRASpec
 
 SHAPES = {

@@ -25,7 +25,7 @@ from ranks import on_ranks
 from record import append
 
 from fira.loss.head import Batch, next_token_loss
-from fira.model.files import build_meta
+from fira.model import build_meta
 from fira.model.spec import FIRA2Spec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh

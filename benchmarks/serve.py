@@ -46,7 +46,8 @@ from fira.checkpoint import write_manifest
 from fira.data.text import texts
 from fira.data.tokenizer import train_tokenizer
 from fira.infer.text import decode
-from fira.model.files import build, load_pretrained, save_weights
+from fira.model import build, load_pretrained
+from fira.model.files import save_weights
 from fira.model.generate import generate
 from fira.model.spec import FIRA2Spec
 

@@ -31,7 +31,7 @@ from record import append, machine, peak_memory, reset_peak
 
 from fira.data.batches import Batch
 from fira.loss.head import next_token_loss
-from fira.model.files import build
+from fira.model import build
 from fira.model.moe import end_step
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.runtime import autocast, keep_large_blocks, pick_device

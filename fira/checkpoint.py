@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fira.files import find_damage, sha256, sync, write_json, write_manifest
-from fira.model.files import ADAPTER, CONFIG, WEIGHTS, build_meta, find_base, write_config
+from fira.model import build_meta
+from fira.model.files import ADAPTER, CONFIG, WEIGHTS, find_base, write_config
 from fira.parallel.files import Writer, read_slice
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh

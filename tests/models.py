@@ -1,10 +1,10 @@
 """Models for tests: untrained, but with weights so large that logits and routing are decided."""
 from unittest import mock
 
-from fira.model import files
+from fira import model
 
 
 def build(spec, seed, std=0.3):
     """A new model of `spec` whose initial weights have the standard deviation `std`."""
     with mock.patch("fira.model.initialize.STD", std):
-        return files.build(spec, seed)
+        return model.build(spec, seed)

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from fira.data.tokenizer import Tokenizer
 from fira.files import MANIFEST, find_damage, new_target, write_json, write_manifest
+from fira.model import load_pretrained
 from fira.model.files import (
     ADAPTER,
     CONFIG,
     WEIGHTS,
     find_model,
     knows_chat,
-    load_pretrained,
     read_config,
     save_weights,
 )

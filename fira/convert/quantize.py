@@ -28,15 +28,8 @@ from torch.nn import functional as F
 
 from fira.convert.files import load_run, write_run
 from fira.files import check_new
-from fira.model.files import (
-    CONFIG,
-    WEIGHTS,
-    assemble,
-    build_meta,
-    load_pretrained,
-    read_config,
-    read_tensors,
-)
+from fira.model import build_meta, load_pretrained
+from fira.model.files import CONFIG, WEIGHTS, assemble, read_config, read_tensors
 from fira.model.moe import ExpertLinear
 
 GROUP = 32  # int4 weights that share a scale

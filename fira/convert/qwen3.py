@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fira.config import ConfigError, parse
-from fira.model.files import assemble, build_meta
+from fira.model import build_meta
+from fira.model.files import assemble
 from fira.model.fira2 import RMSNorm
 from fira.model.spec import FIRA2Spec
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fira.files import MANIFEST, read_json, sha256, write_json
-from fira.model.fira import FIRA
-from fira.model.fira2 import FIRA2
-from fira.model.initialize import initialize, reset_buffers
+from fira.model.initialize import reset_buffers
 from fira.model.spec import ModelSpec, drop_constants
 
-CLASSES: dict[str, type[FIRA] | type[FIRA2]] = {"fira": FIRA, "fira2": FIRA2}
+ARCHITECTURES = ("fira", "fira2")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 ADAPTER = "adapter.safetensors"  # only what was trained; the other weights are in another folder
 INDEX = WEIGHTS + ".index.json"  # of models in several files, made elsewhere
@@ -28,19 +26,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # longest length trained on, how weights are stored if not as floats, the stage that trained it,
 # whether it was trained on chat turns, and the step folder and checksum of an adapter's base.
 NOTES = ("end_of_text", "trained_length", "quantization", "stage", "chat", "base")
-
-
-def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:
-    """A new model of `spec`; equal seeds give equal weights. Without one, torch's global state."""
-    model = build_meta(spec).to_empty(device=device)
-    initialize(model, seed)
-    return model
-
-
-def build_meta(spec: Any) -> Any:
-    """The model's shapes without memory."""
-    with torch.device("meta"):
-        return CLASSES[spec.architecture](**spec.model_dump())
 
 
 def save_weights(model: Any, folder: str | Path) -> None:
@@ -74,23 +59,25 @@ def knows_chat(step_folder: str | Path) -> bool:
     return False
 
 
-def load_pretrained(folder: str | Path, expected: type[nn.Module] | None = None) -> Any:
+def read_model(folder: str | Path, classes: Mapping[str, type[nn.Module]]) -> Any:
     """The model in a step folder, or in the newest complete step of a run folder, in eval mode.
 
-    Weights keep the dtype they were saved in. An adapter's tensors replace those of its base.
-    Raises ValueError, one line, when there is no model, its architecture is not `expected`, its
-    files are damaged or do not fit each other, or its adapter cannot be applied.
+    `classes` are those that it may be of, by architecture. Weights keep the dtype they were saved
+    in. An adapter's tensors replace those of its base. Raises ValueError, one line, when there is
+    no model, it is of another architecture, its files are damaged or do not fit each other, or its
+    adapter cannot be applied.
     """
     folder = find_model(folder)
     spec, notes = read_config(folder / CONFIG)
-    found = CLASSES[spec.architecture]
-    if expected not in (None, found):
-        raise ValueError(f"{folder} holds a {found.__name__}, not a {expected.__name__}; "
-                         f"use {found.__name__}.from_pretrained or load_pretrained")
+    if spec.architecture not in classes:
+        found, wanted = spec.architecture.upper(), " or ".join(classes).upper()
+        raise ValueError(f"{folder} holds a {found}, not a {wanted}; "
+                         f"use {found}.from_pretrained or fira.model.load_pretrained")
     if notes["quantization"]:
         raise ValueError(f"{folder} holds {notes['quantization']} weights, which cannot be trained "
                          "or converted; use the run it was made from")
-    model = build_meta(spec)
+    with torch.device("meta"):
+        model: Any = classes[spec.architecture](**spec.model_dump())
     if base := notes.pop("base"):
         tensors = _read_adapted(folder, base, model.state_dict())
     else:
@@ -161,9 +148,9 @@ def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
     if kind is None and "model_type" in config:
         raise ValueError(f"{path.parent} is a Hugging Face model ({config['model_type']}); a qwen3 "
                          f"or qwen3_moe comes in with fira import hf {path.parent} RUN")
-    if kind not in CLASSES:
-        raise ValueError(f"{path} has architecture {kind!r}, not one of {', '.join(CLASSES)}; "
-                         "give a folder that FIRA wrote")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"{path} has architecture {kind!r}, not one of "
+                         f"{', '.join(ARCHITECTURES)}; give a folder that FIRA wrote")
     notes = {note: config.pop(note, None) for note in NOTES}
     try:
         return TypeAdapter(ModelSpec).validate_python(drop_constants(config)), notes

@@ -28,6 +28,7 @@ from fira.model.transformer import (
 class FIRA(Transformer):
     """tokens_BT -> logits_BTV. Takes the fields of `FIRASpec`; raises ConfigError on bad ones."""
 
+    architecture = "fira"
     before = ("token_embedding", "position_embedding")
 
     def __init__(self, **fields: Any) -> None:

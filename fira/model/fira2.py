@@ -29,6 +29,8 @@ from fira.model.transformer import (
 class FIRA2(Transformer):
     """tokens_BT -> logits_BTV. Takes the fields of `FIRA2Spec`; raises ConfigError on bad ones."""
 
+    architecture = "fira2"
+
     def __init__(self, **fields: Any) -> None:
         spec = parse(FIRA2Spec, fields)
         super().__init__(spec)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fira.model import fast
+import fira.model.fast as fast
 from fira.model.balance import METHODS
 from fira.model.router import Router
 

@@ -4,7 +4,7 @@
     experts_n = the K largest of probs_n + selection_bias
     weights_nk = probs[n, experts_nk] / sum_k probs[n, experts_nk]
 
-Token-choice top-k routing (Shazeer et al. 2017), in fp32 also under autocast. For K = 1 the
+Token-choice top-k routing (Shazeer et al. 2017), always in fp32. For K = 1 the
 division would make every weight the constant 1 and leave the router without a gradient from the
 language model's loss, so K = 1 keeps the raw probability (Switch, Fedus et al. 2021). In Qwen3-MoE
 these are `norm_topk_prob` true and false: an export of a K = 1 model must write false.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fira.model import fast
+import fira.model.fast as fast
 
 ESTIMATE_TOKENS = 2048  # tokens per micro-batch for the bias estimate; more are slower, not better
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fira.model.files import read_model
 from fira.model.generate import generate
 
 
@@ -119,6 +120,7 @@ def _causal_mask(T: int, S: int, device: torch.device) -> Tensor:
 class Transformer(nn.Module):
     """tokens_BT -> logits_BTV. A subclass builds the parts: embedding, `blocks`, `norm`, head."""
 
+    architecture: str  # the name in config.json
     before: tuple[str, ...] = ("token_embedding",)  # names of the parts before the blocks
     token_embedding: nn.Embedding
     blocks: nn.ModuleList
@@ -179,8 +181,7 @@ class Transformer(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Any:
         """Read a step folder, or the newest complete step of a run folder."""
-        from fira.model.files import load_pretrained
-        return load_pretrained(folder, cls)
+        return read_model(folder, {cls.architecture: cls})
 
 
 class Block(nn.Module):

@@ -16,8 +16,8 @@ from fira import runtime
 from fira.config import ConfigError
 from fira.data.batches import Batch
 from fira.loss.head import next_token_loss
+from fira.model import build_meta
 from fira.model.balance import end_step, set_loss_share, set_progress
-from fira.model.files import build_meta
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import ParallelConfig, enter
 from fira.parallel.pipeline import SCHEDULES, Ready, Stage, layers_of

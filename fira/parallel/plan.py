@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fira.config import ConfigError
 from fira.loss.head import BLOCK_ELSEWHERE
-from fira.model.files import build_meta
+from fira.model import build_meta
 from fira.model.transformer import count_parameters
 from fira.parallel.layout import BUCKET
 from fira.parallel.mesh import AXES, check_fit, describe_sizes

@@ -20,14 +20,8 @@ from fira.checkpoint import Checkpoints, read_weights, restore
 from fira.config import Config, ConfigError, flatten, load_preset, override, parse
 from fira.convert.files import find_whole
 from fira.data.tokenizer import Tokenizer
-from fira.model.files import (
-    CONFIG,
-    WEIGHTS,
-    build_meta,
-    check_tensors,
-    knows_chat,
-    read_config,
-)
+from fira.model import build_meta
+from fira.model.files import CONFIG, WEIGHTS, check_tensors, knows_chat, read_config
 from fira.model.moe import grouping_obstacle
 from fira.model.spec import ModelSpec
 from fira.model.transformer import count_parameters

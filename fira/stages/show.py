@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fira.config import load_preset
-from fira.model.files import CONFIG, build_meta, find_model, read_config
+from fira.model import build_meta
+from fira.model.files import CONFIG, find_model, read_config
 from fira.model.transformer import count_parameters
 from fira.stages.pretrain import PRETRAIN
 from fira.stages.run import configure

@@ -13,7 +13,7 @@ from rich.console import Console
 from fira.data.chat import render
 from fira.data.tokenizer import CHAT_TEMPLATE
 from fira.infer.load import load
-from fira.model.files import build
+from fira.model import build
 from fira.model.spec import FIRA2Spec
 from tests.convert.conftest import HARD
 

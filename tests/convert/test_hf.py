@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from fira.convert.hf import check_router
 from fira.infer.load import load
-from fira.model.files import CONFIG, INDEX, WEIGHTS, build, knows_chat, load_pretrained
+from fira.model import build, load_pretrained
+from fira.model.files import CONFIG, INDEX, WEIGHTS, knows_chat
 from fira.model.router import routers
 from fira.model.spec import FIRA2Spec
 from tests.convert.conftest import HARD

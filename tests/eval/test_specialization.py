@@ -8,7 +8,8 @@ import torch
 from fira.convert.quantize import quantize
 from fira.eval.bits_per_byte import evaluate
 from fira.eval.specialization import _exchanged, information, specialization
-from fira.model.files import load_pretrained, save_weights
+from fira.model import load_pretrained
+from fira.model.files import save_weights
 
 
 def test_information_is_all_when_the_token_decides_and_none_when_nothing_does():

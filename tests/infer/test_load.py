@@ -12,7 +12,8 @@ from fira.checkpoint import Checkpoints, read_weights
 from fira.convert.files import load_run
 from fira.files import write_manifest
 from fira.infer.load import load
-from fira.model.files import ADAPTER, WEIGHTS, build_meta, load_pretrained, save_weights
+from fira.model import build_meta, load_pretrained
+from fira.model.files import ADAPTER, WEIGHTS, save_weights
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fira.loss import head
 from fira.loss.distill import distillation_loss
 from fira.loss.head import IGNORED, head_loss, next_token_loss, next_token_loss_plain, token_losses
-from fira.model.files import build
+from fira.model import build
 from fira.model.spec import FIRA2Spec, FIRASpec
 
 SHAPE = dict(vocab_size=57, d_model=16, n_head=2, num_layers=1, d_ff=8, num_experts=2, context=8)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fira.model.files import build, build_meta, load_pretrained, save_weights
+from fira.model import build, build_meta, load_pretrained
+from fira.model.files import save_weights
 from fira.model.fira import FIRA
 from fira.model.initialize import initialize, whole
 from fira.model.moe import ExpertLinear

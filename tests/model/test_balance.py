@@ -4,8 +4,9 @@ from unittest import mock
 import pytest
 import torch
 
+from fira.model import build, load_pretrained
 from fira.model.balance import METHODS, end_step, even_bias, routing_health, set_progress
-from fira.model.files import build, load_pretrained, save_weights
+from fira.model.files import save_weights
 from fira.model.initialize import initialize
 from fira.model.moe import MoE, SwiGLUExperts
 from fira.model.router import Router, routers

@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from fira.loss.head import head_loss
+from fira.model import build
 from fira.model.balance import end_step, routing_health, set_loss_share, set_progress
-from fira.model.files import build
 from fira.model.spec import FIRA2Spec, FIRASpec
 
 TINY = dict(vocab_size=31, d_model=32, n_head=4, num_layers=1, d_ff=24, num_experts=4, top_k=2,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fira.model.files import build, build_meta
+from fira.model import build, build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.model.transformer import count_parameters
 

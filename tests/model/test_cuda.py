@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fira.loss.head import head_loss
+from fira.model import build
 from fira.model.balance import routing_health
-from fira.model.files import build
 from fira.model.router import Watch, replay
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.runtime import autocast

@@ -6,15 +6,8 @@ import json
 import pytest
 import torch
 
-from fira.model.files import (
-    build,
-    build_meta,
-    knows_chat,
-    load_pretrained,
-    newest_step,
-    read_config,
-    save_weights,
-)
+from fira.model import build, build_meta, load_pretrained
+from fira.model.files import knows_chat, newest_step, read_config, save_weights
 from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2
 from fira.model.router import routers

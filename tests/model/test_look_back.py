@@ -2,8 +2,7 @@
 import pytest
 import torch
 
-from fira.model import fira2
-from fira.model.files import build
+from fira.model import build, fira2
 from fira.model.spec import FIRA2Spec
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fira.model import fast
+import fira.model.fast as fast
 from fira.model.balance import METHODS, end_step, routing_health, set_loss_share
 from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from fira.model import build
 from fira.model.balance import routing_health, set_loss_share, set_progress
-from fira.model.files import build
 from fira.model.router import Watch, replay, routers
 from fira.model.spec import FIRA2Spec, FIRASpec
 

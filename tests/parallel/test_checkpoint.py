@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from fira.checkpoint import ADAPTER, OPTIMIZER, Checkpoints, read_weights, restore
 from fira.files import find_damage
 from fira.loss.head import next_token_loss
-from fira.model.files import WEIGHTS, build, build_meta, save_weights
+from fira.model import build, build_meta
+from fira.model.files import WEIGHTS, save_weights
 from fira.parallel.layout import Layout
 from fira.runlog import read_rows
 from fira.stages.pretrain import pretrain

@@ -5,8 +5,8 @@ import torch
 from fira.config import ConfigError
 from fira.data.batches import Batch
 from fira.loss.head import next_token_loss
+from fira.model import build
 from fira.model.balance import end_step, health
-from fira.model.files import build
 from fira.model.router import routers
 from fira.train.optim import OptimConfig, make_optimizer
 from tests.parallel.ranks import on_ranks

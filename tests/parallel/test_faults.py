@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fira.config import ConfigError
 from fira.loss.head import next_token_loss
-from fira.model.files import build_meta
+from fira.model import build_meta
 from fira.model.spec import FIRA2Spec
 from fira.parallel import files
 from fira.parallel.files import Writer

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from fira.data.batches import Batch
 from fira.loss.head import IGNORED, next_token_loss
-from fira.model.files import build_meta
+from fira.model import build_meta
 from fira.parallel.layout import Layout
 from tests.parallel.ranks import mesh_of, on_ranks
 from tests.parallel.test_parity import FIRA2, cut

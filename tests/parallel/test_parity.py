@@ -6,8 +6,8 @@ import torch
 
 from fira.data.batches import Batch
 from fira.loss.head import next_token_loss
+from fira.model import build_meta
 from fira.model.fast import expert_linear
-from fira.model.files import build_meta
 from fira.model.moe import ExpertLinear
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout

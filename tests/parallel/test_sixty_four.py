@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fira.config import load_preset
 from fira.data.batches import Batch
 from fira.loss.head import next_token_loss
-from fira.model.files import build_meta
+from fira.model import build_meta
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh, make_mesh
 from fira.parallel.plan import count_elements

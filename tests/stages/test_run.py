@@ -19,7 +19,7 @@ from fira import runtime
 from fira.checkpoint import Checkpoints
 from fira.files import find_damage
 from fira.loss.head import next_token_loss
-from fira.model.files import load_pretrained
+from fira.model import load_pretrained
 from fira.runlog import read_rows
 from fira.stages.pretrain import TextBatches, pretrain
 from fira.stages.run import modernize

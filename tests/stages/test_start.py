@@ -13,7 +13,8 @@ from fira.data.batches import Batches
 from fira.data.prepare import prepare
 from fira.data.shards import Shards
 from fira.data.tokenizer import Tokenizer, train_tokenizer
-from fira.model.files import INDEX, load_pretrained
+from fira.model import load_pretrained
+from fira.model.files import INDEX
 from fira.runlog import read_rows
 
 transformers = pytest.importorskip("transformers")

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fira.model.files import build
+from fira.model import build
 from fira.model.spec import FIRA2Spec
 from fira.stages.pretrain import PRETRAIN
 from fira.stages.run import configure

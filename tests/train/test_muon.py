@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from fira.model.files import build
+from fira.model import build
 from fira.model.spec import FIRA2Spec
 from fira.train.muon import MuonAdamW, orthogonalize
 from fira.train.optim import OptimConfig, make_optimizer, set_rates

@@ -6,7 +6,7 @@ import torch
 
 from fira.data.batches import Batch
 from fira.loss.head import next_token_loss
-from fira.model.files import build, build_meta
+from fira.model import build, build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh

@@ -18,7 +18,7 @@ import torch
 
 from fira.convert.quantize import quantize
 from fira.infer.cache import SlotCache
-from fira.model.files import build_meta
+from fira.model import build_meta
 
 if TYPE_CHECKING:
     from fira.infer.decode.step import FusedStep
