@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from arms import Arm, final_score, mean_and_deviation, routing_cells, train_arm
+from arms import (
+    ROUTING_CELLS,
+    Arm,
+    final_score,
+    mean_and_deviation,
+    routing_cells,
+    train_arm,
+)
 from record import append, machine, new_parser, time_in_turns
 from train_step import training_step
 
@@ -69,7 +76,7 @@ def make_rows(options: argparse.Namespace) -> list[Row]:
 
 
 def make_arm(settings: tuple[str, ...], options: argparse.Namespace) -> Arm:
-    """Its key, a folder's name, consists of the settings."""
+    """The arm's key, which names the folders of its runs, consists of the settings."""
     text = "-".join(setting.rpartition(".")[2].replace("=", "") for setting in settings)
     key = "".join(c if c.isalnum() or c in "-." else "_" for c in text) or "preset"
     return Arm(key, options.preset, (*options.set, *settings))
@@ -128,9 +135,8 @@ def heading(options: argparse.Namespace) -> str:
     return (f"`{' '.join([options.preset, *options.set])}` unless a row says otherwise, "
             f"{Path(options.data).name}, {options.seeds} seeds, {options.threads} threads per run, "
             f"{machine()}. Validation bits per byte, mean ± deviation over seeds. Cost: the time "
-            f"of a step divided by the preset's. Equal tokens: {options.steps} steps. Imbalance: "
-            "CV of expert load after the first tenth, mean and worst twentieth of a run; dead: the "
-            "most experts without a token in one step of that part.\n\n"
+            f"of a step divided by the preset's. Equal tokens: {options.steps} steps. "
+            f"{ROUTING_CELLS}\n\n"
             "| | cost | equal tokens | equal time | imbalance | dead |\n|---|---|---|---|---|---|")
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from arms import (
     DONE,
+    ROUTING_CELLS,
     Arm,
     final_score,
     find_best_rate,
@@ -149,9 +150,8 @@ def write_report(runs: dict[str, list[Run]], peers: dict[str, list[Result]],
     goal = statistics.mean(final_score(run) for run in runs[DENSE])
     lines = [f"# {out.name}: MoE against dense", "", f"{machine()}. Bits per byte on held-out "
              "text, mean ± deviation over seeds. *To reach*: where the validation curve falls to "
-             f"{goal:.4f}, the mean end of the dense baseline; median over seeds. Imbalance: CV of "
-             "expert load after the first tenth, mean and worst twentieth of a run; dead: the most "
-             "experts without a token in one step of that part.", "",
+             f"{goal:.4f}, the mean end of the dense baseline; median over seeds. "
+             f"{ROUTING_CELLS}", "",
              "| | seeds | parameters, active / total | rate | bits per byte | tokens | seconds to "
              "reach | tokens to reach | imbalance | dead |", "|---" * 10 + "|"]
     lines += [arm_row(name, found, goal) for name, found in runs.items() if found]

@@ -7,9 +7,9 @@
 Each starts a server with a tiny random model and prints one table.
 
 load keeps `streams` requests streaming for `seconds`, beside a client that hardly reads a very long
-stream. Every greedy answer is compared with `generate`: none may be lost, wrong or cut, and the
+stream. Every greedy completion is compared with `generate`: none may be lost, wrong or cut, and the
 server's memory may not grow by a tenth after the first quarter. Then the server is killed with -9
-while it answers, and must serve again.
+during completions, and must serve again.
 
 fuzz lets schemathesis read /openapi.json and send `cases` valid requests to each operation and as
 many invalid ones to each that takes a body. No response may be a 5xx, take 30 seconds, or have a
@@ -125,8 +125,9 @@ def serving(context: int) -> Iterator[tuple[Server, list[tuple[str, str]]]]:
             server.stop()
 
 
-async def request(http: httpx.AsyncClient, prompt: str, answer: str, tally: dict[str, Any]) -> None:
-    """Stream one completion and compare it."""
+async def request(http: httpx.AsyncClient, prompt: str, expected: str,
+                  tally: dict[str, Any]) -> None:
+    """Stream one completion and compare it with what is expected."""
     body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True,
             "stream": True}
     start, text, done, first = time.monotonic(), "", False, None
@@ -138,7 +139,7 @@ async def request(http: httpx.AsyncClient, prompt: str, answer: str, tally: dict
                 first = first or time.monotonic() - start
                 for choice in json.loads(line[6:]).get("choices", []):
                     text += choice["text"]
-    right = done and text == answer
+    right = done and text == expected
     tally["right" if right else "wrong"] += 1
     if right:
         tally["first"].append(first)
@@ -194,14 +195,14 @@ async def load(server: Server, expected: list[tuple[str, str]], streams: int,
     return {"streams": streams, "seconds": seconds, "right": right, "wrong": tally["wrong"],
             "lost": tally["lost"], "tokens_per_second": round(right * TOKENS / took),
             "median_first_token_s": round(times["first"][right // 2], 2),
-            "median_answer_s": round(times["whole"][right // 2], 2),
-            "slowest_answer_s": round(times["whole"][-1], 2), "memory_mb": tally["memory"],
+            "median_completion_s": round(times["whole"][right // 2], 2),
+            "slowest_completion_s": round(times["whole"][-1], 2), "memory_mb": tally["memory"],
             "slow_client_bytes": tally["slow_bytes"], "killed_amid": killed,
             "restart_s": round(restart, 1), "exit": server.stop()}
 
 
 async def kill(http: httpx.AsyncClient, server: Server, expected: list[tuple[str, str]]) -> int:
-    """Kill the server while it answers; the number of requests that end in an error."""
+    """Kill the server during completions; the number of requests that end in an error."""
     tally: dict[str, Any] = {"right": 0, "wrong": 0, "first": [], "whole": []}
     tasks = [asyncio.create_task(request(http, *pair, tally)) for pair in expected]
     await asyncio.sleep(0.1)
@@ -251,7 +252,7 @@ def fuzz(address: str, cases: int, number: int) -> dict[str, Any]:
     for name, example in faults.items():
         print(f"{name}\n{example}\n", file=sys.stderr)
     return {"requests": sum(counts.values()), "seed": number, "slowest_s": round(max(seconds), 1),
-            "faults": list(faults), "answers": [[*key, n] for key, n in sorted(counts.items())]}
+            "faults": list(faults), "responses": [[*key, n] for key, n in sorted(counts.items())]}
 
 
 def draw(strategy: Any, check: Any, mode: str, cases: int, number: int) -> None:
