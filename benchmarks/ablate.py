@@ -12,19 +12,29 @@ ablations.md has the results so far.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from arms import Arm, final_score, mean_and_deviation, routing_cells, train_arm
-from record import append, machine
+from arms import (
+    ROUTING_CELLS,
+    Arm,
+    final_score,
+    mean_and_deviation,
+    routing_cells,
+    train_arm,
+)
+from record import append, machine, new_parser, time_in_turns
 from train_step import training_step
 
-from fira.model import build
+from fira.model import build_meta
+from fira.parallel.layout import Layout
+from fira.parallel.mesh import Mesh
 from fira.report.read import Run
 from fira.runtime import keep_large_blocks
 
@@ -66,7 +76,7 @@ def make_rows(options: argparse.Namespace) -> list[Row]:
 
 
 def make_arm(settings: tuple[str, ...], options: argparse.Namespace) -> Arm:
-    """Its key, a folder's name, consists of the settings."""
+    """The arm's key, which names the folders of its runs, consists of the settings."""
     text = "-".join(setting.rpartition(".")[2].replace("=", "") for setting in settings)
     key = "".join(c if c.isalnum() or c in "-." else "_" for c in text) or "preset"
     return Arm(key, options.preset, (*options.set, *settings))
@@ -89,27 +99,22 @@ def measure_costs(choices: dict[str, tuple[str, ...]],
 
 
 def step_seconds(arms: list[Arm], threads: int, repeats: int = 11) -> dict[str, float]:
-    """The shortest time of a step of each arm, by key, after two steps to warm up: other programs
-    on the machine disturb it least. Every round begins with another arm."""
+    """The shortest time of a step of each arm, by key: other programs disturb it least."""
     keep_large_blocks()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    steps, seconds = [], {arm.key: [] for arm in arms}
-    for arm in arms:
-        config = arm.config()
-        steps.append((arm.key, config, training_step(build(config.model, seed=1), config.optim,
-                                                     config.optim.clip)))
-    for number in range(repeats + 2):
-        first = number % len(steps)
-        for key, config, step in steps[first:] + steps[:first]:
-            train, length = config.train, config.train.sequence_length
-            ids = torch.randint(0, config.model.vocab_size,
-                                (train.batch_tokens // length, length + 1))
-            began = time.perf_counter()
-            step(list(ids.split(train.micro_batch)))
-            seconds[key].append(time.perf_counter() - began)
+    seconds = time_in_turns({arm.key: random_step(arm) for arm in arms}, repeats, warm_up=2)
     torch.set_num_threads(before)
-    return {key: min(found[2:]) for key, found in seconds.items()}
+    return {key: min(found) for key, found in seconds.items()}
+
+
+def random_step(arm: Arm) -> Callable[[], None]:
+    """A training step of the arm on random tokens."""
+    config = arm.config()
+    step = training_step(Layout(Mesh(), build_meta(config.model), seed=1), config.optim)
+    ids = torch.randint(0, config.model.vocab_size,
+                        (config.train.batch_size, config.train.sequence_length + 1))
+    return functools.partial(step, ids.split(config.train.micro_batch))
 
 
 def start_runs(rows: list[Row], pool: ThreadPoolExecutor,
@@ -130,14 +135,13 @@ def heading(options: argparse.Namespace) -> str:
     return (f"`{' '.join([options.preset, *options.set])}` unless a row says otherwise, "
             f"{Path(options.data).name}, {options.seeds} seeds, {options.threads} threads per run, "
             f"{machine()}. Validation bits per byte, mean ± deviation over seeds. Cost: the time "
-            f"of a step divided by the preset's. Equal tokens: {options.steps} steps. Imbalance: "
-            "CV of expert load after the first tenth, mean and worst twentieth of a run; dead: the "
-            "most experts without a token in one step of that part.\n\n"
+            f"of a step divided by the preset's. Equal tokens: {options.steps} steps. "
+            f"{ROUTING_CELLS}\n\n"
             "| | cost | equal tokens | equal time | imbalance | dead |\n|---|---|---|---|---|---|")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("preset")
     parser.add_argument("--data", required=True, help="folder that `fira data` wrote")
     parser.add_argument("--row", action="append", nargs="+", default=[], metavar="WORD",
@@ -149,7 +153,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     parser.add_argument("--out", type=Path, default=Path("out/ablate"))
-    parser.add_argument("--json", type=Path, help="append one line of JSON to this file")
     return parser.parse_args()
 
 
@@ -169,8 +172,7 @@ def main() -> None:
                   f"| {routing_cells(both)} |", flush=True)
             results[row.name] = {"settings": row.arm.settings, "cost": row.cost,
                                  "equal_tokens": scores[0], "equal_time": scores[1]}
-    if options.json:
-        append(options.json, {"benchmark": "ablate", "rows": results, "steps": options.steps})
+    append(options.json, {"benchmark": "ablate", "rows": results, "steps": options.steps})
 
 
 if __name__ == "__main__":

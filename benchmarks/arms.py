@@ -18,6 +18,8 @@ from fira.stages.pretrain import PRETRAIN
 from fira.stages.run import configure
 
 DONE = "done.json"
+ROUTING_CELLS = ("Imbalance: CV of expert load after the first tenth, mean and worst twentieth of "
+                 "a run; dead: the most experts without a token in one step of that part.")
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,7 @@ def mean_and_deviation(values: list[float]) -> str:
 
 
 def routing_cells(runs: list[Run]) -> str:
-    """Two cells, over the runs after their first tenth: imbalance, as the mean and the worst mean
-    over a twentieth of a run; the largest number of dead experts in a step. Empty if dense."""
+    """The two cells that ROUTING_CELLS explains; empty for dense models."""
     imbalances, dead = [], 0
     for run in runs:
         rows = [row for row in run.steps if row.get("imbalance") is not None]

@@ -7,18 +7,16 @@ before; with good ones it predicts them almost surely.
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from fira.infer.stand_in import head_weights, token_losses
-from record import append
+from record import append, new_parser
 
 from fira.data.sources import inputs
 from fira.data.text import items
 from fira.infer.load import load
+from fira.loss.head import token_losses
 from fira.model.generate import window_length
 
 PASSAGES = 64  # of the text's beginning
@@ -45,7 +43,7 @@ def copying(run: str, sources: list[str], device: str = "auto") -> dict[str, Any
     first = again = 0.0
     for rows in torch.tensor(passages).split(ROWS):
         ids_BT = torch.cat([rows, rows], dim=1).to(where)
-        losses_BT = token_losses(model.features(ids_BT[:, :-1]), *head_weights(model),
+        losses_BT = token_losses(model.features(ids_BT[:, :-1]), *model.head_weights(),
                                  ids_BT[:, 1:]).double()  # of the token after place t at t
         first += float(losses_BT[:, length // 4:length - 1].mean(1).sum())
         again += float(losses_BT[:, length + length // 4:].mean(1).sum())
@@ -67,11 +65,10 @@ def _passages(tokenizer: Any, sources: list[str], length: int) -> Iterator[list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--text", action="append", required=True, help="held-out text")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, default=Path("docs/results/copying.jsonl"))
     options = parser.parse_args()
     print(f"{'run':30}{'passages':>10}{'first':>10}{'again':>10}  nats per token")
     for run in options.runs:

@@ -25,20 +25,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fira.model.count import count_parameters
-from record import append, machine
+from record import append, machine, new_parser
 
 from fira.config import load_preset
-from fira.convert.hf import write_model
+from fira.convert import hf
 from fira.convert.quantize import quantize
 from fira.data.text import texts
 from fira.data.tokenizer import Tokenizer, train_tokenizer
+from fira.infer.cache import DecodeStep
 from fira.infer.decode import find_obstacle
-from fira.infer.decode.step import FusedStep
 from fira.infer.engine import Engine
 from fira.infer.request import SamplingParams, Token
 from fira.model import build
 from fira.model.spec import FIRA2Spec, FIRASpec
+from fira.model.transformer import count_parameters
 
 SHAPES = {
     "fira-334m": lambda: FIRASpec(**load_preset("fira-334m")["model"] | {"dropout": 0.0}),
@@ -84,11 +84,11 @@ def main() -> None:
         ceiling = bandwidth / touched_bytes(model)
         rows = compare(sides, arguments)
         batches = run_concurrent(model, arguments)
-    result = {"benchmark": "decode", **vars(arguments), "gigabytes_per_second": bandwidth / 1e9,
+    settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+    result = {"benchmark": "decode", **settings, "gigabytes_per_second": bandwidth / 1e9,
               "ceiling": ceiling, "sides": rows, "concurrent": batches, "left_out": left_out}
     show(result, model)
-    if arguments.json:
-        append(Path(arguments.json), result)
+    append(arguments.json, result)
 
 
 def make_sides(model: Any, arguments: argparse.Namespace,
@@ -107,10 +107,9 @@ def make_sides(model: Any, arguments: argparse.Namespace,
     return sides, left_out
 
 
-def engine_side(model: Any, decode_step: Any = None) -> Side:
+def engine_side(model: Any, decode_step: DecodeStep | None = None) -> Side:
     engine = Engine(model, Letters(model.spec.vocab_size), slots=1, capacity=model.spec.context)
-    if decode_step:
-        engine.decode_step = decode_step
+    engine.decode_step = decode_step
 
     def measure(short: list[int], long: list[int], new: int) -> Measurement:
         tokens, stamps = run_engine(engine, short, new)
@@ -133,11 +132,16 @@ def run_engine(engine: Engine, prompt: list[int], new: int) -> tuple[list[int], 
 
 
 def fused_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side:
-    obstacle = find_obstacle(model)
-    if obstacle:
+    return engine_side(model, compiled_step(model, arguments.threads))
+
+
+def compiled_step(model: Any, threads: int) -> DecodeStep:
+    """The engine's compiled step. Raises ValueError if the model cannot have one here."""
+    if obstacle := find_obstacle(model):
         raise ValueError(obstacle)
-    fused = FusedStep(model, threads=arguments.threads)
-    return engine_side(model, fused.decode)
+    from fira.infer.decode.step import FusedStep
+
+    return FusedStep(model, threads=threads).decode
 
 
 def int8_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side:
@@ -179,7 +183,7 @@ def transformers_side(model: Any, arguments: argparse.Namespace, scratch: Path) 
 def exported(model: Any, transformers: Any, scratch: Path) -> Any:
     """transformers' class with a model's weights; FIRA's class comes with its export."""
     folder = scratch / "hf"
-    write_model(model, small_tokenizer(), folder)
+    hf.write_model(model, small_tokenizer(), folder)
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=model.spec.architecture == "fira").eval()
 
@@ -194,10 +198,10 @@ def llama_side(model: Any, arguments: argparse.Namespace, scratch: Path,
                kind: str = "f32") -> Side:
     import xllamacpp
 
-    from fira.convert.gguf import export_gguf
+    from fira.convert import gguf
 
     file = scratch / f"{kind}.gguf"
-    export_gguf(model, small_tokenizer(), file, kind)
+    gguf.write_model(model, small_tokenizer(), file, kind)
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(file), model.spec.context, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = arguments.threads
@@ -244,15 +248,14 @@ def compare(sides: dict[str, Side], arguments: argparse.Namespace) -> dict[str, 
 def run_concurrent(model: Any, arguments: argparse.Namespace) -> dict[int, float]:
     """Tokens per second of the engine by the number of requests at once, which includes the time
     for prompts of 16 tokens. It uses the compiled step if the model allows it."""
-    fused = None if find_obstacle(model) else FusedStep(model, threads=arguments.threads)
+    decode_step = None if find_obstacle(model) else compiled_step(model, arguments.threads)
     generator = torch.Generator().manual_seed(1)
     rates: dict[int, list[float]] = {count: [] for count in arguments.concurrent}
     params = SamplingParams(max_new_tokens=arguments.new // 2, temperature=0, ignore_end=True)
     for _ in range(arguments.repeats):
         for count, seen in rates.items():
             engine = Engine(model, Letters(model.spec.vocab_size), slots=count, capacity=256)
-            if fused:
-                engine.decode_step = fused.decode
+            engine.decode_step = decode_step
             prompts = torch.randint(4096, (count, 16), generator=generator).tolist()
             for prompt in prompts:
                 engine.add(prompt, params, lambda event: None)
@@ -275,7 +278,7 @@ def read_bandwidth() -> float:
 def touched_bytes(model: Any) -> int:
     """Bytes of the weights that a token passes through, without embeddings of which it reads only
     one row."""
-    rows = {row.part: row.active for row in count_parameters(model.spec).rows}
+    rows = {row.part: row.active for row in count_parameters(model).rows}
     rows.pop("positions", None)
     if "head" in rows:
         rows.pop("token embedding")
@@ -283,7 +286,7 @@ def touched_bytes(model: Any) -> int:
 
 
 def show(result: dict[str, Any], model: Any) -> None:
-    counted = count_parameters(model.spec)
+    counted = count_parameters(model)
     print(f"{result['shape']}: {counted.total / 1e6:.1f}M parameters, {counted.active / 1e6:.1f}M "
           f"active; {machine()}, {result['threads']} threads")
     print(f"ceiling {result['ceiling']:.1f} tokens/s: {result['gigabytes_per_second']:.1f} GB/s "
@@ -299,14 +302,13 @@ def show(result: dict[str, Any], model: Any) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="fira2-135m")
     parser.add_argument("--new", type=int, default=48, help="tokens to generate")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt")
     parser.add_argument("--concurrent", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each side")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="append the result to this file as one line of JSON")
     return parser.parse_args()
 
 

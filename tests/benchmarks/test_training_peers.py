@@ -1,11 +1,7 @@
 """Other training programs: scored by the rule of `fira eval`, seeded, and their results kept."""
 from __future__ import annotations
 
-import json
-import subprocess
-
 import pytest
-import record
 import torch
 import training_peers as peers
 
@@ -61,13 +57,3 @@ def test_a_kept_result_is_not_made_again_and_settings_must_be_equal(tmp_path):
     assert peers.read_results(tmp_path) == {"nanochat": [made]}
     with pytest.raises(ValueError, match="choose another --out"):
         peers.keep_result(path, {"seed": 2}, dict)
-
-
-def test_a_record_names_the_versions_of_the_peers(tmp_path):
-    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q",
-                                     "--allow-empty", "-m", "x"]):
-        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
-    record.append(tmp_path / "r.jsonl", {"ratio": 1.0}, {"nanoGPT": tmp_path, "nanochat": None})
-    versions = json.loads((tmp_path / "r.jsonl").read_text())["versions"]
-    assert len(versions["nanoGPT"]) == 40 and "nanochat" not in versions
-    assert "transformers" in versions and "torch" in versions
