@@ -189,11 +189,12 @@ class _Job:
                                            "documents": self.documents, "splits": states})
 
     def _finish(self) -> None:
-        needed = max(1, self.recipe["validation_every"])
-        if self.documents < needed:
-            raise ValueError(f"the sources hold {self.documents} documents with text, but at least "
-                             f"{needed} are needed, so that one is used for validation; give more "
-                             "text, a smaller --validation-every, or text with --validation")
+        every = self.recipe["validation_every"]
+        if self.documents < max(1, every):
+            rule = f"every {every}th is used for validation" if every else "one is needed"
+            raise ValueError(f"the sources hold {self.documents} documents with text, but {rule}; "
+                             "give more text, a smaller --validation-every, or text with "
+                             "--validation")
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         write_json(self.folder / MANIFEST, {**self.recipe, "splits": splits})
         remove(self.folder / JOURNAL)

@@ -213,8 +213,8 @@ def test_many_ids_need_four_bytes(tokenizer, source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("documents, options, line", [
     ([], {}, "hold 0 documents with text"),
-    (["", ""], {"validation_every": 0}, "hold 0 documents with text, but at least 1 are"),
-    (["one", "two"], {}, "hold 2 documents with text, but at least 20 are"),
+    (["", ""], {"validation_every": 0}, "hold 0 documents with text, but one is needed"),
+    (["one", "two"], {}, "hold 2 documents with text, but every 20th is used"),
     (["one"], {"validation_every": 1}, "validation_every=1 must be 0"),
     (["one"], {"workers": 0}, "workers=0 must be at least 1"),
 ])
