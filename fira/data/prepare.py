@@ -289,8 +289,8 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         yield
     except BrokenProcessPool:
         raise ValueError("a tokenizing process was killed, probably because memory ran out; run "
-                         "the command again with fewer --workers, and it continues") from None
+                         "the command again with fewer --workers; it continues the work") from None
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror or error}); give a folder "
-                         "that you may write to, with free space, or make space and run the "
-                         "command again, and it continues") from None
+                         "that you may write to, or free some space; the same command then "
+                         "continues the work") from None

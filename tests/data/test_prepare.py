@@ -236,7 +236,7 @@ def test_full_disk_is_one_line_and_nothing_is_lost(tokenizer, source, tmp_path, 
         close(writer)
 
     monkeypatch.setattr(ShardWriter, "_close_shard", full)
-    with pytest.raises(ValueError, match=r"No space left .*run the command again"):
+    with pytest.raises(ValueError, match=r"No space left .*the same command then continues"):
         prepare([source], tmp_path / "data", tokenizer, shard_tokens=700)
     prepare([source], tmp_path / "data", tokenizer, shard_tokens=700)
     assert digests(tmp_path / "data") == digests(tmp_path / "calm")
