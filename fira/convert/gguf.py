@@ -167,7 +167,7 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     for word, id in tokenizer.description["model"]["vocab"].items():
         words[id], types[id] = word, TokenType.NORMAL
     for token in tokenizer.description["added_tokens"]:
-        special = TokenType.CONTROL if token["special"] else TokenType.USER_DEEIGHT_BITD
+        special = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         words[token["id"]], types[token["id"]] = token["content"], special
     merges = tokenizer.description["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
