@@ -33,7 +33,7 @@ except ModuleNotFoundError:
                      "pip install 'fira-moe[export]'") from None
 
 ARCHITECTURE = {qwen3.MOE: "qwen3moe", qwen3.DENSE: "qwen3"}
-FINE = ("token_embd.weight", "output.weight")  # q8_0 in a q4_0 or q5_0 file
+EIGHT_BIT = ("token_embd.weight", "output.weight")  # q8_0 in a q4_0 or q5_0 file
 CHAT_MODELFILE = """{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
@@ -122,7 +122,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 def _type_of(name: str, type_name: str) -> GGMLQuantizationType:
     if "norm" in name or "ffn_gate_inp" in name:
         return GGMLQuantizationType.F32
-    if type_name in ("q5_0", "q4_0") and name in FINE:
+    if type_name in ("q5_0", "q4_0") and name in EIGHT_BIT:
         return GGMLQuantizationType.Q8_0
     return GGMLQuantizationType[type_name.upper()]
 
@@ -160,8 +160,8 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     llama.cpp would split text in another way."""
     pattern = pattern_of(tokenizer.description)
     if pattern not in PATTERNS:
-        raise ValueError("llama.cpp cannot split text as this tokenizer does; train with a "
-                         f"tokenizer that splits as {', '.join(PATTERNS.values())}")
+        raise ValueError("llama.cpp does not split text as this tokenizer does; train with a "
+                         f"tokenizer that splits as one of: {', '.join(PATTERNS.values())}")
     words = [f"[PAD{id}]" for id in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for word, id in tokenizer.description["model"]["vocab"].items():

@@ -84,21 +84,21 @@ class Quantized(nn.Module):
 
 
 class QuantizedLinear(Quantized):
-    """`nn.Linear`."""
+    """An `nn.Linear` with a quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
 class QuantizedEmbedding(Quantized):
-    """`nn.Embedding`; a tied head reads its `weight`."""
+    """An `nn.Embedding` with a quantized weight, which a tied head reads too."""
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return dequantize(self.numbers[tokens_BT], self.scale[tokens_BT])
 
 
 class QuantizedExpertLinear(Quantized):
-    """`ExpertLinear`: rows sorted by expert; only experts that have rows are dequantized."""
+    """An `ExpertLinear` with quantized weights; only experts that have rows are dequantized."""
 
     def forward(self, rows_Ri: Tensor, counts_E: Tensor) -> Tensor:
         out = []
@@ -164,7 +164,7 @@ def export_run(run: Path, folder: Path, kind: str, screen: Console,
     number = re.fullmatch(r"step-(\d+)", step.name)  # None if the step folder was renamed
     write_run(folder, model, tokenizer, int(number[1]) if number else 0,
               {"stage": "export", "preset": kind, "quantized_from": str(step)})
-    screen.print(f"wrote {folder}; generate, chat and eval read it like any run", soft_wrap=True)
+    screen.print(f"wrote {folder}; fira generate, chat, serve and eval read it", soft_wrap=True)
 
 
 def stored(model: Any) -> dict[str, tuple[str, int, int]]:

@@ -174,7 +174,7 @@ def build_from(config: dict[str, Any], found: dict[str, Tensor], notes: dict[str
         raise ValueError(f"{head} differs from the embedding, but tie_word_embeddings=true; "
                          "use the config.json that came with the weights")
     if unread:
-        raise ValueError(f"tensor {min(unread)} is unknown to FIRA2 ({len(unread)} such); "
+        raise ValueError(f"tensor {min(unread)} is unknown to FIRA2 (one of {len(unread)}); "
                          "give a checkpoint without additions")
     return assemble(model, ours, notes)
 

@@ -189,11 +189,12 @@ class _Job:
                                            "documents": self.documents, "splits": states})
 
     def _finish(self) -> None:
-        needed = max(1, self.recipe["validation_every"])
-        if self.documents < needed:
-            raise ValueError(f"the sources hold {self.documents} documents with text, but at least "
-                             f"{needed} are needed, so that one is used for validation; give more "
-                             "text, a smaller --validation-every, or text with --validation")
+        every = self.recipe["validation_every"]
+        if self.documents < max(1, every):
+            rule = f"every {every}th is used for validation" if every else "one is needed"
+            raise ValueError(f"the sources hold {self.documents} documents with text, but {rule}; "
+                             "give more text, a smaller --validation-every, or text with "
+                             "--validation")
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         write_json(self.folder / MANIFEST, {**self.recipe, "splits": splits})
         remove(self.folder / JOURNAL)
@@ -288,8 +289,8 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         yield
     except BrokenProcessPool:
         raise ValueError("a tokenizing process was killed, probably because memory ran out; run "
-                         "the command again with fewer --workers, and it continues") from None
+                         "the command again with fewer --workers; it continues the work") from None
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror or error}); give a folder "
-                         "that you may write to, with free space, or make space and run the "
-                         "command again, and it continues") from None
+                         "that you may write to, or free some space; the same command then "
+                         "continues the work") from None

@@ -72,16 +72,17 @@ class Shards:
     def verify(self) -> None:
         """Compare every shard with its checksum. Raises ValueError for one that was altered."""
         for shard in self.described:
-            if sha256(self.folder / shard["file"]) != shard["sha256"]:
-                raise ValueError(f"{self.folder / shard['file']} was altered (its sha256 is not "
-                                 f"the manifest's); delete {self.folder} and prepare it again")
+            file = self.folder / shard["file"]
+            if sha256(file) != shard["sha256"]:
+                raise ValueError(f"{file} was altered (its SHA-256 differs from the manifest); "
+                                 f"delete {self.folder} and prepare it again")
 
     def _map(self, shard: dict[str, Any]) -> np.ndarray:
         file, due = self.folder / shard["file"], shard["tokens"] * self.dtype.itemsize
         size = file.stat().st_size if file.is_file() else None
         if size != due:
-            what = "is missing, of" if size is None else f"is truncated: {size:,} bytes, not"
-            raise ValueError(f"{file} {what} {due:,}; delete {self.folder} and prepare it again")
+            what = "missing" if size is None else f"truncated: {size:,} bytes, not {due:,}"
+            raise ValueError(f"{file} is {what}; delete {self.folder} and prepare it again")
         return np.memmap(file, self.dtype, mode="r")
 
 

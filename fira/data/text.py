@@ -127,7 +127,7 @@ def _text_of(where: str, row: Any) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         has = ", ".join(list(row)[:8]) or "none" if isinstance(row, dict) else "not an object"
         raise ValueError(f"{where}: no string under the key text (keys: {has}); rename the key "
-                         "that holds the text to text")
+                         "that holds the documents to text")
     to_utf8(row["text"], where)
     return row["text"]
 
@@ -139,7 +139,7 @@ def _parquet(place: Input) -> Reader:
             names, rows = file.schema_arrow.names, 0
             if "text" not in names:
                 raise ValueError(f"{place.name} has no column text (columns: {', '.join(names)}); "
-                                 "rename the one that holds the text to text")
+                                 "rename the column that holds the documents to text")
             for batch in file.iter_batches(batch_size=256, columns=["text"], use_threads=False):
                 rows += batch.num_rows
                 done = (place.size or 0) * rows // max(1, file.metadata.num_rows)

@@ -213,8 +213,8 @@ def test_many_ids_need_four_bytes(tokenizer, source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("documents, options, line", [
     ([], {}, "hold 0 documents with text"),
-    (["", ""], {"validation_every": 0}, "hold 0 documents with text, but at least 1 are"),
-    (["one", "two"], {}, "hold 2 documents with text, but at least 20 are"),
+    (["", ""], {"validation_every": 0}, "hold 0 documents with text, but one is needed"),
+    (["one", "two"], {}, "hold 2 documents with text, but every 20th is used"),
     (["one"], {"validation_every": 1}, "validation_every=1 must be 0"),
     (["one"], {"workers": 0}, "workers=0 must be at least 1"),
 ])
@@ -236,7 +236,7 @@ def test_full_disk_is_one_line_and_nothing_is_lost(tokenizer, source, tmp_path, 
         close(writer)
 
     monkeypatch.setattr(ShardWriter, "_close_shard", full)
-    with pytest.raises(ValueError, match=r"No space left .*run the command again"):
+    with pytest.raises(ValueError, match=r"No space left .*the same command then continues"):
         prepare([source], tmp_path / "data", tokenizer, shard_tokens=700)
     prepare([source], tmp_path / "data", tokenizer, shard_tokens=700)
     assert digests(tmp_path / "data") == digests(tmp_path / "calm")
