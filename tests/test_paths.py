@@ -7,7 +7,6 @@ from fira.infer.decode import open_step
 from fira.infer.engine import Engine
 from fira.serve.api import ServedModel
 from fira.serve.process import architecture
-from fira.serve.server import Service
 from tests.serve.conftest import RunningServer, model, tokenizer  # noqa: F401
 from tests.trace import tracing
 
@@ -23,7 +22,7 @@ def test_a_chat_request_passes_at_most_14_files(model, tokenizer):  # noqa: F811
         engine.start()
         served = ServedModel("tiny", tokenizer, 100, 320, chat_tuned=True,
                              architecture=architecture(model))
-        running = RunningServer(lambda: Service(served, engine)).wait()
+        running = RunningServer(lambda: (served, engine)).wait()
         for _ in range(2):
             path.clear()
             response = running.http.post("/v1/chat/completions", json=REQUEST)
