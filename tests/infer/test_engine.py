@@ -195,36 +195,33 @@ def test_experts_and_loads_are_the_routers_choices(name, tokenizer):
     assert not any(block.moe.router._forward_hooks for block in model.blocks)
 
 
-def test_another_decode_step_plugs_in_with_one_line(model, tokenizer):
-    calls = []
-    engine = Engine(model, tokenizer, slots=2)
-
-    def step(model, cache, tokens_N, positions_N, slots):
-        calls.append((tokens_N.tolist(), positions_N.tolist(), list(slots)))
-        return engine.decode_plain(model, cache, tokens_N, positions_N, slots)[0], None
-
-    engine.decode_step = step
-    *tokens, _ = engine.stream([9, 8, 7], SamplingParams(**GREEDY | {"max_new_tokens": 4}))
-    made = [token.id for token in tokens]
-    assert made == naive(model, [9, 8, 7], 4)
-    assert calls == [([token], [3 + n], [0]) for n, token in enumerate(made[:3])]
-
-
-class CompiledStep:
+class OtherStep:
     """A decode step that keeps a copy of the weights, as a quantized one does."""
 
     def __init__(self, model):
-        self.model, self.copy = model, build(model.spec, seed=1)
+        self.model, self.copy, self.calls = model, build(model.spec, seed=1), []
         self.refresh()
 
     def refresh(self):
         self.copy.load_state_dict(self.model.state_dict())
 
-    def __call__(self, model, cache, tokens_N, positions_N, slots):
-        parts = [Part(slot, start, 1) for slot, start in zip(slots, positions_N.tolist(),
-                                                             strict=True)]
-        x_ND = self.copy.features(tokens_N[None], SlotBatch(cache, parts))[0]
-        return self.copy.logits(x_ND), None
+    def __call__(self, model, cache, tokens_N, parts):
+        self.calls.append((tokens_N.tolist(), parts))
+        batch = SlotBatch(cache, parts)
+        return self.copy.logits(self.copy.features(tokens_N[None], batch)[0, batch.lasts_P]), None
+
+
+def test_another_decode_step_plugs_in(model, tokenizer):
+    step = OtherStep(model)
+    engine = Engine(model, tokenizer, slots=2, decode_step=step)
+    params = SamplingParams(**GREEDY | {"max_new_tokens": 4})
+    made = ids(list(engine.stream([9, 8, 7], params)))
+    assert made == naive(model, [9, 8, 7], 4)
+    assert step.calls == [([token], [(0, 3 + n, 1)]) for n, token in enumerate(made[:3])]
+    step.prompt_tokens = 3
+    step.calls.clear()
+    assert ids(list(engine.stream([1, 8, 7], params))) == naive(model, [1, 8, 7], 4)
+    assert len(step.calls) == 4 and step.calls[0][0] == [1, 8, 7]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -232,7 +229,7 @@ def test_after_refresh_new_weights_answer_and_nothing_of_the_old_ones(tokenizer,
     model = build(SPECS["fira2"], seed=1).eval()
     engine = Engine(model, tokenizer)
     if compiled:
-        engine.decode_step = CompiledStep(model)
+        engine.decode_step = OtherStep(model)
     prompt, params = PROMPTS[1], SamplingParams(**GREEDY)
     before = ids(list(engine.stream(prompt, params)))
     model.load_state_dict(build(SPECS["fira2"], seed=2).state_dict())

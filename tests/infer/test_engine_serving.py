@@ -148,7 +148,8 @@ def test_a_failing_listener_ends_its_own_request_only(engine, caplog):
 
 def test_weights_that_are_no_numbers_end_the_request_with_an_error(model, tokenizer):
     engine = Engine(model, tokenizer)
-    engine.decode_step = lambda *given: (engine.decode_plain(*given)[0] * torch.nan, None)
+    engine.decode_step = lambda model, cache, tokens_N, parts: (torch.full((1, 320), torch.nan),
+                                                                None)
     for temperature in (0.0, 1.0):
         *_, end = engine.stream([5, 6], SamplingParams(temperature=temperature))
         assert end.reason == "error" and "the largest logit is nan" in end.error

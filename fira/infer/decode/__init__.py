@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fira.convert.quantize import quantize
-from fira.infer.cache import SlotCache
+from fira.infer.cache import Part, SlotCache
 from fira.model.files import build_meta
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def open_step(model: Any, precision: str, say: Callable[[str], object]) -> Fused
     timer.start()
     try:
         step = FusedStep(model, precision)
-        zero_N = torch.zeros(1, dtype=torch.int64)
-        step(model, SlotCache(model, slots=1, capacity=1), zero_N, zero_N, [0])
+        step(model, SlotCache(model, slots=1, capacity=1), torch.tensor([0]), [Part(0, 0, 1)])
     finally:
         timer.cancel()
     seconds = time.perf_counter() - start
