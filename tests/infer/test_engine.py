@@ -6,13 +6,12 @@ from unittest import mock
 import pytest
 import torch
 
-from fira.data.chat import prompt_ids
-from fira.infer.cache import Part, SlotBatch, SlotCache, common_prefix
+from fira.infer.cache import Part, SlotBatch, SlotCache
 from fira.infer.engine import Engine
 from fira.infer.request import End, SamplingParams
+from fira.model.router import Watch
 from fira.model.spec import FIRA2Spec, FIRASpec
 from tests.models import build
-from tests.trace import tracing
 
 SHAPE = dict(vocab_size=320, d_model=32, n_head=4, num_layers=2, d_ff=32, num_experts=4, top_k=2,
              context=96)
@@ -126,20 +125,6 @@ def test_prompts_that_come_together_read_what_they_share_once(either, tokenizer)
         assert ids(seen) == naive(either, prompt, 20)
 
 
-def test_a_live_slot_is_copied_from_and_not_disturbed(either, tokenizer):
-    engine = Engine(either, tokenizer, slots=2)
-    first: list = []
-    second: list = []
-    engine.add(PROMPTS[1], SamplingParams(**GREEDY), first.append)
-    for _ in range(5):
-        engine.step()
-    engine.add([*PROMPTS[1], 99], SamplingParams(**GREEDY), second.append)
-    engine.close(drain=True)
-    assert second[-1].cached_tokens == len(PROMPTS[1])
-    assert ids(first) == naive(either, PROMPTS[1], 20)
-    assert ids(second) == naive(either, [*PROMPTS[1], 99], 20)
-
-
 def test_the_answer_ends_at_the_capacity(model, tokenizer):
     events = run(model, tokenizer, [[5] * 10, [6] * 16],
                  [dict(GREEDY, max_new_tokens=99)] * 2, capacity=16)
@@ -178,15 +163,10 @@ def test_experts_and_loads_are_the_routers_choices(name, tokenizer):
     engine = Engine(model, tokenizer)
     params = SamplingParams(**GREEDY | {"max_new_tokens": 5}, experts=True)
     *tokens, _ = engine.stream(PROMPTS[3], params)
-    chosen = [[] for _ in model.blocks]
-    hooks = [block.moe.router.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
-             for block, seen in zip(model.blocks, chosen, strict=True)]
-    with torch.no_grad():
+    with torch.no_grad(), Watch(model) as watch:
         model(torch.tensor([[*PROMPTS[3], *(token.id for token in tokens)]]))
-    for hook in hooks:
-        hook.remove()
     start = len(PROMPTS[3]) - 1
-    for layer, ((_, experts_NK),) in enumerate(chosen):
+    for layer, experts_NK in enumerate(watch.experts):
         for place, token in enumerate(tokens, start):
             assert list(token.experts[layer]) == experts_NK[place].tolist()
         counts = experts_NK[:-1].flatten().bincount(minlength=4)  # the last token is never read
@@ -251,28 +231,3 @@ def test_refresh_is_refused_while_requests_are_running_or_waiting(model, tokeniz
         engine.step()
     engine.refresh()
     engine.close()
-
-
-def test_one_request_passes_few_files_of_the_engine(model, tokenizer):
-    def request():
-        prompt = prompt_ids(tokenizer, [{"role": "user", "content": "The state"}], tuned=True)
-        list(engine.stream(prompt, SamplingParams(**GREEDY)))
-
-    with tracing() as path:
-        engine = Engine(model, tokenizer)
-        engine.start()
-        request()
-        path.clear()
-        request()
-    print(path)
-    assert {file for file in path.files if file.startswith("infer/")} - {"infer/stand_in.py"} == {
-        f"infer/{name}.py" for name in ("engine", "request", "cache")}
-    engine.close()
-
-
-def test_common_prefix_is_the_longest():
-    for a in ([], [1], [1, 2, 3], [1, 2, 4, 4], [2]):
-        for b in ([], [1], [1, 2, 3, 4], [1, 2, 4, 5, 6], [2, 2]):
-            expected = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
-                            min(len(a), len(b)))
-            assert common_prefix(a, b) == expected
