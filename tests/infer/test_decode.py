@@ -177,17 +177,9 @@ def test_stored_integers_are_decoded_without_a_copy(name, kind):
     compare(model, step, last_logits(model))
 
 
-def test_rows_that_int4_cannot_group_stay_float32_in_the_step():
-    spec = FIRA2Spec(**SMALL | {"d_ff": 48}, **GROUPED, num_experts=4, top_k=2)
-    model = quantize(build(spec, seed=1).eval(), "int4")
-    assert not isinstance(model.blocks[0].moe.experts.down, Quantized)
-    assert isinstance(model.blocks[0].moe.experts.up, Quantized)
-    compare(model, FusedStep(model), last_logits(model))
-
-
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_quantized_run_decodes_by_the_compiled_step_or_says_why_not(kind, step_folder, fira,
-                                                                      monkeypatch, tmp_path):
+def test_a_quantized_run_decodes_by_the_compiled_step_or_says_why_not(
+        kind, step_folder, fira, refused, monkeypatch, tmp_path):
     assert fira("export", kind, step_folder.parent, tmp_path / kind).code == 0
     said: list[str] = []
     model = load_model(tmp_path / kind / step_folder.name)
@@ -195,18 +187,14 @@ def test_a_quantized_run_decodes_by_the_compiled_step_or_says_why_not(kind, step
     assert not any("plain torch" in line for line in said)
     words = ("generate", tmp_path / kind, "the state", "--max-new-tokens", 20, "--temperature", 0,
              "--device", "cpu")
+    line = refused(*words, "--precision", "int4")
+    assert f"precision=int4 cannot be had: the weights are {kind} already" in line
     fast = fira(*words)
     monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
     plain = fira(*words)
     assert fast.code == 0 and fast.out == plain.out and "plain torch" not in fast.err
     reason = "Decoding with plain torch: numba is not installed; pip install 'fira-moe[fast]'"
     assert plain.err.count(reason) == 1
-
-
-def test_a_precision_on_top_of_another_is_refused(step_folder, fira, refused, tmp_path):
-    assert fira("export", "int8", step_folder.parent, tmp_path / "small").code == 0
-    line = refused("generate", tmp_path / "small", "the", "--precision", "int4", "--device", "cpu")
-    assert "precision=int4 cannot be had: the weights are int8 already" in line
 
 
 @pytest.mark.parametrize("tokens, parts", [

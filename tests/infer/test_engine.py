@@ -1,8 +1,6 @@
 """The engine's tokens are those of one request computed alone, token by token."""
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 
@@ -17,18 +15,13 @@ SHAPE = dict(vocab_size=320, d_model=32, n_head=4, num_layers=2, d_ff=32, num_ex
              context=96)
 SPECS = {"fira": FIRASpec(**SHAPE), "fira2": FIRA2Spec(**SHAPE, n_kv_head=2, head_dim=16),
          "dense": FIRA2Spec(**SHAPE | {"num_experts": 1, "top_k": 1}, n_kv_head=2, head_dim=16)}
-
-
-def build_wide(spec):
-    with mock.patch("fira.model.initialize.STD", 0.3):  # clear preferences
-        return build(spec, seed=1).eval()
 GREEDY = dict(max_new_tokens=20, temperature=0.0, ignore_end=True)
 PROMPTS = [list(range(5, 5 + length)) for length in (1, 40, 3, 17, 60, 2, 2)]
 
 
 @pytest.fixture(scope="module", params=list(SPECS))
 def either(request):
-    return build_wide(SPECS[request.param])
+    return build(SPECS[request.param], seed=1).eval()
 
 
 def run(model, tokenizer, prompts, params, **options) -> list[list]:
@@ -159,7 +152,7 @@ def test_a_prompt_may_be_scored_without_an_answer(model, tokenizer):
 
 @pytest.mark.parametrize("name", ["fira", "fira2"])
 def test_experts_and_loads_are_the_routers_choices(name, tokenizer):
-    model = build_wide(SPECS[name])
+    model = build(SPECS[name], seed=1).eval()
     engine = Engine(model, tokenizer)
     params = SamplingParams(**GREEDY | {"max_new_tokens": 5}, experts=True)
     *tokens, _ = engine.stream(PROMPTS[3], params)
