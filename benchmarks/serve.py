@@ -44,7 +44,6 @@ from record import append, new_parser
 from fira.data.text import texts
 from fira.data.tokenizer import train_tokenizer
 from fira.files import write_manifest
-from fira.infer.text import decode
 from fira.model import build, load_pretrained
 from fira.model.files import save_weights
 from fira.model.generate import generate
@@ -73,12 +72,12 @@ def make_run(folder: Path, context: int) -> list[tuple[str, str]]:
     save_weights(model, folder / "step-000001")
     tokenizer.save(folder / "step-000001")
     write_manifest(folder / "step-000001")
-    model, table, expected = load_pretrained(folder), tokenizer.token_bytes(), []
+    model, expected = load_pretrained(folder), []
     for number in range(PROMPTS if context > 2 * TOKENS else 0):
         prompt = corpus[number % len(corpus)][100 * number:][:80]
         ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
         new = generate(model, [ids], TOKENS, temperature=0, end_of_text=-1)[0, len(ids):]
-        expected.append((prompt, "".join(decode(new.tolist(), table))))
+        expected.append((prompt, tokenizer.decode(new.tolist())))
     return expected
 
 

@@ -1,33 +1,66 @@
-"""One request passes few files of fira/, from the server to the token and back."""
+"""One chat request and one training step pass few files of fira/: counted, and printed with -s."""
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
 from fira.infer.decode import open_step
 from fira.infer.engine import Engine
 from fira.serve.api import ServedModel
 from fira.serve.process import architecture
+from fira.stages.pretrain import pretrain
+from fira.train.loop import Loop
 from tests.serve.conftest import RunningServer, model, tokenizer  # noqa: F401
 from tests.trace import tracing
 
-REQUEST = {"model": "tiny", "messages": [{"role": "user", "content": "The state"}],
-           "max_tokens": 8, "temperature": 0.7, "seed": 1, "ignore_eos": True}
+
+def chat(running, text: str) -> int:
+    """Send one chat request; the number of prompt tokens that had to be read."""
+    response = running.http.post("/v1/chat/completions", json={
+        "model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 8,
+        "temperature": 0.7, "seed": 1, "ignore_eos": True})
+    assert response.status_code == 200, response.text
+    usage = response.json()["usage"]
+    assert usage["completion_tokens"] == 8
+    return usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
 
 
-def test_a_chat_request_passes_at_most_14_files(model, tokenizer):  # noqa: F811
-    pytest.importorskip("numba")
+@pytest.mark.parametrize("compiled, most", [(True, 14), (False, 17)])
+def test_a_chat_request_passes_few_files(model, tokenizer, compiled, most):  # noqa: F811
+    """14 with the compiled step and a short message, 17 where the model itself reads a prompt."""
+    if compiled:
+        pytest.importorskip("numba")
     with tracing() as path:
         engine = Engine(model, tokenizer, capacity=100)
-        engine.decode_step = open_step(model, "float32", print)
+        engine.decode_step = open_step(model, "float32", print) if compiled else None
         engine.start()
         served = ServedModel("tiny", tokenizer, 100, 320, chat_tuned=True,
                              architecture=architecture(model))
         running = RunningServer(lambda: (served, engine)).wait()
-        for _ in range(2):
-            path.clear()
-            response = running.http.post("/v1/chat/completions", json=REQUEST)
-        print(path)
-        assert response.status_code == 200, response.text
-    running.stop()
-    assert response.json()["usage"]["completion_tokens"] == 8
-    assert len(path.files) <= 14, path
+        chat(running, "The state")
+        path.clear()
+        assert 1 < chat(running, "Union") <= 16  # the turn's beginning is in the cache
+        files, report = path.files, str(path)
+        running.stop()
+    print(report)
+    assert len(files) <= most
+
+
+def test_a_training_step_passes_few_files(preset, data_folder, tmp_path, monkeypatch):
+    """From the batch on disk to the loss, back to the weights, and into the checkpoint."""
+    step, paths = Loop._step, []
+
+    def traced(loop, line):
+        if loop.state.step != 3:
+            return step(loop, line)
+        with tracing() as path:
+            step(loop, line)
+            loop._save()
+        return paths.append(path)
+
+    monkeypatch.setattr(Loop, "_step", traced)
+    pretrain(str(preset), [f"data.folder={data_folder}", "train.steps=5", "optim.rule=muon"],
+             tmp_path / "run", "cpu", False, Console(quiet=True))
+    print(paths[0])
+    bottom = {"files.py", "runtime.py", "runlog.py", "config.py"}
+    assert len(set(paths[0].files) - bottom) <= 21

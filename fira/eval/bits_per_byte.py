@@ -7,6 +7,7 @@ new half, so that each token beyond the first window has at least half a window 
 """
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,8 +26,8 @@ from fira.loss.head import token_losses
 from fira.model.generate import window_length
 from fira.runlog import ProgressLine
 
-BATCH_TOKENS = 8192  # bounds memory; does not change the result
-SORTED = 8           # batches' worth of windows sorted by length together, to need little padding
+BATCH_TOKENS = 8192  # bounds the memory; does not change the result
+SORTED = 1024  # windows that are sorted by length together, so that batches need little padding
 
 
 class Window(NamedTuple):
@@ -62,8 +63,10 @@ def score(model: Any, tokenizer: Any, texts: Iterable[Item], context: int | None
     trained on, unless given. Raises ValueError when there is no text, the context does not fit, or
     the tokenizer loses bytes.
     """
-    context = check_context(window_length(model) if context is None else context,
-                            model.spec.context)
+    context = window_length(model) if context is None else context
+    if not 1 <= context <= model.spec.context:
+        raise ValueError(f"context={context} must be from 1 to the model's {model.spec.context} "
+                         "tokens; leave it out to use the length it was trained on")
     totals = _Totals(tokenizer)
     nats = 0.0
     was_training = model.training
@@ -88,7 +91,7 @@ def score(model: Any, tokenizer: Any, texts: Iterable[Item], context: int | None
 
 
 def bits_per_byte(nats: float, size: int) -> float:
-    """Of a text of `size` bytes with this negative log-likelihood."""
+    """Bits per byte of a text of `size` bytes whose negative log-likelihood is `nats`."""
     return nats / math.log(2) / size
 
 
@@ -118,19 +121,11 @@ def stride(context: int) -> int:
     return max(1, context // 2)
 
 
-def check_context(context: int, longest: int) -> int:
-    """The context itself. Raises ValueError if the model has no such window."""
-    if not 1 <= context <= longest:
-        raise ValueError(f"context={context} must be from 1 to the model's {longest} tokens; "
-                         "leave it out to use what it was trained on")
-    return context
-
-
-def batches(stream: Iterable[Window], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[Window]]:
+def batches(stream: Iterator[Window], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[Window]]:
     """Windows of about equal length, in batches of at most `batch_tokens` with padding."""
-    for group in _groups(stream, SORTED * batch_tokens):
+    while group := list(itertools.islice(stream, SORTED)):
         batch: list[Window] = []
-        for window in group:
+        for window in sorted(group, key=lambda window: len(window.tokens)):
             if batch and (len(batch) + 1) * len(window.tokens) > batch_tokens:
                 yield batch
                 batch = []
@@ -158,7 +153,8 @@ def batch_nats(model: Any, tokens_BT: Tensor, scored_BT: Tensor) -> float:
     """Negative log-likelihood, in nats, of the tokens that a batch has to score."""
     x_ND = model.features(tokens_BT[:, :-1])[scored_BT]
     weight_VD, bias_V = model.head_weights()
-    return float(token_losses(x_ND, weight_VD, bias_V, tokens_BT[:, 1:][scored_BT]).double().sum())
+    losses_N = token_losses(x_ND, weight_VD, bias_V, tokens_BT[:, 1:][scored_BT])
+    return float(losses_N.double().sum())
 
 
 class _Totals:
@@ -183,17 +179,3 @@ class _Totals:
             self.bytes, self.tokens = self.bytes + size, self.tokens + len(ids)
             self.documents += item.ends
             yield ids, item.ends
-
-
-def _groups(stream: Iterable[Window], tokens: int) -> Iterator[list[Window]]:
-    """Windows of about `tokens` tokens together, shortest first."""
-    group: list[Window] = []
-    size = 0
-    for window in stream:
-        group.append(window)
-        size += len(window.tokens)
-        if size >= tokens:
-            yield sorted(group, key=lambda one: len(one.tokens))
-            group, size = [], 0
-    if group:
-        yield sorted(group, key=lambda one: len(one.tokens))

@@ -101,12 +101,10 @@ def _exchanged(model: Any) -> Iterator[None]:
     weights = [weight for module in model.modules() if isinstance(module, MoE)
                for weight in module.experts.state_dict().values()]  # [E, ...], in shared memory
 
-    def roll(places: int) -> None:
-        for weight in weights:
-            weight.copy_(weight.roll(places, dims=0))
-
-    roll(-1)
+    for weight in weights:
+        weight.copy_(weight.roll(-1, dims=0))
     try:
         yield
     finally:
-        roll(1)
+        for weight in weights:
+            weight.copy_(weight.roll(1, dims=0))

@@ -77,11 +77,10 @@ class SlotCache:
         self.tokens = [[] for _ in self.tokens]
 
 
-# decode_step(model, cache, tokens_N, positions_N, slots) -> (logits_NV, experts_LNK or None): row n
-# is one token of slot slots[n], at positions_N[n]; the step writes its keys and values there.
+# decode_step(model, cache, tokens_N, parts) -> (logits_PV, experts_LNK or None): read the tokens of
+# the P parts and write their keys and values. The logits follow the last token of each part.
 # experts_LNK are the experts that process each token, best first; None for a dense model.
-DecodeStep = Callable[[Any, SlotCache, Tensor, Tensor, Sequence[int]],
-                      "tuple[Tensor, Tensor | None]"]
+DecodeStep = Callable[[Any, SlotCache, Tensor, Sequence[Part]], "tuple[Tensor, Tensor | None]"]
 
 
 class SlotBatch:
@@ -89,6 +88,8 @@ class SlotBatch:
 
     def __init__(self, cache: SlotCache, parts: Sequence[Part]) -> None:
         self.parts = parts
+        sizes_P = torch.tensor([part.size for part in parts], device=cache.keys.device)
+        self.lasts_P = sizes_P.cumsum(0) - 1  # the last token of each part
         self.single_tokens = len(parts) > 1 and all(part.size == 1 for part in parts)
         self.layers = [SlotLayer(keys, values, self)
                        for keys, values in zip(cache.keys, cache.values, strict=True)]

@@ -1,9 +1,8 @@
 """Many requests, one model: continuous batching over a key-value cache with slots.
 
-One step reads the newest token of every request that is generating (`decode_step`), and at most
-`prefill_tokens` tokens of prompts that are not read yet. Requests join and leave between steps. A
-prompt that begins like what a slot holds reuses those rows of the cache instead of reading the
-tokens again.
+One step reads the newest token of every request that is generating, and at most `prefill_tokens`
+tokens of prompts that are not read yet. Requests join and leave between steps. A prompt that begins
+like what a slot holds reuses those rows of the cache instead of reading the tokens again.
 
 A request has the `capacity` of its slot. Its prompt must fit, and generation ends with "length"
 when its last token would find no place, so prompt and new tokens together are at most capacity + 1.
@@ -114,9 +113,13 @@ class Engine:
                 if not self._running:
                     return False
                 self._counts["steps"] += 1
-                reading = [request for request in self._running if request.reading]
-                self._decode([request for request in self._running if not request.reading])
-                self._prefill(reading)
+                compiled = self.decode_step is not None
+                chosen = [(request, 1) for request in self._running if not request.reading]
+                prompts = self._choose_prompts()
+                if compiled and self._are_short(prompts):
+                    chosen, prompts = chosen + prompts, []
+                self._read(chosen, compiled)
+                self._read(prompts, False)
                 return True
             except BaseException as error:
                 self._fail(error)
@@ -189,13 +192,6 @@ class Engine:
         """Tokens routed to each expert since the start, per layer; empty for a dense model."""
         return self._loads.tolist()
 
-    def decode_plain(self, model: Any, cache: SlotCache, tokens_N: Tensor, positions_N: Tensor,
-                     slots: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """The `DecodeStep` that is the model's own forward."""
-        starts = positions_N.tolist()
-        x_ND, experts_LNK = self._read(tokens_N, list(map(Part, slots, starts, [1] * len(starts))))
-        return model.logits(x_ND), experts_LNK
-
     def _admit(self) -> None:
         """Between forwards: end what was cancelled, give free slots to the oldest that wait."""
         with self._changed:
@@ -208,55 +204,60 @@ class Engine:
                 if request.params.max_new_tokens == 0 and not request.scores_prompt:
                     self._finish(request, "length")
 
-    def _decode(self, generating: list[Request]) -> None:
-        if not generating:
+    def _choose_prompts(self) -> list[tuple[Request, int]]:
+        """The requests whose prompts are read now, and how many tokens of each."""
+        reading = [request for request in self._running if request.reading]
+        ready = [request for request in reading if self._take_slot(request, reading)]
+        sizes = split_budget(self.prefill_tokens, [request.unread for request in ready])
+        return [(request, size) for request, size in zip(ready, sizes, strict=True) if size]
+
+    def _are_short(self, prompts: list[tuple[Request, int]]) -> bool:
+        """Whether the compiled step reads these prompts faster than the model does."""
+        return (sum(size for _, size in prompts) <= getattr(self.decode_step, "prompt_tokens", 0)
+                and not any(request.scores_prompt for request, _ in prompts))
+
+    def _read(self, chosen: list[tuple[Request, int]], compiled: bool) -> None:
+        """Read so many tokens of each request, and choose the next one where none is left."""
+        if not chosen:
             return
-        tokens_N = torch.tensor([request.window[-1] for request in generating], device=self.device)
-        positions_N = torch.tensor([request.read for request in generating], device=self.device)
-        slots = [request.slot for request in generating]
-        logits_NV, experts_LNK = (self.decode_step or self.decode_plain)(
-            self.model, self.cache, tokens_N, positions_N, slots)
+        parts = [Part(request.slot, request.read, size) for request, size in chosen]
+        tokens = [request.window[part.start:part.start + part.size]
+                  for (request, _), part in zip(chosen, parts, strict=True)]
+        tokens_N = torch.tensor(sum(tokens, []), device=self.device)
+        if compiled:
+            logits_PV, experts_LNK = self.decode_step(self.model, self.cache, tokens_N, parts)
+        else:
+            logits_PV, experts_LNK = self._read_plain(tokens_N, parts, chosen)
         self._count(experts_LNK)
-        for request in generating:
-            self.cache.tokens[request.slot].append(request.window[-1])
-            request.read += 1
+        for (request, size), ids in zip(chosen, tokens, strict=True):
+            self.cache.tokens[request.slot].extend(ids)
+            request.read += size
         # OpenMP's threads keep spinning after their work is done, on the cores that a compiled step
         # needs: choosing a token of 50,304 with two threads made the next step of fira-334m 1.4
         # times as long.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
+        end = 0
         try:
-            for row, request in enumerate(generating):
-                self._advance(request, logits_NV[row],
-                              None if experts_LNK is None else experts_LNK[:, row])
+            for number, (request, size) in enumerate(chosen):
+                end += size
+                if not request.unread:
+                    self._advance(request, logits_PV[number],
+                                  None if experts_LNK is None else experts_LNK[:, end - 1])
         finally:
             torch.set_num_threads(threads)
 
-    def _prefill(self, reading: list[Request]) -> None:
-        """Read up to `prefill_tokens` of the prompts, all parts in one flat batch."""
-        ready = [request for request in reading if self._take_slot(request, reading)]
-        sizes = split_budget(self.prefill_tokens, [request.unread for request in ready])
-        chosen = [(request, size) for request, size in zip(ready, sizes, strict=True) if size]
-        if not chosen:
-            return
-        parts = [Part(request.slot, request.read, size) for request, size in chosen]
-        tokens = [request.window[request.read:request.read + size] for request, size in chosen]
-        tokens_N = torch.tensor(sum(tokens, []), device=self.device)
-        x_ND, experts_LNK = self._read(tokens_N, parts)
-        self._count(experts_LNK)
-        end = 0
-        for (request, size), ids in zip(chosen, tokens, strict=True):
-            start, end = end, end + size
-            self.cache.tokens[request.slot].extend(ids)
-            request.score_prompt(self.model, x_ND[start:end])
-            request.read += size
-            if request.unread:
-                continue
-            if request.params.max_new_tokens == 0:
-                self._finish(request, "length")
-            else:
-                self._advance(request, self.model.logits(x_ND[end - 1]),
-                              None if experts_LNK is None else experts_LNK[:, end - 1])
+    def _read_plain(self, tokens_N: Tensor, parts: list[Part], chosen: list[tuple[Request, int]]
+                    ) -> tuple[Tensor, Tensor | None]:
+        """What a `DecodeStep` does, by the model's own forward; prompts are scored if asked for."""
+        batch = SlotBatch(self.cache, parts)
+        x_ND = self.model.features(tokens_N[None], batch)[0]
+        experts = [chosen_NK for chosen_NK in self._watch.experts if chosen_NK is not None]
+        for (request, _), x_SD in zip(chosen, x_ND.split([part.size for part in parts]),
+                                      strict=True):
+            request.score_prompt(self.model, x_SD)
+        return (self.model.logits(x_ND[batch.lasts_P]),
+                torch.stack(experts) if experts else None)
 
     def _take_slot(self, request: Request, reading: Sequence[Request]) -> bool:
         """Before a prompt is read; False: it waits for an earlier one with the same beginning."""
@@ -271,6 +272,9 @@ class Engine:
 
     def _advance(self, request: Request, logits_V: Tensor, experts_LK: Tensor | None) -> None:
         """Choose the next token from these logits and tell the listener."""
+        if request.params.max_new_tokens == 0:
+            self._finish(request, "length")
+            return
         try:
             token = request.add_token(logits_V, experts_LK)
         except ValueError as error:
@@ -314,12 +318,6 @@ class Engine:
         for request in list(self._running):
             self._finish(request, "error", line)
         self.cache.forget()
-
-    def _read(self, tokens_N: Tensor, parts: list[Part]) -> tuple[Tensor, Tensor | None]:
-        """The model's features of the parts' tokens, and their experts; None for a dense model."""
-        x_ND = self.model.features(tokens_N[None], SlotBatch(self.cache, parts))[0]
-        experts = [chosen_NK for chosen_NK in self._watch.experts if chosen_NK is not None]
-        return x_ND, torch.stack(experts) if experts else None
 
     def _count(self, experts_LNK: Tensor | None) -> None:
         if experts_LNK is not None:

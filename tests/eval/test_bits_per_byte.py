@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fira.data.text import Item
-from fira.eval.bits_per_byte import Window, evaluate, score, stride, windows
+from fira.eval.bits_per_byte import evaluate, score
 
 TEXTS = ["The state of the Union is strong, and Größe is a word. " * 3, "你好 🙂", "", "a",
          "naïve café " * 30]
@@ -62,31 +62,10 @@ def test_a_document_in_parts_scores_as_the_whole(model, tokenizer) -> None:
     assert two["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
 
 
-@pytest.mark.parametrize("context", [1, 2, 5, 8])
-@pytest.mark.parametrize("length", [0, 1, 4, 5, 8, 9, 31])
-def test_windows_score_each_token_once_with_half_a_window_before_it(context: int,
-                                                                    length: int) -> None:
-    document = list(range(1, length + 1))
-    parts = [(document[:3], False), (document[3:], True)]
-    scored, end = [], 0
-    for tokens, known in windows(parts, context, end_of_text=0):
-        assert len(tokens) <= context + 1
-        for place in range(known + 1, len(tokens)):
-            scored.append(tokens[place])
-            assert place >= min(tokens[place], context - stride(context) + 1)
-        end = tokens[0]
-    assert scored == document and end % stride(context) == 0
-
-
 def test_the_window_is_the_trained_length_unless_given(model, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(model, "trained_length", 16, raising=False)
     assert score(model, tokenizer, whole(TEXTS)) == score(model, tokenizer, whole(TEXTS), 16)
     assert score(model, tokenizer, whole(TEXTS), 64)["context"] == 64
-
-
-def test_windows_do_not_reach_into_the_next_document() -> None:
-    found = list(windows([([1, 2], True), ([3], True)], 8, end_of_text=0))
-    assert found == [Window([0, 1, 2], 0), Window([0, 3], 0)]
 
 
 def test_a_text_file_is_scored_with_a_step_folder(step_folder: Path, tmp_path: Path, model,

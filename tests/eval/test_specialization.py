@@ -9,7 +9,6 @@ from fira.convert.quantize import quantize
 from fira.eval.bits_per_byte import evaluate
 from fira.eval.specialization import _exchanged, information, specialization
 from fira.model import load_pretrained
-from fira.model.files import save_weights
 
 
 def test_information_is_all_when_the_token_decides_and_none_when_nothing_does():
@@ -68,16 +67,3 @@ def test_exchanging_experts_routes_every_token_to_the_next_expert(trained_run, k
     torch.testing.assert_close(found_ND, expected_ND.detach(), rtol=1e-5, atol=1e-5)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]), name
-
-
-def test_equal_experts_are_interchangeable(trained_run, text_file, tmp_path):
-    model = load_pretrained(trained_run)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if ".experts." in name:
-                weight.copy_(weight[:1].expand_as(weight).clone())
-    save_weights(model, tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(
-        next(trained_run.glob("step-*/tokenizer.json")).read_bytes())
-    found = specialization(str(tmp_path), [str(text_file)], "cpu")
-    assert found["bits_per_byte_experts_exchanged"] == pytest.approx(found["bits_per_byte"], 1e-5)

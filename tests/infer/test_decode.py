@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fira.convert.quantize import Quantized, load_model, quantize
 from fira.infer import decode
-from fira.infer.cache import SlotCache
+from fira.infer.cache import Part, SlotCache
 from fira.infer.decode import find_obstacle, open_step
 from fira.infer.engine import Engine
 from fira.infer.request import SamplingParams, Token
@@ -58,7 +58,8 @@ def compare(model, step, reference, rows=2, length=20):
     with torch.inference_mode():
         for place, token_B in enumerate(tokens_BT.T):
             expected_BV = reference(token_B[:, None], cache)
-            logits_BV, _ = step(model, slots, token_B, [place] * rows, range(2, rows + 2))
+            logits_BV, _ = step(model, slots, token_B,
+                                [Part(slot, place, 1) for slot in range(2, rows + 2)])
             torch.testing.assert_close(logits_BV, expected_BV, rtol=0, atol=1e-4)
             assert torch.equal(logits_BV.argmax(-1), expected_BV.argmax(-1))
 
@@ -69,8 +70,8 @@ def last_logits(model):
 
 def first_logits(model, step, tokens=(3,)):
     """Logits after one token in each slot."""
-    return step(model, SlotCache(model, len(tokens), 1), tokens, [0] * len(tokens),
-                range(len(tokens)))[0]
+    parts = [Part(slot, 0, 1) for slot in range(len(tokens))]
+    return step(model, SlotCache(model, len(tokens), 1), torch.tensor(tokens), parts)[0]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -95,18 +96,23 @@ def test_generation_with_the_step_equals_generation_without(name, kind, tokenize
     engine.close()
 
 
-def test_rows_stand_in_any_slot_at_any_position():
-    model = make("fira2")
+@pytest.mark.parametrize("name", ["fira2", "fira", "fira2, dense"])
+@pytest.mark.parametrize("first", [1, 2, 6])
+def test_parts_of_any_size_stand_in_any_slot_at_any_position(name, first):
+    model = make(name)
     step, cache = FusedStep(model), SlotCache(model, 5, 24)
     texts = {4: [1, 2, 3], 0: [9, 8, 7, 6, 5, 4], 2: [30]}
-    for slot, text in texts.items():
-        for position, token in enumerate(text[:-1]):
-            step(model, cache, [token], [position], [slot])
-    logits_SV, _ = step(model, cache, [text[-1] for text in texts.values()],
-                        [len(text) - 1 for text in texts.values()], list(texts))
-    with torch.inference_mode():
-        expected = torch.stack([model(torch.tensor([text]))[0, -1] for text in texts.values()])
-    torch.testing.assert_close(logits_SV, expected, rtol=0, atol=1e-4)
+    for starts in (0, first):
+        given = {slot: text[starts:] if starts else text[:first] for slot, text in texts.items()}
+        parts = [Part(slot, starts, len(ids)) for slot, ids in given.items() if ids]
+        logits_PV, experts_LNK = step(model, cache, torch.tensor(sum(given.values(), [])), parts)
+        with torch.inference_mode():
+            expected = [model(torch.tensor([texts[part.slot][:part.start + part.size]]))[0, -1]
+                        for part in parts]
+        torch.testing.assert_close(logits_PV, torch.stack(expected), rtol=0, atol=1e-4)
+        assert experts_LNK is None or experts_LNK.shape[1] == sum(map(len, given.values()))
+        if first == 6:
+            break
 
 
 def test_the_engine_gives_the_same_tokens_and_experts_with_it(tokenizer):
@@ -115,7 +121,8 @@ def test_the_engine_gives_the_same_tokens_and_experts_with_it(tokenizer):
     found = []
     for fused in (None, FusedStep(model)):
         engine = Engine(model, tokenizer, slots=3, decode_step=fused)
-        events = [list(engine.stream(prompt, params)) for prompt in ([1, 2, 3], [4, 5])]
+        prompts = ([1, 2, 3], [4, 5] * 9, [6])  # the second is too long for the step
+        events = [list(engine.stream(prompt, params)) for prompt in prompts]
         found.append([[(e.id, e.experts) for e in stream[:-1]] for stream in events])
         engine.close()
     assert found[0] == found[1]
@@ -170,17 +177,9 @@ def test_stored_integers_are_decoded_without_a_copy(name, kind):
     compare(model, step, last_logits(model))
 
 
-def test_rows_that_int4_cannot_group_stay_float32_in_the_step():
-    spec = FIRA2Spec(**SMALL | {"d_ff": 48}, **GROUPED, num_experts=4, top_k=2)
-    model = quantize(build(spec, seed=1).eval(), "int4")
-    assert not isinstance(model.blocks[0].moe.experts.down, Quantized)
-    assert isinstance(model.blocks[0].moe.experts.up, Quantized)
-    compare(model, FusedStep(model), last_logits(model))
-
-
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_quantized_run_decodes_by_the_compiled_step_or_says_why_not(kind, step_folder, fira,
-                                                                      monkeypatch, tmp_path):
+def test_a_quantized_run_decodes_by_the_compiled_step_or_says_why_not(
+        kind, step_folder, fira, refused, monkeypatch, tmp_path):
     assert fira("export", kind, step_folder.parent, tmp_path / kind).code == 0
     said: list[str] = []
     model = load_model(tmp_path / kind / step_folder.name)
@@ -188,6 +187,8 @@ def test_a_quantized_run_decodes_by_the_compiled_step_or_says_why_not(kind, step
     assert not any("plain torch" in line for line in said)
     words = ("generate", tmp_path / kind, "the state", "--max-new-tokens", 20, "--temperature", 0,
              "--device", "cpu")
+    line = refused(*words, "--precision", "int4")
+    assert f"precision=int4 cannot be had: the weights are {kind} already" in line
     fast = fira(*words)
     monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
     plain = fira(*words)
@@ -196,20 +197,13 @@ def test_a_quantized_run_decodes_by_the_compiled_step_or_says_why_not(kind, step
     assert plain.err.count(reason) == 1
 
 
-def test_a_precision_on_top_of_another_is_refused(step_folder, fira, refused, tmp_path):
-    assert fira("export", "int8", step_folder.parent, tmp_path / "small").code == 0
-    line = refused("generate", tmp_path / "small", "the", "--precision", "int4", "--device", "cpu")
-    assert "precision=int4 cannot be had: the weights are int8 already" in line
-
-
-@pytest.mark.parametrize("change", [
-    {"tokens": [96]}, {"positions": [24]}, {"slots": [-1]}, {"slots": [0, 1]},
-    {"tokens": [1, 1], "positions": [0, 0], "slots": [1, 1]}])
-def test_what_would_leave_memory_is_refused(change):
+@pytest.mark.parametrize("tokens, parts", [
+    ([96], [(0, 0, 1)]), ([1], [(0, 24, 1)]), ([1, 1], [(0, 23, 2)]), ([1], [(-1, 0, 1)]),
+    ([1], [(2, 0, 1)]), ([1], [(0, 0, 1), (1, 0, 1)]), ([1, 1], [(1, 0, 1), (1, 1, 1)])])
+def test_what_would_leave_memory_is_refused(tokens, parts):
     model = make("fira")
-    asked = {"tokens": [0], "positions": [0], "slots": [0]} | change
     with pytest.raises(AssertionError):
-        FusedStep(model)(model, SlotCache(model, 2, 24), *asked.values())
+        FusedStep(model)(model, SlotCache(model, 2, 24), torch.tensor(tokens), parts)
 
 
 def test_a_model_that_it_cannot_run_is_decoded_by_plain_torch_and_the_reason_is_said():

@@ -1,35 +1,27 @@
 """The engine's tokens are those of one request computed alone, token by token."""
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 
-from fira.data.chat import prompt_ids
-from fira.infer.cache import Part, SlotBatch, SlotCache, common_prefix
+from fira.infer.cache import Part, SlotBatch, SlotCache
 from fira.infer.engine import Engine
 from fira.infer.request import End, SamplingParams
+from fira.model.router import Watch
 from fira.model.spec import FIRA2Spec, FIRASpec
 from tests.models import build
-from tests.trace import tracing
 
 SHAPE = dict(vocab_size=320, d_model=32, n_head=4, num_layers=2, d_ff=32, num_experts=4, top_k=2,
              context=96)
 SPECS = {"fira": FIRASpec(**SHAPE), "fira2": FIRA2Spec(**SHAPE, n_kv_head=2, head_dim=16),
          "dense": FIRA2Spec(**SHAPE | {"num_experts": 1, "top_k": 1}, n_kv_head=2, head_dim=16)}
-
-
-def build_wide(spec):
-    with mock.patch("fira.model.initialize.STD", 0.3):  # clear preferences
-        return build(spec, seed=1).eval()
 GREEDY = dict(max_new_tokens=20, temperature=0.0, ignore_end=True)
 PROMPTS = [list(range(5, 5 + length)) for length in (1, 40, 3, 17, 60, 2, 2)]
 
 
 @pytest.fixture(scope="module", params=list(SPECS))
 def either(request):
-    return build_wide(SPECS[request.param])
+    return build(SPECS[request.param], seed=1).eval()
 
 
 def run(model, tokenizer, prompts, params, **options) -> list[list]:
@@ -126,20 +118,6 @@ def test_prompts_that_come_together_read_what_they_share_once(either, tokenizer)
         assert ids(seen) == naive(either, prompt, 20)
 
 
-def test_a_live_slot_is_copied_from_and_not_disturbed(either, tokenizer):
-    engine = Engine(either, tokenizer, slots=2)
-    first: list = []
-    second: list = []
-    engine.add(PROMPTS[1], SamplingParams(**GREEDY), first.append)
-    for _ in range(5):
-        engine.step()
-    engine.add([*PROMPTS[1], 99], SamplingParams(**GREEDY), second.append)
-    engine.close(drain=True)
-    assert second[-1].cached_tokens == len(PROMPTS[1])
-    assert ids(first) == naive(either, PROMPTS[1], 20)
-    assert ids(second) == naive(either, [*PROMPTS[1], 99], 20)
-
-
 def test_the_answer_ends_at_the_capacity(model, tokenizer):
     events = run(model, tokenizer, [[5] * 10, [6] * 16],
                  [dict(GREEDY, max_new_tokens=99)] * 2, capacity=16)
@@ -174,19 +152,14 @@ def test_a_prompt_may_be_scored_without_an_answer(model, tokenizer):
 
 @pytest.mark.parametrize("name", ["fira", "fira2"])
 def test_experts_and_loads_are_the_routers_choices(name, tokenizer):
-    model = build_wide(SPECS[name])
+    model = build(SPECS[name], seed=1).eval()
     engine = Engine(model, tokenizer)
     params = SamplingParams(**GREEDY | {"max_new_tokens": 5}, experts=True)
     *tokens, _ = engine.stream(PROMPTS[3], params)
-    chosen = [[] for _ in model.blocks]
-    hooks = [block.moe.router.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
-             for block, seen in zip(model.blocks, chosen, strict=True)]
-    with torch.no_grad():
+    with torch.no_grad(), Watch(model) as watch:
         model(torch.tensor([[*PROMPTS[3], *(token.id for token in tokens)]]))
-    for hook in hooks:
-        hook.remove()
     start = len(PROMPTS[3]) - 1
-    for layer, ((_, experts_NK),) in enumerate(chosen):
+    for layer, experts_NK in enumerate(watch.experts):
         for place, token in enumerate(tokens, start):
             assert list(token.experts[layer]) == experts_NK[place].tolist()
         counts = experts_NK[:-1].flatten().bincount(minlength=4)  # the last token is never read
@@ -195,36 +168,33 @@ def test_experts_and_loads_are_the_routers_choices(name, tokenizer):
     assert not any(block.moe.router._forward_hooks for block in model.blocks)
 
 
-def test_another_decode_step_plugs_in_with_one_line(model, tokenizer):
-    calls = []
-    engine = Engine(model, tokenizer, slots=2)
-
-    def step(model, cache, tokens_N, positions_N, slots):
-        calls.append((tokens_N.tolist(), positions_N.tolist(), list(slots)))
-        return engine.decode_plain(model, cache, tokens_N, positions_N, slots)[0], None
-
-    engine.decode_step = step
-    *tokens, _ = engine.stream([9, 8, 7], SamplingParams(**GREEDY | {"max_new_tokens": 4}))
-    made = [token.id for token in tokens]
-    assert made == naive(model, [9, 8, 7], 4)
-    assert calls == [([token], [3 + n], [0]) for n, token in enumerate(made[:3])]
-
-
-class CompiledStep:
+class OtherStep:
     """A decode step that keeps a copy of the weights, as a quantized one does."""
 
     def __init__(self, model):
-        self.model, self.copy = model, build(model.spec, seed=1)
+        self.model, self.copy, self.calls = model, build(model.spec, seed=1), []
         self.refresh()
 
     def refresh(self):
         self.copy.load_state_dict(self.model.state_dict())
 
-    def __call__(self, model, cache, tokens_N, positions_N, slots):
-        parts = [Part(slot, start, 1) for slot, start in zip(slots, positions_N.tolist(),
-                                                             strict=True)]
-        x_ND = self.copy.features(tokens_N[None], SlotBatch(cache, parts))[0]
-        return self.copy.logits(x_ND), None
+    def __call__(self, model, cache, tokens_N, parts):
+        self.calls.append((tokens_N.tolist(), parts))
+        batch = SlotBatch(cache, parts)
+        return self.copy.logits(self.copy.features(tokens_N[None], batch)[0, batch.lasts_P]), None
+
+
+def test_another_decode_step_plugs_in(model, tokenizer):
+    step = OtherStep(model)
+    engine = Engine(model, tokenizer, slots=2, decode_step=step)
+    params = SamplingParams(**GREEDY | {"max_new_tokens": 4})
+    made = ids(list(engine.stream([9, 8, 7], params)))
+    assert made == naive(model, [9, 8, 7], 4)
+    assert step.calls == [([token], [(0, 3 + n, 1)]) for n, token in enumerate(made[:3])]
+    step.prompt_tokens = 3
+    step.calls.clear()
+    assert ids(list(engine.stream([1, 8, 7], params))) == naive(model, [1, 8, 7], 4)
+    assert len(step.calls) == 4 and step.calls[0][0] == [1, 8, 7]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -232,7 +202,7 @@ def test_after_refresh_new_weights_answer_and_nothing_of_the_old_ones(tokenizer,
     model = build(SPECS["fira2"], seed=1).eval()
     engine = Engine(model, tokenizer)
     if compiled:
-        engine.decode_step = CompiledStep(model)
+        engine.decode_step = OtherStep(model)
     prompt, params = PROMPTS[1], SamplingParams(**GREEDY)
     before = ids(list(engine.stream(prompt, params)))
     model.load_state_dict(build(SPECS["fira2"], seed=2).state_dict())
@@ -254,28 +224,3 @@ def test_refresh_is_refused_while_requests_are_running_or_waiting(model, tokeniz
         engine.step()
     engine.refresh()
     engine.close()
-
-
-def test_one_request_passes_few_files_of_the_engine(model, tokenizer):
-    def request():
-        prompt = prompt_ids(tokenizer, [{"role": "user", "content": "The state"}], tuned=True)
-        list(engine.stream(prompt, SamplingParams(**GREEDY)))
-
-    with tracing() as path:
-        engine = Engine(model, tokenizer)
-        engine.start()
-        request()
-        path.clear()
-        request()
-    print(path)
-    assert {file for file in path.files if file.startswith("infer/")} - {"infer/stand_in.py"} == {
-        f"infer/{name}.py" for name in ("engine", "request", "cache")}
-    engine.close()
-
-
-def test_common_prefix_is_the_longest():
-    for a in ([], [1], [1, 2, 3], [1, 2, 4, 4], [2]):
-        for b in ([], [1], [1, 2, 3, 4], [1, 2, 4, 5, 6], [2, 2]):
-            expected = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
-                            min(len(a), len(b)))
-            assert common_prefix(a, b) == expected

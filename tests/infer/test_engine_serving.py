@@ -1,12 +1,12 @@
 """The engine under many callers: bounded, fair, cancellable, and of constant size."""
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
 
 import pytest
-import torch
 
 from fira.infer.cache import split_budget
 from fira.infer.engine import Engine
@@ -35,21 +35,15 @@ def test_cancelling_frees_the_slot_for_the_next(engine):
     assert seen[0][-1].new_tokens == len(seen[0]) - 1
     engine.cancel(numbers[0])
     engine.cancel(12345)
+    waiting: list = []
+    engine.cancel(engine.add([5], LONG, waiting.append))
+    engine.step()
+    assert waiting == [End("cancelled", prompt_tokens=1)]
     while engine.step():
         pass
     assert [seen[n][-1].reason for n in range(3)] == ["cancelled", "length", "length"]
     assert [sum(isinstance(event, End) for event in seen[n]) for n in range(3)] == [1, 1, 1]
-    assert (engine.stats["cancelled"], engine.stats["finished"]) == (1, 2)
-
-
-def test_a_waiting_request_can_be_cancelled(engine):
-    seen: list = []
-    for _ in range(2):
-        engine.add([5], LONG, lambda event: None)
-    engine.step()
-    engine.cancel(engine.add([5], LONG, seen.append))
-    engine.step()
-    assert seen == [End("cancelled", prompt_tokens=1)]
+    assert (engine.stats["cancelled"], engine.stats["finished"]) == (2, 2)
 
 
 def test_the_queue_is_bounded_and_first_come_first_served(engine):
@@ -146,15 +140,6 @@ def test_a_failing_listener_ends_its_own_request_only(engine, caplog):
     assert "the listener of request" in caplog.text and engine.stats["cancelled"] == 1
 
 
-def test_weights_that_are_no_numbers_end_the_request_with_an_error(model, tokenizer):
-    engine = Engine(model, tokenizer)
-    engine.decode_step = lambda *given: (engine.decode_plain(*given)[0] * torch.nan, None)
-    for temperature in (0.0, 1.0):
-        *_, end = engine.stream([5, 6], SamplingParams(temperature=temperature))
-        assert end.reason == "error" and "the largest logit is nan" in end.error
-    engine.close()
-
-
 @pytest.mark.parametrize("prompt, params, line", [
     ([], {}, "the prompt is empty; give"),
     ([320], {}, "token id 320 in prompt is outside the vocabulary of 320"),
@@ -180,49 +165,38 @@ def test_an_engine_of_impossible_size_is_refused(model, tokenizer, options, line
 def test_many_threads_adding_and_cancelling(model, tokenizer):
     engine = Engine(model, tokenizer, slots=4, max_waiting=8)
     engine.start()
-    ends: list[tuple[bool, End, int]] = []
     prompts = [[3 + n, 4, 5][:1 + n % 3] for n in range(6)]
     params = SamplingParams(max_new_tokens=8, temperature=0.9, seed=1, ignore_end=True)
-    expected = {}
-    for prompt in prompts:
-        *tokens, _ = Engine(model, tokenizer).stream(prompt, params)
-        expected[tuple(prompt)] = [token.id for token in tokens]
+    alone = Engine(model, tokenizer)
+    expected = [[event.id for event in alone.stream(prompt, params) if isinstance(event, Token)]
+                for prompt in prompts]
+    refused, done = [], []
 
-    def client(number: int) -> None:
+    def client(number):
         draw = random.Random(number)
-        for number in range(6):
-            prompt, events, over = draw.choice(prompts), [], threading.Event()
+        while len(done) < 48:
+            which = draw.randrange(6)
+            try:
+                stream = engine.stream(prompts[which], params)
+            except QueueFull:
+                refused.append(number)
+                time.sleep(0.002)
+                continue
+            most = draw.choice((3, 9))  # 3: leave early, which cancels
+            made = list(itertools.islice(stream, most))
+            stream.close()
+            done.append([event.id for event in made[:8]] == expected[which][:most])
 
-            def hear(event, events=events, over=over):
-                events.append(event)
-                if isinstance(event, End):
-                    over.set()
-
-            while True:
-                try:
-                    request = engine.add(prompt, params, hear)
-                    break
-                except QueueFull:
-                    time.sleep(0.002)
-            if stopped := number % 3 == 2:
-                engine.cancel(request)
-            assert over.wait(30)
-            made = [event.id for event in events[:-1]]
-            assert made == expected[tuple(prompt)][:len(made)]
-            ends.append((stopped, events[-1], len(made)))
-
-    threads = [threading.Thread(target=client, args=[n]) for n in range(8)]
+    threads = [threading.Thread(target=client, args=[n]) for n in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     engine.close()
-    assert len(ends) == 48
-    for stopped, end, made in ends:
-        assert end.reason == "length" and made == 8 or stopped and end.reason == "cancelled"
+    assert len(done) >= 48 and all(done) and refused
     stats = engine.stats
-    assert stats["running"] == stats["waiting"] == 0
-    assert stats["finished"] + stats["cancelled"] == 48
+    assert stats["running"] == stats["waiting"] == stats["failed"] == 0
+    assert stats["finished"] + stats["cancelled"] == len(done)
 
 
 def test_memory_is_flat_over_many_requests(model, tokenizer):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fira.infer.request import SamplingParams, choose_token, penalize, score_tokens
+from fira.infer.request import SamplingParams, choose_token, penalize
 from fira.model.generate import sample
 
 
@@ -38,15 +38,6 @@ def test_penalties_equal_their_formulas(logits, prompt, new, repetition, presenc
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=1e-5,
                                atol=1e-5)
     assert given.tolist() == torch.tensor(logits).tolist()
-
-
-def test_penalties_follow_the_new_tokens() -> None:
-    logits, new = torch.tensor([3.0, 2.9, 0.0]), []
-    for expected in (0, 1, 0):
-        new.append(choose(logits, [0, 0], new, temperature=0, presence_penalty=0.5))
-        assert new[-1] == expected
-    assert choose(logits, [0, 0], [], temperature=0, repetition_penalty=1.5) == 1
-    assert choose(logits, [0, 0], [1], temperature=0, repetition_penalty=1.5) == 0
 
 
 @pytest.mark.parametrize("cuts", [{}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.3},
@@ -90,14 +81,6 @@ def test_a_forbidden_token_is_never_chosen() -> None:
     assert drawn == {0, 3}
     with pytest.raises(ValueError, match="forbids every token"):
         choose(torch.zeros(3), [0], [], logit_bias=dict.fromkeys(range(3), -math.inf))
-
-
-def test_a_score_has_the_likeliest_tokens_best_first() -> None:
-    (one,) = score_tokens(torch.tensor([[1.0, 3.0, 2.0]]), [0], 2)
-    total = math.log(sum(math.exp(x) for x in (1, 3, 2)))
-    assert (one.id, one.logprob) == (0, pytest.approx(1 - total))
-    assert [token for token, _ in one.top] == [1, 2]
-    assert len(score_tokens(torch.zeros(1, 3), [0], 99)[0].top) == 3
 
 
 @pytest.mark.parametrize("field, value", [

@@ -77,7 +77,17 @@ def test_a_prompt_longer_than_the_window_is_cut_to_its_newest_tokens(model, toke
     params = SamplingParams(8, temperature=0, ignore_end=True)
     assert "".join(complete(model, tokenizer, text, params)) == released(
         whole, tokenizer.token_bytes())
-    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_nothing_stays_on_the_model(model, tokenizer) -> None:
+    def hooks() -> int:
+        return sum(len(module._forward_hooks) for module in model.modules())
+    before = hooks()
+    parts = complete(model, tokenizer, "a", SamplingParams(8, ignore_end=True))
+    next(parts)
+    assert hooks() > before
+    parts.close()
+    assert hooks() == before
 
 
 @pytest.fixture(scope="module")

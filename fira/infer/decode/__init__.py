@@ -10,26 +10,25 @@ from __future__ import annotations
 import importlib.util
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fira.convert.quantize import quantize
-from fira.infer.cache import SlotCache
+from fira.infer.cache import Part, SlotCache
 from fira.model import build_meta
 
 if TYPE_CHECKING:
     from fira.infer.decode.step import FusedStep
 
-PATIENCE = 1.0  # seconds before a message; loading from numba's cache takes 0.3 s, compiling 15 s
+PATIENCE = 1.0  # seconds until a message; loading from numba's cache takes 0.3 s, compiling 15 s
 
 
 def open_step(model: Any, precision: str, say: Callable[[str], object]) -> FusedStep | None:
     """The compiled decode step of a model on a CPU, or None if plain torch must decode.
 
-    `say` receives one line that tells why there is none, or what takes longer than a second.
+    `say` receives one line that says why there is none, or what takes longer than a second.
     Raises ValueError if `precision` is not "float32" and cannot be had.
     """
     obstacle = find_obstacle(model, precision)
@@ -42,18 +41,13 @@ def open_step(model: Any, precision: str, say: Callable[[str], object]) -> Fused
         return None
     from fira.infer.decode.step import FusedStep
 
-    start = time.perf_counter()
-    timer = threading.Timer(PATIENCE, say, ["Preparing the decoding step; the first use compiles."])
+    timer = threading.Timer(PATIENCE, say, ["Compiling the decoding step; later starts are quick."])
     timer.start()
     try:
         step = FusedStep(model, precision)
-        zero_N = torch.zeros(1, dtype=torch.int64)
-        step(model, SlotCache(model, slots=1, capacity=1), zero_N, zero_N, [0])
+        step(model, SlotCache(model, slots=1, capacity=1), torch.tensor([0]), [Part(0, 0, 1)])
     finally:
         timer.cancel()
-    seconds = time.perf_counter() - start
-    if seconds > PATIENCE:
-        say(f"The decoding step is ready after {seconds:.0f} s.")
     return step
 
 

@@ -293,11 +293,13 @@ def down_projection(rank, ranks, layer, weights, order, starts, hidden, x):
 
 
 @compile_and_store
-def decode_step(rank, ranks, models, layers, scratch, counter, positions, slots, logits, experts):
-    """Logits [S, V] of the tokens whose embeddings are in scratch.x.
+def decode_step(rank, ranks, models, layers, scratch, counter, positions, slots, lasts, logits,
+                experts):
+    """Read the S tokens whose embeddings are in scratch.x.
 
-    Their keys and values enter the cache at their positions; `experts` [L, S, K] receives what the
-    routers choose. Every rank calls this with the same arguments.
+    Their keys and values enter the cache at their positions; `logits` [P, V] receives what follows
+    the tokens `lasts`, and `experts` [L, S, K] what the routers choose. Every rank calls this with
+    the same arguments.
     """
     model = models[0]
     x, qkv, mixed = view(scratch.x), view(scratch.qkv), view(scratch.mixed)
@@ -326,5 +328,7 @@ def decode_step(rank, ranks, models, layers, scratch, counter, positions, slots,
         down_projection(rank, ranks, layer, weights, order, starts, hidden, x)
         barrier(counter, ranks)
     normalize(x, model.norm, model.epsilon, normed)
-    multiply(rank, ranks, model.head, normed, logits, False)
+    for p in range(len(lasts)):  # lasts[p] >= p
+        normed[p] = normed[lasts[p]]
+    multiply(rank, ranks, model.head, normed[:len(lasts)], logits, False)
     barrier(counter, ranks)
