@@ -141,7 +141,7 @@ def compiled_step(model: Any, threads: int) -> DecodeStep:
         raise ValueError(obstacle)
     from fira.infer.decode.step import FusedStep
 
-    return FusedStep(model, threads=threads).decode
+    return FusedStep(model, threads=threads)
 
 
 def int8_side(model: Any, arguments: argparse.Namespace, scratch: Path) -> Side:
