@@ -11,10 +11,10 @@ from fira.model.files import knows_chat, newest_step, read_config, save_weights
 from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2
 from fira.model.router import routers
-from fira.model.spec import FIRA2Spec, FIRASpec
+from fira.model.spec import FIRASpec
+from tests.models import tiny_spec
 
-TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12)
-SPECS = {FIRA: FIRASpec(**TINY), FIRA2: FIRA2Spec(**TINY, n_kv_head=1, head_dim=8, top_k=2)}
+SPECS = {FIRA: tiny_spec("fira", top_k=1), FIRA2: tiny_spec("fira2")}
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -169,8 +169,7 @@ def test_another_architecture_is_refused(tmp_path):
 
 
 def test_the_length_trained_on_travels_and_bounds_generation(tmp_path):
-    model = build(FIRA2Spec(vocab_size=20, d_model=16, n_head=2, n_kv_head=1, head_dim=8,
-                            num_layers=1, d_ff=8, num_experts=2, top_k=1, context=32), seed=0)
+    model = build(tiny_spec("fira2", context=32), seed=0)
     model.trained_length = 8
     save_weights(model, tmp_path)
     loaded = load_pretrained(tmp_path)
