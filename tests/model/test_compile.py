@@ -10,15 +10,12 @@ from torch.nn import functional as F
 
 from fira.loss.head import head_loss
 from fira.model.balance import end_step, routing_health, set_loss_share, set_progress
-from fira.model.spec import FIRA2Spec, FIRASpec
-from tests.models import build
+from tests.models import build, tiny_spec
 
-TINY = dict(vocab_size=31, d_model=32, n_head=4, num_layers=1, d_ff=24, num_experts=4, top_k=2,
-            context=12)
-
-MANY = {"num_experts": 16, "context": 300}  # where eager mode multiplies in MKL's batches
-SPECS = [FIRASpec(**TINY, dropout=0.0), FIRA2Spec(**TINY, n_kv_head=2, head_dim=8),
-         FIRA2Spec(**TINY | MANY, n_kv_head=2, head_dim=8, balance="handover")]
+WIDE = dict(d_model=32, n_head=4, num_layers=1)
+SPECS = [tiny_spec("fira", **WIDE), tiny_spec("fira2", **WIDE, n_kv_head=2),
+         # so many experts and rows that eager mode multiplies in MKL's batches
+         tiny_spec("fira2", **WIDE, num_experts=16, context=300, balance="handover")]
 COMPILED = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
 
 

@@ -8,10 +8,9 @@ import torch
 from torch.nn import functional as F
 
 import fira.model.fast as fast
-from fira.model import build_meta
 from fira.model.balance import end_step, routing_health, set_loss_share
 from fira.model.moe import MoE, gather, scatter, sort_by_expert
-from fira.model.router import routers
+from fira.model.router import Watch, replay, routers
 from tests.models import NAMES, assert_equal_with_gradients, build, build_moe, tiny_spec
 
 X_BTD = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -110,7 +109,7 @@ def test_models_train_under_bf16_autocast(name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_health_reports_the_counted_load():
+def test_health_reports_the_load_counted_in_training_and_an_empty_step_keeps_the_shares():
     moe = build_moe(top_k=1).train()
     with torch.no_grad():
         moe.router.weight.zero_()
@@ -125,24 +124,19 @@ def test_health_reports_the_counted_load():
     expected = float(-(probs * probs.log()).sum()) / math.log(4)
     assert health["entropy"] == [pytest.approx(expected, rel=1e-4)]
     end_step(moe)
+    moe.eval()(torch.ones(1, 10, 8))
     assert routing_health(moe) is None
+    end_step(moe)
     assert moe.router.load_share_E.tolist() == [0, 0, 1, 0]
 
 
-def test_evaluation_is_not_counted_and_shares_outlive_an_empty_step():
-    moe = build_moe().eval()
-    moe(torch.ones(1, 10, 8))
-    assert routing_health(moe) is None
-    end_step(moe)
-    assert moe.router.load_share_E.tolist() == [0.25] * 4
-
-
-def test_a_dense_model_has_no_router_and_the_same_expert_names():
-    dense, sparse = build_meta(tiny_spec("fira2", num_experts=1, top_k=1)), build_meta(
-        tiny_spec("fira2"))
-    assert routing_health(dense) is None
-    assert [name for name, _ in dense.named_parameters()] == [
-        name for name, _ in sparse.named_parameters() if "router" not in name]
+def test_a_dense_model_has_nothing_to_watch_and_the_same_expert_names():
+    dense = build(tiny_spec("fira2", num_experts=1, top_k=1), seed=0)
+    with Watch(dense) as watch, replay(dense, watch.experts):
+        dense(TOKENS_BT)
+    assert watch.experts == [] and routing_health(dense) is None
+    sparse = build(tiny_spec("fira2"), seed=0).state_dict()
+    assert list(dense.state_dict()) == [name for name in sparse if "router" not in name]
 
 
 @pytest.mark.parametrize("top_k", [1, 3])

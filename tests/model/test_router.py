@@ -66,13 +66,6 @@ def test_watches_and_replays_nest_and_leave_no_trace():
     assert all(router.replay_NK is None and not router._forward_hooks for router in routers(model))
 
 
-def test_a_dense_model_has_nothing_to_watch():
-    model = build(SPECS["fira2"].model_copy(update={"num_experts": 1, "top_k": 1}), seed=0)
-    with Watch(model) as watch, replay(model, watch.experts):
-        model(TOKENS)
-    assert watch.experts == []
-
-
 @pytest.mark.parametrize("name", SPECS)
 def test_recomputed_blocks_replay_choices_and_keep_the_loss_share_of_their_forward(name):
     """Between forward and backward the router and the share change, as in a pipeline."""
