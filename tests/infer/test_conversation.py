@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from fira.infer import text as module
 from fira.infer.chat import UNTUNED, chat, talk
 from fira.infer.request import SamplingParams
 from fira.infer.text import Conversation
-from fira.model.files import knows_chat
 
 
 def conversation(model, tokenizer, tuned=True, system=None, max_new_tokens=16) -> Conversation:
@@ -87,12 +85,6 @@ def test_a_pipe_gets_answers_alone(step_folder: Path, monkeypatch, capsys) -> No
     assert out.strip() and first == second  # greedy, and forgotten in between
     assert notes.count(UNTUNED) == 1
     assert "starts anew" in notes and "/wat is no command" in notes
-
-
-def test_a_run_tuned_for_chat_is_known_by_its_record(step_folder: Path) -> None:
-    assert not knows_chat(step_folder)
-    (step_folder.parent / "config.json").write_text(json.dumps({"stage": "sft"}))
-    assert knows_chat(step_folder)
 
 
 def test_control_c_stops_the_answer_and_keeps_what_was_said(model, tokenizer, monkeypatch) -> None:

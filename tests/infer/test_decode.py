@@ -51,8 +51,9 @@ def make(name):
     return model
 
 
-def compare(model, step, reference, rows=2, length=20):
-    """Both read the same tokens one by one; `reference` is (tokens_B1, cache) -> logits_BV."""
+def compare(model, step, reference=None, rows=2, length=20):
+    """Both read the same tokens; `reference` is (tokens_B1, cache) -> logits_BV, or the model."""
+    reference = reference or (lambda *given: model(*given)[:, -1])
     tokens_BT = torch.randint(96, (rows, length), generator=torch.Generator().manual_seed(0))
     cache, slots = model.new_cache(rows), SlotCache(model, rows + 2, 24)
     with torch.inference_mode():
@@ -61,10 +62,6 @@ def compare(model, step, reference, rows=2, length=20):
             logits_BV, _ = step(model, slots, token_B, [place] * rows, range(2, rows + 2))
             torch.testing.assert_close(logits_BV, expected_BV, rtol=0, atol=1e-4)
             assert torch.equal(logits_BV.argmax(-1), expected_BV.argmax(-1))
-
-
-def last_logits(model):
-    return lambda tokens_BT, cache: model(tokens_BT, cache)[:, -1]
 
 
 def first_logits(model, step, tokens=(3,)):
@@ -77,7 +74,7 @@ def first_logits(model, step, tokens=(3,)):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_step_equals_the_model_over_a_whole_sequence(name, rows):
     model = make(name)
-    compare(model, FusedStep(model), last_logits(model), rows, length=24)
+    compare(model, FusedStep(model), rows=rows, length=24)
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
@@ -95,29 +92,18 @@ def test_generation_with_the_step_equals_generation_without(name, kind, tokenize
     engine.close()
 
 
-def test_rows_stand_in_any_slot_at_any_position():
-    model = make("fira2")
-    step, cache = FusedStep(model), SlotCache(model, 5, 24)
-    texts = {4: [1, 2, 3], 0: [9, 8, 7, 6, 5, 4], 2: [30]}
-    for slot, text in texts.items():
-        for position, token in enumerate(text[:-1]):
-            step(model, cache, [token], [position], [slot])
-    logits_SV, _ = step(model, cache, [text[-1] for text in texts.values()],
-                        [len(text) - 1 for text in texts.values()], list(texts))
-    with torch.inference_mode():
-        expected = torch.stack([model(torch.tensor([text]))[0, -1] for text in texts.values()])
-    torch.testing.assert_close(logits_SV, expected, rtol=0, atol=1e-4)
-
-
 def test_the_engine_gives_the_same_tokens_and_experts_with_it(tokenizer):
+    """The rows of a batch stand in several slots, at different positions."""
     model = make("fira2")
     params = SamplingParams(max_new_tokens=12, temperature=0, experts=True, ignore_end=True)
     found = []
     for fused in (None, FusedStep(model)):
         engine = Engine(model, tokenizer, slots=3, decode_step=fused)
-        events = [list(engine.stream(prompt, params)) for prompt in ([1, 2, 3], [4, 5])]
-        found.append([[(e.id, e.experts) for e in stream[:-1]] for stream in events])
-        engine.close()
+        events = [[] for _ in range(4)]
+        for prompt, seen in zip(([1, 2, 3], [9, 8, 7, 6, 5, 4], [30], [4, 5]), events, strict=True):
+            engine.add(prompt, params, seen.append)
+        engine.close(drain=True)
+        found.append([[(token.id, token.experts) for token in seen[:-1]] for seen in events])
     assert found[0] == found[1]
 
 
@@ -167,7 +153,7 @@ def test_stored_integers_are_decoded_without_a_copy(name, kind):
     stored = [module for path, module in model.named_modules() if isinstance(module, Quantized)
               and not (path == "token_embedding" and hasattr(model, "head"))]
     assert stored and all(module.numbers.data_ptr() in addresses for module in stored)
-    compare(model, step, last_logits(model))
+    compare(model, step)
 
 
 def test_rows_that_int4_cannot_group_stay_float32_in_the_step():
@@ -175,12 +161,13 @@ def test_rows_that_int4_cannot_group_stay_float32_in_the_step():
     model = quantize(build(spec, seed=1).eval(), "int4")
     assert not isinstance(model.blocks[0].moe.experts.down, Quantized)
     assert isinstance(model.blocks[0].moe.experts.up, Quantized)
-    compare(model, FusedStep(model), last_logits(model))
+    compare(model, FusedStep(model))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_quantized_run_decodes_by_the_compiled_step_or_says_why_not(kind, step_folder, fira,
-                                                                      monkeypatch, tmp_path):
+                                                                      refused, monkeypatch,
+                                                                      tmp_path):
     assert fira("export", kind, step_folder.parent, tmp_path / kind).code == 0
     said: list[str] = []
     model = load_model(tmp_path / kind / step_folder.name)
@@ -188,18 +175,14 @@ def test_a_quantized_run_decodes_by_the_compiled_step_or_says_why_not(kind, step
     assert not any("plain torch" in line for line in said)
     words = ("generate", tmp_path / kind, "the state", "--max-new-tokens", 20, "--temperature", 0,
              "--device", "cpu")
+    line = refused(*words, "--precision", "int4")
+    assert f"precision=int4 cannot be had: the weights are {kind} already" in line
     fast = fira(*words)
     monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
     plain = fira(*words)
     assert fast.code == 0 and fast.out == plain.out and "plain torch" not in fast.err
     reason = "Decoding with plain torch: numba is not installed; pip install 'fira-moe[fast]'"
     assert plain.err.count(reason) == 1
-
-
-def test_a_precision_on_top_of_another_is_refused(step_folder, fira, refused, tmp_path):
-    assert fira("export", "int8", step_folder.parent, tmp_path / "small").code == 0
-    line = refused("generate", tmp_path / "small", "the", "--precision", "int4", "--device", "cpu")
-    assert "precision=int4 cannot be had: the weights are int8 already" in line
 
 
 @pytest.mark.parametrize("change", [

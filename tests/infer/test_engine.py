@@ -1,15 +1,14 @@
 """The engine's tokens are those of one request computed alone, token by token."""
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 
 from fira.data.chat import prompt_ids
-from fira.infer.cache import Part, SlotBatch, SlotCache, common_prefix
+from fira.infer.cache import Part, SlotBatch, SlotCache
 from fira.infer.engine import Engine
 from fira.infer.request import End, SamplingParams
+from fira.model.router import Watch
 from fira.model.spec import FIRA2Spec, FIRASpec
 from tests.models import build
 from tests.trace import tracing
@@ -18,18 +17,13 @@ SHAPE = dict(vocab_size=320, d_model=32, n_head=4, num_layers=2, d_ff=32, num_ex
              context=96)
 SPECS = {"fira": FIRASpec(**SHAPE), "fira2": FIRA2Spec(**SHAPE, n_kv_head=2, head_dim=16),
          "dense": FIRA2Spec(**SHAPE | {"num_experts": 1, "top_k": 1}, n_kv_head=2, head_dim=16)}
-
-
-def build_wide(spec):
-    with mock.patch("fira.model.initialize.STD", 0.3):  # clear preferences
-        return build(spec, seed=1).eval()
 GREEDY = dict(max_new_tokens=20, temperature=0.0, ignore_end=True)
 PROMPTS = [list(range(5, 5 + length)) for length in (1, 40, 3, 17, 60, 2, 2)]
 
 
 @pytest.fixture(scope="module", params=list(SPECS))
 def either(request):
-    return build_wide(SPECS[request.param])
+    return build(SPECS[request.param], seed=1).eval()
 
 
 def run(model, tokenizer, prompts, params, **options) -> list[list]:
@@ -174,40 +168,20 @@ def test_a_prompt_may_be_scored_without_an_answer(model, tokenizer):
 
 @pytest.mark.parametrize("name", ["fira", "fira2"])
 def test_experts_and_loads_are_the_routers_choices(name, tokenizer):
-    model = build_wide(SPECS[name])
+    model = build(SPECS[name], seed=1).eval()
     engine = Engine(model, tokenizer)
     params = SamplingParams(**GREEDY | {"max_new_tokens": 5}, experts=True)
     *tokens, _ = engine.stream(PROMPTS[3], params)
-    chosen = [[] for _ in model.blocks]
-    hooks = [block.moe.router.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
-             for block, seen in zip(model.blocks, chosen, strict=True)]
-    with torch.no_grad():
+    with torch.no_grad(), Watch(model) as watch:
         model(torch.tensor([[*PROMPTS[3], *(token.id for token in tokens)]]))
-    for hook in hooks:
-        hook.remove()
     start = len(PROMPTS[3]) - 1
-    for layer, ((_, experts_NK),) in enumerate(chosen):
+    for layer, experts_NK in enumerate(watch.experts):
         for place, token in enumerate(tokens, start):
             assert list(token.experts[layer]) == experts_NK[place].tolist()
         counts = experts_NK[:-1].flatten().bincount(minlength=4)  # the last token is never read
         assert engine.loads[layer] == counts.tolist()
     engine.close()
     assert not any(block.moe.router._forward_hooks for block in model.blocks)
-
-
-def test_another_decode_step_plugs_in_with_one_line(model, tokenizer):
-    calls = []
-    engine = Engine(model, tokenizer, slots=2)
-
-    def step(model, cache, tokens_N, positions_N, slots):
-        calls.append((tokens_N.tolist(), positions_N.tolist(), list(slots)))
-        return engine.decode_plain(model, cache, tokens_N, positions_N, slots)[0], None
-
-    engine.decode_step = step
-    *tokens, _ = engine.stream([9, 8, 7], SamplingParams(**GREEDY | {"max_new_tokens": 4}))
-    made = [token.id for token in tokens]
-    assert made == naive(model, [9, 8, 7], 4)
-    assert calls == [([token], [3 + n], [0]) for n, token in enumerate(made[:3])]
 
 
 class CompiledStep:
@@ -271,11 +245,3 @@ def test_one_request_passes_few_files_of_the_engine(model, tokenizer):
     assert {file for file in path.files if file.startswith("infer/")} - {"infer/stand_in.py"} == {
         f"infer/{name}.py" for name in ("engine", "request", "cache")}
     engine.close()
-
-
-def test_common_prefix_is_the_longest():
-    for a in ([], [1], [1, 2, 3], [1, 2, 4, 4], [2]):
-        for b in ([], [1], [1, 2, 3, 4], [1, 2, 4, 5, 6], [2, 2]):
-            expected = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
-                            min(len(a), len(b)))
-            assert common_prefix(a, b) == expected
