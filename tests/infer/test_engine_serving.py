@@ -174,10 +174,10 @@ def test_many_threads_adding_and_cancelling(model, tokenizer):
     lengths: list[int] = []
     prompts = [[3 + n, 4, 5][:1 + n % 3] for n in range(6)]
     params = SamplingParams(max_new_tokens=8, temperature=0.9, seed=1, ignore_end=True)
-    expected = {}
-    for prompt in prompts:
-        *tokens, _ = Engine(model, tokenizer).stream(prompt, params)
-        expected[tuple(prompt)] = [token.id for token in tokens]
+    alone = Engine(model, tokenizer)
+    expected = {tuple(prompt): [token.id for token in list(alone.stream(prompt, params))[:-1]]
+                for prompt in prompts}
+    alone.close()
 
     def client(number: int) -> None:
         draw = random.Random(number)
