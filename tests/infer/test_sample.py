@@ -41,9 +41,11 @@ def test_penalties_equal_their_formulas(logits, prompt, new, repetition, presenc
 
 
 @pytest.mark.parametrize("cuts", [{}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.3},
-                                  {"top_k": 6, "top_p": 0.8, "min_p": 0.2}, {"top_p": 1e-6}])
+                                  {"top_k": 6, "top_p": 0.8, "min_p": 0.2}, {"top_p": 1e-6},
+                                  {"temperature": 0.5}, {"temperature": 2.0, "top_p": 0.7}])
 def test_draws_follow_the_distribution_that_the_cuts_leave(cuts) -> None:
-    probs = [0.02, 0.3, 0.1, 0.25, 0.05, 0.13, 0.07, 0.08]
+    logits = torch.tensor([0.02, 0.3, 0.1, 0.25, 0.05, 0.13, 0.07, 0.08]).log()
+    probs = (logits / cuts.get("temperature", 1)).softmax(-1).tolist()
     order = sorted(range(8), key=lambda token: -probs[token])[:cuts.get("top_k")]
     mass, kept = sum(probs[token] for token in order), []
     for token in order:
@@ -53,7 +55,7 @@ def test_draws_follow_the_distribution_that_the_cuts_leave(cuts) -> None:
     expected = torch.zeros(8)
     for token in kept:
         expected[token] = probs[token] / sum(probs[one] for one in kept)
-    drawn = sample(torch.tensor(probs).log().expand(20000, 8), **cuts,
+    drawn = sample(logits.expand(20000, 8), **cuts,
                    generator=torch.Generator().manual_seed(0)).bincount(minlength=8) / 20000
     assert (drawn > 0).equal(expected > 0)
     torch.testing.assert_close(drawn, expected, rtol=0, atol=0.015)

@@ -8,17 +8,11 @@ from torch.nn import functional as F
 from fira.loss import head
 from fira.loss.distill import distillation_loss
 from fira.loss.head import IGNORED, head_loss, next_token_loss, next_token_loss_plain, token_losses
-from fira.model import build
 from fira.model.spec import FIRA2Spec, FIRASpec
+from tests.models import build
 
 SHAPE = dict(vocab_size=57, d_model=16, n_head=2, num_layers=1, d_ff=8, num_experts=2, context=8)
 SPECS = [FIRASpec(**SHAPE, dropout=0.0), FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8)]
-
-
-@pytest.fixture(autouse=True)
-def wide_weights(monkeypatch):
-    """Initial weights large enough for clear preferences."""
-    monkeypatch.setattr("fira.model.initialize.STD", 0.3)
 
 
 @pytest.fixture(autouse=True)

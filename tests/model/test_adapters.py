@@ -12,14 +12,10 @@ from fira.model.files import save_weights
 from fira.model.fira import FIRA
 from fira.model.initialize import initialize, whole
 from fira.model.moe import ExpertLinear
-from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.model.transformer import count_parameters
+from tests.models import NAMES, tiny_spec
 
 RANK = 2
-SHAPE = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, top_k=2,
-             context=12)
-SPECS = {"fira": FIRASpec(**SHAPE, dropout=0.0), "fira2": FIRA2Spec(**SHAPE, n_kv_head=1,
-                                                                    head_dim=8)}
 TOKENS = torch.randint(31, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -59,9 +55,9 @@ def adapt(model):
     return model
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_adapted_model_equals_one_with_merged_weights_and_trains_only_adapters(name):
-    model = build(SPECS[name], seed=0)
+    model = build(tiny_spec(name), seed=0)
     merged = copy.deepcopy(model)
     adapters = [one for one in whole(adapt(model).named_parameters()) if one.name[-1] in "ab"]
     initialize(model, seed=0, slices=adapters)
@@ -84,7 +80,7 @@ def test_an_adapted_model_equals_one_with_merged_weights_and_trains_only_adapter
 
 
 def test_initial_adapters_follow_their_own_rule_and_equal_seeds():
-    model, again = (adapt(build_meta(SPECS["fira2"])).to_empty(device="cpu") for _ in range(2))
+    model, again = (adapt(build_meta(tiny_spec("fira2"))).to_empty(device="cpu") for _ in range(2))
     for one in (model, again):
         initialize(one, seed=3)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
@@ -95,7 +91,7 @@ def test_initial_adapters_follow_their_own_rule_and_equal_seeds():
 
 
 def test_adapters_are_counted_with_their_part():
-    plain, adapted = build_meta(SPECS["fira"]), adapt(build_meta(SPECS["fira"]))
+    plain, adapted = build_meta(tiny_spec("fira")), adapt(build_meta(tiny_spec("fira")))
     before, after = (
         {row.part: row.total for row in count_parameters(model).rows} for model in (plain, adapted))
     extra = {"experts": 2 * 2 * 4 * RANK * (16 + 24), "head": RANK * (16 + 31),
@@ -104,7 +100,7 @@ def test_adapters_are_counted_with_their_part():
 
 
 def test_frozen_weights_stay_frozen_when_a_model_is_loaded(tmp_path, monkeypatch):
-    save_weights(build(SPECS["fira"], seed=0), tmp_path)
+    save_weights(build(tiny_spec("fira"), seed=0), tmp_path)
     monkeypatch.setattr(FIRA, "__init__", _frozen(FIRA.__init__))
     model = load_pretrained(tmp_path)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [

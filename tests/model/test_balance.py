@@ -1,27 +1,19 @@
 """Each balance method evens a skewed router, and a bias selects without weighing."""
-from unittest import mock
-
 import pytest
 import torch
 
-from fira.model import build, load_pretrained
+from fira.model import load_pretrained
 from fira.model.balance import METHODS, end_step, even_bias, routing_health, set_progress
 from fira.model.files import save_weights
-from fira.model.initialize import initialize
-from fira.model.moe import MoE, SwiGLUExperts
-from fira.model.router import Router, routers
-from fira.model.spec import FIRA2Spec
+from fira.model.router import routers
+from tests.models import assert_equal_with_gradients, build, build_moe, tiny_spec
 
 
-def skewed(balance, top_k=2, num_experts=8) -> MoE:
+def skewed(balance, top_k=2, num_experts=8):
     """A layer whose router prefers its first experts."""
-    router = Router(8, num_experts, top_k, bias=True, method=METHODS[balance], balance_weight=1.0)
-    router.z_weight = 0.0
-    moe = MoE(router, SwiGLUExperts(num_experts, 8, 4))
-    with mock.patch("fira.model.initialize.STD", 0.3):
-        initialize(torch.nn.ModuleDict({"moe": moe}), seed=1)
+    moe = build_moe(balance, num_experts, top_k)
     with torch.no_grad():
-        router.bias.copy_(torch.linspace(1, -1, num_experts))
+        moe.router.bias.copy_(torch.linspace(1, -1, num_experts))
     return moe.train()
 
 
@@ -42,44 +34,29 @@ def imbalances(moe, steps, rows=512):
 
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("balance, steps", [("loss", 100), ("bias", 300), ("quantile", 15),
-                                             ("handover", 15)])
-def test_each_method_evens_a_skewed_router(balance, steps, top_k):
+                                             ("handover", 15), ("none", 50)])
+def test_each_method_evens_a_skewed_router_and_without_one_the_skew_stays(balance, steps, top_k):
     found = imbalances(skewed(balance, top_k), steps)
-    assert found[-1] < 0.3 * found[0]
-
-
-def test_without_a_method_the_skew_stays():
-    found = imbalances(skewed("none"), 50)
-    assert found[-1] > 0.7 * found[0]
+    assert found[-1] > 0.7 * found[0] if balance == "none" else found[-1] < 0.3 * found[0]
 
 
 def test_a_handover_ends_without_a_bias_and_with_the_loss_in_its_place():
     found = {}
-    for balance, fraction in (("quantile", 1.0), ("handover", 0.5), ("handover", 0.8),
-                              ("handover", 1.0)):
+    for balance, fraction in (("quantile", 1.0), ("loss", 1.0), ("handover", 0.5),
+                              ("handover", 0.8), ("handover", 1.0)):
         moe = skewed(balance)
         moe(torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(0)))
         set_progress(moe, fraction)
         end_step(moe)
         moe.router.load_share_E.copy_(torch.linspace(0.2, 0.05, 8))
         moe(torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
-        found[balance, fraction] = (moe.router.selection_bias_E.clone(), moe.router.bias.grad)
-    whole, gradient = found["quantile", 1.0]
-    assert torch.equal(found["handover", 0.5][0], whole)
-    torch.testing.assert_close(found["handover", 0.8][0], 0.5 * whole)
+        found[balance, fraction] = (moe.router.selection_bias_E, moe.router.bias.grad)
+    bias_E, gradient_E = found["quantile", 1.0]
+    assert torch.equal(found["handover", 0.5][0], bias_E)
+    torch.testing.assert_close(found["handover", 0.8][0], 0.5 * bias_E)
     assert not found["handover", 1.0][0].any()
-    assert torch.equal(found["handover", 0.5][1], gradient)  # its loss weighs nothing yet
-
-
-def test_a_handover_pays_the_whole_loss_at_its_end():
-    gradients = {}
-    for balance in ("loss", "handover"):
-        moe = skewed(balance)
-        set_progress(moe, 1.0)
-        moe.router.load_share_E.copy_(torch.linspace(0.2, 0.05, 8))
-        moe(torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
-        gradients[balance] = moe.router.bias.grad
-    torch.testing.assert_close(gradients["handover"], gradients["loss"])
+    assert torch.equal(found["handover", 0.5][1], gradient_E)  # its loss has no weight yet
+    torch.testing.assert_close(found["handover", 1.0][1], found["loss", 1.0][1])
 
 
 @pytest.mark.parametrize("balance", ["bias", "quantile"])
@@ -95,11 +72,7 @@ def test_the_bias_selects_and_raw_probabilities_weigh_and_learn(balance):
     assert torch.equal(experts, (probs + bias).topk(2).indices)
     gates = probs.gather(-1, experts)
     plain = gates / gates.sum(-1, keepdim=True)
-    torch.testing.assert_close(weights, plain)
-    upstream = torch.randn(40, 2, generator=torch.Generator().manual_seed(4))
-    for ours, theirs in zip(torch.autograd.grad(moe.router(x)[0], moe.router.weight, upstream),
-                            torch.autograd.grad(plain, moe.router.weight, upstream), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_equal_with_gradients(weights, plain, moe.router.weight)
 
 
 def test_a_bias_is_zero_mean_fp32_and_updated_in_place():
@@ -126,9 +99,7 @@ def test_the_quantile_is_exact_where_thresholds_do_not_move():
 
 @pytest.mark.parametrize("balance", METHODS)
 def test_a_selection_bias_survives_files_and_others_have_none(balance, tmp_path):
-    spec = FIRA2Spec(vocab_size=31, d_model=16, n_head=2, n_kv_head=1, head_dim=8, num_layers=2,
-                     d_ff=8, num_experts=4, top_k=2, context=12, balance=balance)
-    model = build(spec, seed=0)
+    model = build(tiny_spec("fira2", balance=balance), seed=0)
     for layer, router in enumerate(routers(model)):
         if router.selection_bias_E is not None:
             router.selection_bias_E.copy_(torch.tensor([0.3, -0.1, -0.1, -0.1]) * (1 - 2 * layer))

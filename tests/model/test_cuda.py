@@ -2,17 +2,16 @@
 from __future__ import annotations
 
 import contextlib
-from unittest import mock
 
 import pytest
 import torch
 
 from fira.loss.head import head_loss
-from fira.model import build
 from fira.model.balance import routing_health
 from fira.model.router import Watch, replay
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.runtime import autocast
+from tests.models import build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -32,8 +31,7 @@ def train_once(spec, device, compiled=False, bf16=False, choices=None):
     """
     torch._dynamo.reset()
     device = torch.device(device)
-    with mock.patch("fira.model.initialize.STD", 0.1):
-        model = build(spec, seed=0).to(device).train()
+    model = build(spec, seed=0, std=0.1).to(device).train()
     blocks = [torch.compile(block, fullgraph=True) if compiled else block
               for block in model.blocks]
     ids_BT = torch.randint(96, (4, 65), generator=torch.Generator().manual_seed(0)).to(device)

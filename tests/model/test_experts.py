@@ -7,9 +7,9 @@ import torch
 from fira.model.fast import expert_linear
 from fira.model.fast.experts import HAS_BATCH, SortedLinear, add_bias, grouped_linear
 from fira.model.moe import GELUExperts, SwiGLUExperts, expert_linear_plain, grouping_obstacle
+from tests.models import assert_equal_with_gradients
 
 LOADS = [[3, 1, 4, 2], [0, 10, 0, 0], [5, 0, 0, 5], [0, 0, 1, 0]]
-
 
 
 def with_bias(multiply):
@@ -23,12 +23,19 @@ FAST = {"sorted": with_bias(SortedLinear.apply), "grouped": with_bias(grouped_li
         "chosen": expert_linear}
 
 
-def problem(load: list[int], bias: bool, dtype=torch.float32) -> list[torch.Tensor | None]:
+def problem(load: list[int], bias: bool) -> list[torch.Tensor | None]:
     torch.manual_seed(sum(load))
-    rows = torch.randn(sum(load), 8, dtype=dtype, requires_grad=True)
-    weight = torch.randn(4, 16, 8, dtype=dtype, requires_grad=True)
-    biases = torch.randn(4, 16, dtype=dtype, requires_grad=True) if bias else None
+    rows = torch.randn(sum(load), 8, requires_grad=True)
+    weight = torch.randn(4, 16, 8, requires_grad=True)
+    biases = torch.randn(4, 16, requires_grad=True) if bias else None
     return [rows, torch.tensor(load), weight, biases]
+
+
+def draw(experts):
+    """The experts, with normally distributed weights and biases."""
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    return experts
 
 
 @pytest.mark.parametrize("path", FAST)
@@ -36,13 +43,8 @@ def problem(load: list[int], bias: bool, dtype=torch.float32) -> list[torch.Tens
 @pytest.mark.parametrize("load", LOADS)
 def test_fast_paths_equal_row_by_row_in_values_and_gradients(path, bias, load):
     inputs = problem(load, bias)
-    fast, slow = FAST[path](*inputs), expert_linear_plain(*inputs)
-    torch.testing.assert_close(fast, slow)
     wanted = [x for x in inputs if x is not None and x.requires_grad]
-    upstream = torch.randn_like(slow)
-    for ours, theirs in zip(torch.autograd.grad(fast, wanted, upstream),
-                            torch.autograd.grad(slow, wanted, upstream), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_equal_with_gradients(FAST[path](*inputs), expert_linear_plain(*inputs), wanted)
 
 
 def test_what_no_grouped_product_can_take_has_a_reason(monkeypatch):
@@ -60,54 +62,28 @@ def test_what_no_grouped_product_can_take_has_a_reason(monkeypatch):
 @pytest.mark.parametrize("load", LOADS)
 def test_batched_experts_equal_row_by_row_in_values_and_gradients(load, monkeypatch):
     rows, counts, *_ = problem(load, bias=False)
-    experts = SwiGLUExperts(4, 8, 16)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter)
+    experts = draw(SwiGLUExperts(4, 8, 16))
+    batched = experts(rows, counts)
+    assert "BatchedSwiGLU" in type(batched.grad_fn).__name__
+    monkeypatch.setattr("fira.model.fast.HAS_BATCH", False)
+    monkeypatch.setattr("fira.model.fast.expert_linear", expert_linear_plain)
     wanted = [rows, *experts.parameters()]
-    results = []
-    for batch in (True, False):
-        monkeypatch.setattr("fira.model.fast.HAS_BATCH", batch)
-        if not batch:
-            monkeypatch.setattr("fira.model.fast.expert_linear", expert_linear_plain)
-        out = experts(rows, counts)
-        assert ("BatchedSwiGLU" in type(out.grad_fn).__name__) == batch
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-        results.append([out, *torch.autograd.grad(out, wanted, upstream)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert_equal_with_gradients(batched, experts(rows, counts), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not HAS_BATCH, reason="this torch has no cblas_sgemm_batch")
 def test_batched_experts_without_a_row_get_zero_gradients():
-    experts = SwiGLUExperts(4, 8, 16)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter)
+    experts = draw(SwiGLUExperts(4, 8, 16))
     out = experts(torch.empty(0, 8, requires_grad=True), torch.zeros(4, dtype=torch.long))
     out.sum().backward()
     assert out.shape == (0, 8)
     assert all(parameter.grad.eq(0).all() for parameter in experts.parameters())
 
 
-def test_sorted_gradient_is_exact():
-    rows, counts, weight, _ = problem([2, 0, 3, 1], False, torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda rows, weight: SortedLinear.apply(rows, counts, weight), [rows, weight])
-
-
-def test_experts_without_rows_get_zero_gradients():
-    rows, counts, weight, bias = problem([0, 10, 0, 0], bias=True)
-    expert_linear(rows.repeat(1000, 1), counts * 1000, weight, bias).square().sum().backward()
-    for grad in (weight.grad, bias.grad):
-        assert grad[[0, 2, 3]].eq(0).all()
-        assert grad[1].ne(0).all()
-
-
 @pytest.mark.parametrize("kind", [GELUExperts, SwiGLUExperts])
 def test_experts_equal_their_feed_forward_written_out(kind):
     torch.manual_seed(0)
-    experts = kind(3, 8, 16).double()
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter)
+    experts = draw(kind(3, 8, 16).double())
     rows, counts = torch.randn(6, 8, dtype=torch.float64), torch.tensor([2, 0, 4])
     expected = []
     for row, e in zip(rows, [0, 0, 2, 2, 2, 2], strict=True):

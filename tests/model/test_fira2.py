@@ -1,13 +1,13 @@
 """FIRA2 is Qwen3-MoE: same weights, same logits as transformers."""
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 import transformers
 
 from fira.model.fira2 import FIRA2
+from fira.model.spec import FIRA2Spec
+from tests.models import build
 
 SMALL = dict(vocab_size=97, d_model=48, n_head=4, n_kv_head=2, head_dim=16, num_layers=2, d_ff=40,
              num_experts=4, top_k=2, context=32, rope_theta=10000.0)
@@ -68,8 +68,7 @@ def qwen3(model: FIRA2) -> torch.nn.Module:
     {"num_experts": 1, "top_k": 1}, {"rope_theta": 1e6, "head_dim": 8}, {"tied": False}])
 def test_logits_equal_qwen3(changes):
     torch.manual_seed(0)
-    with mock.patch("fira.model.initialize.STD", 0.2):
-        model = FIRA2(**SMALL | changes).eval()
+    model = build(FIRA2Spec(**SMALL | changes), seed=0, std=0.2).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

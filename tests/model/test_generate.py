@@ -1,24 +1,15 @@
 """Generation with a cache equals generation without one, and refuses what it cannot do."""
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 
-from fira.model.fira import FIRA
-from fira.model.fira2 import FIRA2
 from fira.model.generate import sample, stream
+from tests.models import NAMES, build, tiny_spec
 
-TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12)
 
-
-def make(name: str, **fields) -> FIRA | FIRA2:
-    torch.manual_seed(0)
-    with mock.patch("fira.model.initialize.STD", 0.5):
-        if name == "fira":
-            return FIRA(**TINY | fields)
-        return FIRA2(**TINY | {"n_kv_head": 1, "head_dim": 8} | fields)
+def make(name, **fields):
+    return build(tiny_spec(name, **fields), seed=0, std=0.5)
 
 
 @torch.no_grad()
@@ -36,15 +27,16 @@ def uncached(model, ids_BT, max_new_tokens, choose=lambda logits: logits.argmax(
     return out_BT
 
 
-@pytest.mark.parametrize("name", ["fira", "fira2"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("length, new", [(3, 6), (1, 30), (12, 5), (25, 20)])
-def test_cached_generation_equals_uncached(name, top_k, length, new):
-    model = make(name, top_k=top_k)
-    ids_BT = torch.randint(31, (3, length))
+@pytest.mark.parametrize("context, length, new", [
+    (12, 3, 6), (12, 1, 30), (12, 12, 5), (12, 25, 20), (1, 2, 9), (2, 2, 9), (3, 2, 9)])
+def test_cached_generation_equals_uncached(name, top_k, context, length, new):
+    model = make(name, top_k=top_k, context=context)
+    ids_BT = torch.randint(31, (3, length), generator=torch.Generator().manual_seed(0))
     expected = uncached(model, ids_BT, new)
     assert torch.equal(model.generate(ids_BT, new, temperature=0), expected)
-    assert len(expected[:, length:].unique()) > 2
+    assert len(expected[:, length:].unique()) > 2 or context < 12  # short contexts repeat
 
 
 def test_sampled_generation_equals_uncached_with_the_same_draws():
@@ -55,11 +47,12 @@ def test_sampled_generation_equals_uncached_with_the_same_draws():
     assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("context", [1, 2, 3])
-def test_the_shortest_contexts_generate(context):
-    model = make("fira", context=context)
-    assert torch.equal(model.generate([1, 2], 9, temperature=0),
-                       uncached(model, torch.tensor([[1, 2]]), 9))
+def test_the_length_trained_on_bounds_the_window_as_the_context_does():
+    model, short = make("fira2"), make("fira2", context=6)
+    model.trained_length = 6
+    found = model.generate([1, 2, 3], 20, temperature=0)
+    assert torch.equal(found, short.generate([1, 2, 3], 20, temperature=0))
+    assert not torch.equal(found, make("fira2").generate([1, 2, 3], 20, temperature=0))
 
 
 def test_every_form_of_prompt_gives_the_same_tokens():
@@ -71,6 +64,7 @@ def test_every_form_of_prompt_gives_the_same_tokens():
         assert torch.equal(model.generate(ids, 4, temperature=0), expected)
     both = model.generate([[3, 4, 5], [6, 7, 8]], 4, temperature=0)
     assert torch.equal(both[:1], expected)
+    assert model.generate([3, 4], 0).tolist() == [[3, 4]]
 
 
 def test_seeds_fix_the_draw_and_none_follows_the_global_generator():
@@ -99,7 +93,7 @@ def test_generation_stops_at_end_of_text_and_fills_rows_that_ended():
 
 
 def test_stream_yields_what_generate_returns_and_restores_training_mode():
-    model = make("fira2", num_experts=1).train()
+    model = make("fira2", num_experts=1, top_k=1).train()
     tokens = torch.stack(list(stream(model, [5, 6], 7, seed=1)), dim=1)
     assert model.training
     assert torch.equal(tokens, model.generate([5, 6], 7, seed=1)[:, 2:])
@@ -107,29 +101,6 @@ def test_stream_yields_what_generate_returns_and_restores_training_mode():
     next(unfinished)
     unfinished.close()
     assert model.training
-
-
-def test_no_new_tokens_returns_the_prompt():
-    assert make("fira").generate([1, 2], 0).tolist() == [[1, 2]]
-
-
-def test_sampling_keeps_only_what_top_k_and_top_p_allow():
-    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().repeat(4000, 1)
-    generator = torch.Generator().manual_seed(0)
-    assert set(sample(logits, 1.0, top_k=2, generator=generator).tolist()) == {2, 3}
-    assert set(sample(logits, 1.0, top_p=0.4, generator=generator).tolist()) == {3}
-    assert set(sample(logits, 1.0, top_p=0.65, generator=generator).tolist()) == {2, 3}
-    assert len(sample(logits, 1.0, top_k=99, top_p=1.0, generator=generator).unique()) == 4
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_sampling_follows_the_tempered_distribution(temperature):
-    probs = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    drawn = sample(probs.log().repeat(40000, 1), temperature,
-                   generator=torch.Generator().manual_seed(0))
-    expected = probs ** (1 / temperature)
-    torch.testing.assert_close(drawn.bincount() / 40000, expected / expected.sum(),
-                               rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("ids, arguments, words", [

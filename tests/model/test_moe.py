@@ -8,30 +8,17 @@ import torch
 from torch.nn import functional as F
 
 import fira.model.fast as fast
-from fira.model.balance import METHODS, end_step, routing_health, set_loss_share
-from fira.model.fira import FIRA
-from fira.model.fira2 import FIRA2
-from fira.model.initialize import initialize
-from fira.model.moe import MoE, SwiGLUExperts, gather, scatter, sort_by_expert
-from fira.model.router import Router, routers
+from fira.model.balance import end_step, routing_health, set_loss_share
+from fira.model.moe import MoE, gather, scatter, sort_by_expert
+from fira.model.router import Watch, replay, routers
+from tests.models import NAMES, assert_equal_with_gradients, build, build_moe, tiny_spec
 
-TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12)
-MODELS = {"fira": lambda **f: FIRA(**TINY | {"dropout": 0.0} | f),
-          "fira2": lambda **f: FIRA2(**TINY | {"n_kv_head": 1, "head_dim": 8} | f)}
+X_BTD = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+TOKENS_BT = torch.randint(31, (4, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def wide_weights(monkeypatch):
-    """Initial weights large enough that routers prefer some experts."""
-    monkeypatch.setattr("fira.model.initialize.STD", 0.3)
-
-
-def layer(num_experts=4, top_k=2, balance_weight=0.01, z_weight=0.001) -> MoE:
-    router = Router(8, num_experts, top_k, True, METHODS["loss"], balance_weight)
-    router.z_weight = z_weight
-    moe = MoE(router, SwiGLUExperts(num_experts, 8, 12))
-    initialize(torch.nn.ModuleDict({"moe": moe}), seed=1)
-    return moe
+def next_token_loss(model, tokens_BT=TOKENS_BT):
+    return F.cross_entropy(model(tokens_BT).flatten(0, 1).float(), tokens_BT.flatten())
 
 
 def token_by_token(moe: MoE, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -50,27 +37,19 @@ def token_by_token(moe: MoE, x_BTD: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 def test_layer_equals_token_by_token_in_values_and_gradients(top_k):
-    moe = layer(top_k=top_k).eval()
-    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    fast, slow = moe(x), token_by_token(moe, x)
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
-    wanted, upstream = [x, *moe.parameters()], torch.randn_like(slow)
-    for ours, theirs in zip(torch.autograd.grad(fast, wanted, upstream),
-                            torch.autograd.grad(slow, wanted, upstream), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    moe, x_BTD = build_moe(top_k=top_k).eval(), X_BTD.clone().requires_grad_()
+    assert_equal_with_gradients(moe(x_BTD), token_by_token(moe, x_BTD),
+                                [x_BTD, *moe.parameters()], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_router_learns_from_the_language_model_loss(name, top_k):
-    torch.manual_seed(0)
-    model = MODELS[name](top_k=top_k, balance="none").train()
+    model = build(tiny_spec(name, top_k=top_k, balance="none"), seed=0).train()
     for router in routers(model):
         router.z_weight = 0.0
-    tokens = torch.randint(31, (2, 12))
-    F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
-    for router in routers(model):
-        assert router.weight.grad.abs().max() > 1e-4
+    next_token_loss(model).backward()
+    assert all(router.weight.grad.abs().max() > 1e-4 for router in routers(model))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -78,83 +57,60 @@ def test_router_learns_from_the_language_model_loss(name, top_k):
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_the_routers_losses_enter_by_their_share_whatever_the_loss_is_scaled_by(top_k, scale,
                                                                                 share):
-    moe = layer(top_k=top_k, balance_weight=1.0, z_weight=0.1).train()
+    moe, x_BTD = build_moe(top_k=top_k, z_weight=0.1).train(), X_BTD.clone().requires_grad_()
     set_loss_share(moe, share)
     moe.router.load_share_E.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
-    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    wanted = [x, *moe.router.parameters()]
-    joined = torch.autograd.grad(scale * moe(x).square().sum(), wanted)
-    logits = F.linear(x.flatten(0, 1), moe.router.weight, moe.router.bias)
-    balance = 4 * (logits.softmax(-1).mean(0) * moe.router.load_share_E).sum()
-    z_loss = logits.logsumexp(-1).square().mean()
-    loss = scale * moe.eval()(x).square().sum() + share * (balance + 0.1 * z_loss)
-    for ours, theirs in zip(joined, torch.autograd.grad(loss, wanted), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    wanted = [x_BTD, *moe.router.parameters()]
+    joined = torch.autograd.grad(scale * moe(x_BTD).square().sum(), wanted)
+    logits_NE = F.linear(x_BTD.flatten(0, 1), moe.router.weight, moe.router.bias)
+    balance = 4 * (logits_NE.softmax(-1).mean(0) * moe.router.load_share_E).sum()
+    z_loss = logits_NE.logsumexp(-1).square().mean()
+    loss = scale * moe.eval()(x_BTD).square().sum() + share * (balance + 0.1 * z_loss)
+    torch.testing.assert_close(joined, torch.autograd.grad(loss, wanted), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_gradients_of_one_batch_equal_the_mean_over_its_micro_batches(name, top_k):
-    torch.manual_seed(0)
-    model = MODELS[name](top_k=top_k, balance_weight=0.5).train()
-    tokens = torch.randint(31, (4, 12))
+    model = build(tiny_spec(name, top_k=top_k, balance_weight=0.5), seed=1).train()
 
-    def gradients(parts):
+    def run(parts):
+        """The mean gradients, and the load that the routers counted."""
         model.zero_grad()
         for part in parts:
-            F.cross_entropy(model(part).flatten(0, 1), part.flatten()).backward()
-        return {name: p.grad / len(parts) for name, p in model.named_parameters()}
+            next_token_loss(model, part).backward()
+        load = routing_health(model)["load"]
+        end_step(model)
+        return [p.grad / len(parts) for p in model.parameters()], load
 
-    gradients([tokens])
-    end_step(model)
+    run([TOKENS_BT])
     assert all(router.load_share_E.std() > 0.01 for router in routers(model))
-    whole, whole_load = gradients([tokens]), routing_health(model)["load"]
-    end_step(model)
-    parts, parts_load = gradients(tokens.split(1)), routing_health(model)["load"]
-    assert whole_load == parts_load
-    for name in whole:
-        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
-
-
-def test_balance_loss_evens_the_load():
-    moe = layer(num_experts=8, top_k=1, balance_weight=1.0).train()
-    x = torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(0)) + 1
-    optimizer = torch.optim.Adam([moe.router.weight, moe.router.bias], lr=0.01)
-    imbalance = []
-    for _ in range(150):
-        optimizer.zero_grad()
-        (0.0 * moe(x).sum()).backward()
-        optimizer.step()
-        imbalance.append(routing_health(moe)["cv"][0])
-        end_step(moe)
-    assert imbalance[-1] < 0.5 * imbalance[0]
+    (whole, whole_load), (mean, load) = run([TOKENS_BT]), run(TOKENS_BT.split(1))
+    assert whole_load == load
+    torch.testing.assert_close(mean, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_router_stays_in_fp32_under_autocast():
-    moe = layer().train()
-    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).flatten(0, 1)
-    plain_weights, plain_experts = moe.router(x)
+    router, x_ND = build_moe().train().router, X_BTD.flatten(0, 1)
+    plain = router(x_ND)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        weights, experts = moe.router(x)
-    assert weights.dtype == torch.float32
-    assert torch.equal(weights, plain_weights)
-    assert torch.equal(experts, plain_experts)
+        weights_NK, experts_NK = router(x_ND)
+    assert weights_NK.dtype == torch.float32
+    assert torch.equal(weights_NK, plain[0]) and torch.equal(experts_NK, plain[1])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_models_train_under_bf16_autocast(name):
-    torch.manual_seed(0)
-    model = MODELS[name](top_k=2).train()
-    tokens = torch.randint(31, (2, 12))
+    model = build(tiny_spec(name), seed=1).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(tokens)
-    F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()).backward()
-    torch.testing.assert_close(logits.float(), model(tokens), rtol=0.2, atol=0.6)
+        logits_BTV = model(TOKENS_BT)
+    F.cross_entropy(logits_BTV.flatten(0, 1).float(), TOKENS_BT.flatten()).backward()
+    torch.testing.assert_close(logits_BTV.float(), model(TOKENS_BT), rtol=0.2, atol=0.6)
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_health_reports_the_counted_load():
-    moe = layer(num_experts=4, top_k=1).train()
+def test_health_reports_the_load_counted_in_training_and_an_empty_step_keeps_the_shares():
+    moe = build_moe(top_k=1).train()
     with torch.no_grad():
         moe.router.weight.zero_()
         moe.router.bias.copy_(torch.tensor([0.0, 0.0, 5.0, -9.0]))
@@ -168,41 +124,19 @@ def test_health_reports_the_counted_load():
     expected = float(-(probs * probs.log()).sum()) / math.log(4)
     assert health["entropy"] == [pytest.approx(expected, rel=1e-4)]
     end_step(moe)
+    moe.eval()(torch.ones(1, 10, 8))
     assert routing_health(moe) is None
+    end_step(moe)
     assert moe.router.load_share_E.tolist() == [0, 0, 1, 0]
 
 
-def test_evaluation_is_not_counted_and_shares_outlive_an_empty_step():
-    moe = layer().eval()
-    moe(torch.ones(1, 10, 8))
-    assert routing_health(moe) is None
-    end_step(moe)
-    assert moe.router.load_share_E.tolist() == [0.25] * 4
-
-
-def test_a_dense_model_has_no_router_and_the_same_expert_names():
-    dense = MODELS["fira2"](num_experts=1)
-    names = {name for name, _ in dense.named_parameters()}
-    sparse = {name for name, _ in MODELS["fira2"]().named_parameters()}
-    assert routing_health(dense) is None
-    assert names == {name for name in sparse if "router" not in name}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_training_repeats_to_the_bit(name):
-    def train() -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        model = MODELS[name](top_k=2).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        for _ in range(4):
-            tokens = torch.randint(31, (4, 12))
-            F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            end_step(model)
-        return [p.detach() for p in model.parameters()]
-
-    assert all(torch.equal(a, b) for a, b in zip(train(), train(), strict=True))
+def test_a_dense_model_has_nothing_to_watch_and_the_same_expert_names():
+    dense = build(tiny_spec("fira2", num_experts=1, top_k=1), seed=0)
+    with Watch(dense) as watch, replay(dense, watch.experts):
+        dense(TOKENS_BT)
+    assert watch.experts == [] and routing_health(dense) is None
+    sparse = build(tiny_spec("fira2"), seed=0).state_dict()
+    assert list(dense.state_dict()) == [name for name in sparse if "router" not in name]
 
 
 @pytest.mark.parametrize("top_k", [1, 3])

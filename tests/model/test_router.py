@@ -10,12 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from fira.model import build
 from fira.model.balance import routing_health, set_loss_share, set_progress
 from fira.model.router import Watch, replay, routers
-from fira.model.spec import FIRA2Spec, FIRASpec
+from tests.models import NAMES, tiny_spec
 
-SHAPE = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, top_k=2,
-             context=12)
-SPECS = {"fira": FIRASpec(**SHAPE, dropout=0.0),
-         "fira2": FIRA2Spec(**SHAPE, n_kv_head=1, head_dim=8, balance="handover")}
+SPECS = {name: tiny_spec(name) for name in NAMES}
+SPECS["fira2"] = tiny_spec("fira2", balance="handover")
 TOKENS = torch.randint(31, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -66,13 +64,6 @@ def test_watches_and_replays_nest_and_leave_no_trace():
         model(TOKENS[:1])
         assert len(outer.experts[0]) == 12 and len(inner.experts[0]) == 24  # inner is closed
     assert all(router.replay_NK is None and not router._forward_hooks for router in routers(model))
-
-
-def test_a_dense_model_has_nothing_to_watch():
-    model = build(SPECS["fira2"].model_copy(update={"num_experts": 1, "top_k": 1}), seed=0)
-    with Watch(model) as watch, replay(model, watch.experts):
-        model(TOKENS)
-    assert watch.experts == []
 
 
 @pytest.mark.parametrize("name", SPECS)
