@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fira.infer.stand_in import head_weights, token_losses
 from record import append
 
 from fira.data.sources import inputs
 from fira.data.text import items
 from fira.infer.load import load
+from fira.loss.head import token_losses
 from fira.model.generate import window_length
 
 PASSAGES = 64  # of the text's beginning
@@ -45,7 +45,7 @@ def copying(run: str, sources: list[str], device: str = "auto") -> dict[str, Any
     first = again = 0.0
     for rows in torch.tensor(passages).split(ROWS):
         ids_BT = torch.cat([rows, rows], dim=1).to(where)
-        losses_BT = token_losses(model.features(ids_BT[:, :-1]), *head_weights(model),
+        losses_BT = token_losses(model.features(ids_BT[:, :-1]), *model.head_weights(),
                                  ids_BT[:, 1:]).double()  # of the token after place t at t
         first += float(losses_BT[:, length // 4:length - 1].mean(1).sum())
         again += float(losses_BT[:, length + length // 4:].mean(1).sum())
