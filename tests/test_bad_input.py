@@ -183,7 +183,7 @@ def test_a_file_in_the_place_of_a_run_is_one_line(refused, tmp_path, text_file):
             line = refused(*verb)
             words = ("llama-server -m", "Ollama") if name[-4:] == "gguf" else ("is not a folder",)
             assert all(word in line for word in words)
-        assert "has no config.json" in refused("import", "hf", tmp_path / name, tmp_path / "x")
+        assert "config.json is missing" in refused("import", "hf", tmp_path / name, tmp_path / "x")
 
 
 def test_the_other_architectures_class_refuses_the_checkpoint(run):
