@@ -1,4 +1,5 @@
 """A real but very small corpus, tokenizer, data folder and preset, made once for all tests."""
+import shutil
 import sys
 from pathlib import Path
 
@@ -118,6 +119,12 @@ def trained_run(preset, data_folder, tmp_path_factory):
             cli.main()
     assert ended.value.code == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(trained_run, tmp_path_factory):
+    """A copy of it for each test file, to write into."""
+    return shutil.copytree(trained_run, tmp_path_factory.mktemp("copy") / "run")
 
 
 @pytest.fixture

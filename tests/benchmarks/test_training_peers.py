@@ -8,37 +8,22 @@ import training_peers as peers
 from fira.eval.bits_per_byte import windows
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 12, 13, 31])
-def test_documents_are_divided_into_the_windows_of_fira_eval(length):
-    ids = list(range(1, length + 1))
-    expected = [(one.tokens, one.known) for one in windows([(ids, True)], 8, 0)]
-    assert peers.windows(ids, 0, 8) == expected
+def test_documents_are_divided_into_the_windows_of_fira_eval():
+    for length in (1, 2, 7, 8, 9, 12, 13, 31):
+        ids = list(range(1, length + 1))
+        expected = [(one.tokens, one.known) for one in windows([(ids, True)], 8, 0)]
+        assert peers.windows(ids, 0, 8) == expected
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_every_token_is_scored_once_with_any_batch_size(batch):
+def test_every_token_is_scored_once_with_any_batch_size():
     documents = [list(range(1, n)) for n in (2, 3, 9, 40, 5)]
 
     def losses(tokens, targets):
         assert tokens.shape == targets.shape and tokens.shape[1] > 1
         return torch.where(targets < 0, 0, targets).float()
 
-    assert peers.sum_losses(losses, 0, documents, 8, batch) == sum(map(sum, documents))
-
-
-def test_nanochat_settings_replace_those_of_its_recipe():
-    assert peers.parse_settings("") == peers.NANOCHAT
-    found = peers.parse_settings("depth=4,matrix-lr=0.01")
-    assert (found["depth"], found["matrix-lr"], found["head-dim"]) == ("4", "0.01", "64")
-    with pytest.raises(ValueError, match="'depth' must be name=value"):
-        peers.parse_settings("depth")
-
-
-def test_step_times_are_read_from_the_output_of_nanochat():
-    printed = ("Step 00001 | Validation bpb: 1.0\n"
-               "step 00000/00018 (0.00%) | loss: 8.3 | lrm: 0.20 | dt: 1234.50ms | tok/sec: 1 | x\n"
-               "step 00001/00018 (5.56%) | loss: 8.2 | lrm: 0.40 | dt: 56.00ms | tok/sec: 9 | x\n")
-    assert peers.read_step_seconds(printed) == [1.2345, 0.056]
+    for batch in (1, 3):
+        assert peers.sum_losses(losses, 0, documents, 8, batch) == sum(map(sum, documents))
 
 
 def test_a_program_that_fixes_its_seed_gets_another(tmp_path):
