@@ -113,13 +113,7 @@ def _value(text: str) -> Any:
 
 def _keys(schema: Any) -> list[str]:
     """Every dotted key a schema accepts, through nested sections and unions of them."""
-    if isinstance(schema, type) and issubclass(schema, Config):
-        keys = []
-        for name, field in schema.model_fields.items():
-            inner = _keys(field.annotation)
-            keys += [f"{name}.{key}" for key in inner] or [name]
-        return keys
-    return [key for part in typing.get_args(schema) for key in _keys(part)]
+    return [name for name, field in _fields(schema) if not any(_fields(field.annotation))]
 
 
 def _nearest(word: str, candidates: typing.Iterable[str]) -> str:
@@ -177,6 +171,7 @@ def _remedy(schema: type[Config], key: str) -> str:
 
 
 def _fields(schema: Any, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    """The dotted name and the field of every section and every key, as `_keys` finds them."""
     if isinstance(schema, type) and issubclass(schema, Config):
         for name, field in schema.model_fields.items():
             yield prefix + name, field

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import fira.model.fast as fast
 from fira.model.balance import METHODS
+from fira.model.fast.experts import BatchedSwiGLU
 from fira.model.router import Router
 
 
@@ -144,7 +145,7 @@ class SwiGLUExperts(nn.Module):
         if all(type(part) is ExpertLinear for part in parts):  # none is adapted or quantized
             weights = [part.weight for part in parts]
             if fast.should_batch(rows_RD, weights):
-                return fast.BatchedSwiGLU.apply(rows_RD, counts_E, *weights)
+                return BatchedSwiGLU.apply(rows_RD, counts_E, *weights)
         hidden_RF = F.silu(self.gate(rows_RD, counts_E)) * self.up(rows_RD, counts_E)
         return self.down(hidden_RF, counts_E)
 

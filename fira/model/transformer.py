@@ -101,15 +101,11 @@ def attention_plain(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor,
 def find_positions(tokens_BT: Tensor, cache: KeyValueCache | None, context: int) -> Tensor:
     """Absolute positions of the new tokens, [T]. Raises ValueError past the context."""
     T, device = tokens_BT.shape[1], tokens_BT.device
-    check_length(T if cache is None else cache.end(T), context)
-    return torch.arange(T, device=device) if cache is None else cache.positions(T, device)
-
-
-def check_length(length: int, context: int) -> None:
-    """Raises ValueError for a sequence the model has no positions for."""
+    length = T if cache is None else cache.end(T)
     if length > context:
         raise ValueError(f"sequence of {length} tokens is longer than context={context}; "
                          f"shorten it to {context} tokens or train with a larger context")
+    return torch.arange(T, device=device) if cache is None else cache.positions(T, device)
 
 
 def _causal_mask(T: int, S: int, device: torch.device) -> Tensor:
