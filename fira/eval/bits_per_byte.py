@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fira.data.sources import inputs
-from fira.data.text import Item, items, total_bytes
+from fira.data.text import Item, group, items, total_bytes
 from fira.infer.load import load
 from fira.loss.head import token_losses
 from fira.model.generate import window_length
@@ -62,8 +62,10 @@ def score(model: Any, tokenizer: Any, texts: Iterable[Item], context: int | None
     trained on, unless given. Raises ValueError when there is no text, the context does not fit, or
     the tokenizer loses bytes.
     """
-    context = check_context(window_length(model) if context is None else context,
-                            model.spec.context)
+    context, longest = window_length(model) if context is None else context, model.spec.context
+    if not 1 <= context <= longest:
+        raise ValueError(f"context={context} must be from 1 to the model's {longest} tokens; "
+                         "leave it out to use what it was trained on")
     totals = _Totals(tokenizer)
     nats = 0.0
     was_training = model.training
@@ -118,19 +120,14 @@ def stride(context: int) -> int:
     return max(1, context // 2)
 
 
-def check_context(context: int, longest: int) -> int:
-    """The context itself. Raises ValueError if the model has no such window."""
-    if not 1 <= context <= longest:
-        raise ValueError(f"context={context} must be from 1 to the model's {longest} tokens; "
-                         "leave it out to use what it was trained on")
-    return context
-
-
 def batches(stream: Iterable[Window], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[Window]]:
     """Windows of about equal length, in batches of at most `batch_tokens` with padding."""
-    for group in _groups(stream, SORTED * batch_tokens):
+    def length(window: Window) -> int:
+        return len(window.tokens)
+
+    for together in group(stream, SORTED * batch_tokens, length):
         batch: list[Window] = []
-        for window in group:
+        for window in sorted(together, key=length):
             if batch and (len(batch) + 1) * len(window.tokens) > batch_tokens:
                 yield batch
                 batch = []
@@ -183,17 +180,3 @@ class _Totals:
             self.bytes, self.tokens = self.bytes + size, self.tokens + len(ids)
             self.documents += item.ends
             yield ids, item.ends
-
-
-def _groups(stream: Iterable[Window], tokens: int) -> Iterator[list[Window]]:
-    """Windows of about `tokens` tokens together, shortest first."""
-    group: list[Window] = []
-    size = 0
-    for window in stream:
-        group.append(window)
-        size += len(window.tokens)
-        if size >= tokens:
-            yield sorted(group, key=lambda one: len(one.tokens))
-            group, size = [], 0
-    if group:
-        yield sorted(group, key=lambda one: len(one.tokens))

@@ -12,7 +12,7 @@ from fira.model.balance import METHODS, end_step, routing_health, set_loss_share
 from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2
 from fira.model.initialize import initialize
-from fira.model.moe import MoE, SwiGLUExperts, gather, scatter, sort_by_expert
+from fira.model.moe import MoE, SwiGLUExperts, sort_by_expert
 from fira.model.router import Router, routers
 
 TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, context=12)
@@ -213,6 +213,12 @@ def test_scatter_and_gather_equal_their_definitions_and_fast_forms(top_k, monkey
     x_ND = torch.randn(6, 5, generator=generator, requires_grad=True)
     weights_NK = torch.rand(6, top_k, generator=generator, requires_grad=True)
     upstream_ND = torch.randn(6, 5, generator=generator)
+
+    def scatter(x_ND, order):
+        return fast.Scatter.apply(x_ND, order.tokens_R, order.inverse_NK)
+
+    def gather(rows_RD, weights_NK, order):
+        return fast.Gather.apply(rows_RD, weights_NK, order.order_R, order.inverse_NK)
 
     def run(scatter, gather):
         out_ND = gather(scatter(x_ND, order).square(), weights_NK, order)
