@@ -57,8 +57,9 @@ def load_preset(name: str) -> dict[str, Any]:
     elif name in preset_names():
         content = resources.files("fira.presets").joinpath(f"{name}.toml").read_bytes()
     else:
-        raise ConfigError(f"unknown preset {name!r}{_nearest(name, preset_names())}; "
-                          f"presets: {', '.join(preset_names())}")
+        close = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.5)
+        raise ConfigError(f"unknown preset {name!r}{f'; did you mean {close[0]}?' if close else ''}"
+                          f"; presets: {', '.join(preset_names())}")
     try:
         return tomllib.loads(content.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -114,11 +115,6 @@ def _value(text: str) -> Any:
 def _keys(schema: Any) -> list[str]:
     """Every dotted key a schema accepts, through nested sections and unions of them."""
     return [name for name, field in _fields(schema) if not any(_fields(field.annotation))]
-
-
-def _nearest(word: str, candidates: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _nearest_key(schema: type[Config], key: str) -> str:
