@@ -1,10 +1,8 @@
 """Token ids become training batches: windows of a fixed length in a seeded random order.
 
 Window i predicts positions i*T+1 .. i*T+T from the ones before, so in an epoch each position is a
-target at most once. The order is a permutation that is computed for each index alone (a Feistel
-network with cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), so any
-batch of any number of windows is computed directly, without memory. Every epoch and seed has a
-permutation of its own.
+target at most once. Every epoch and seed has a permutation of its own, which is computed for each
+index alone (a Feistel network with cycle walking: Black and Rogaway 2002).
 """
 from __future__ import annotations
 

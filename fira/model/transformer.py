@@ -224,10 +224,9 @@ MATRICES = ("attention", "router", "experts", "head")  # parts whose weights mul
 def count_parameters(model: Transformer, sequence_length: int | None = None) -> Count:
     """Count `model` (it may be on meta) at `sequence_length` (its context if None).
 
-    A token reads one row of an embedding, but by custom the whole embedding counts as active; of
-    the experts, the top_k that it is sent to. FLOPs are those of one token forward and backward,
-    two per multiply-add: 6 per active matrix weight (the head's too when tied) and, per layer,
-    6 * T * H * C for causal attention, which reads T/2 positions on average.
+    By custom the whole embedding counts as active. FLOPs of one token forward and backward: 6 per
+    active matrix weight (the head's too when tied) and, per layer, 6 * T * H * C for causal
+    attention, which reads T/2 positions on average.
     """
     spec = model.spec
     totals = dict.fromkeys((*PARTS.values(), "norms", "other"), 0)

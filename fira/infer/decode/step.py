@@ -1,9 +1,8 @@
 """`FusedStep`: a model's decode step as one call of the compiled function in `kernel.py`.
 
-The compiled function finds the weights by a table of addresses in torch's memory. Nothing is
-copied, neither float32 weights nor the numbers and scales of a quantized model
-(`fira.convert.quantize`). Each matrix has its own precision. Activations are float32. A part that a
-model does not have (a bias, a rotation, a gate, a router) has address 0.
+The compiled function finds the weights by a table of addresses in torch's memory; nothing is
+copied. Each matrix has its own precision. Activations are float32. A part that a model does not
+have (a bias, a rotation, a gate, a router) has address 0.
 """
 from __future__ import annotations
 
