@@ -55,7 +55,7 @@ def measure(source: str, tokenizer: Tokenizer, repeats: int, scratch: Path) -> d
         start = time.perf_counter()
         manifest = prepare([source], folder, tokenizer, validation_every=0)
         ours.append(time.perf_counter() - start)
-        seconds, equal = _peer(source, tokenizer, Shards.open(folder))
+        seconds, equal = _peer(source, tokenizer, Shards(folder))
         peer.append(seconds)
         same = same and equal
         size = manifest["splits"]["train"]["bytes"]

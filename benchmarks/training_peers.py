@@ -77,7 +77,7 @@ class Text:
         return self._documents("validation", self.validation_tokens)
 
     def _documents(self, split: str, limit: int | None) -> list[str]:
-        tokenizer, shards = Tokenizer.load(self.data), Shards.open(self.data, split)
+        tokenizer, shards = Tokenizer.load(self.data), Shards(self.data, split)
         ids = np.asarray(shards[:limit or len(shards)])
         ends = np.flatnonzero(ids == tokenizer.end_of_text)
         starts = [0, *(ends[:-1] + 1)] if len(ends) else []

@@ -57,8 +57,9 @@ def load_preset(name: str) -> dict[str, Any]:
     elif name in preset_names():
         content = resources.files("fira.presets").joinpath(f"{name}.toml").read_bytes()
     else:
-        raise ConfigError(f"unknown preset {name!r}{_nearest(name, preset_names())}; "
-                          f"presets: {', '.join(preset_names())}")
+        close = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.5)
+        raise ConfigError(f"unknown preset {name!r}{f'; did you mean {close[0]}?' if close else ''}"
+                          f"; presets: {', '.join(preset_names())}")
     try:
         return tomllib.loads(content.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -113,18 +114,7 @@ def _value(text: str) -> Any:
 
 def _keys(schema: Any) -> list[str]:
     """Every dotted key a schema accepts, through nested sections and unions of them."""
-    if isinstance(schema, type) and issubclass(schema, Config):
-        keys = []
-        for name, field in schema.model_fields.items():
-            inner = _keys(field.annotation)
-            keys += [f"{name}.{key}" for key in inner] or [name]
-        return keys
-    return [key for part in typing.get_args(schema) for key in _keys(part)]
-
-
-def _nearest(word: str, candidates: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return [name for name, field in _fields(schema) if not any(_fields(field.annotation))]
 
 
 def _nearest_key(schema: type[Config], key: str) -> str:
@@ -177,6 +167,7 @@ def _remedy(schema: type[Config], key: str) -> str:
 
 
 def _fields(schema: Any, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    """The dotted name and the field of every section and every key, as `_keys` finds them."""
     if isinstance(schema, type) and issubclass(schema, Config):
         for name, field in schema.model_fields.items():
             yield prefix + name, field

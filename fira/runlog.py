@@ -107,14 +107,10 @@ class RunLog:
 class NoLog:
     """The record of a rank that keeps none: the first rank writes what all of them did."""
 
-    def write(self, kind: str, step: int, **values: Any) -> None:
+    def write(self, *_: Any, **__: Any) -> None:
         pass
 
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    sync = close = write
 
 
 def read_rows(folder: Path) -> Iterator[Row]:
@@ -136,21 +132,19 @@ def tracker(kind: str, folder: Path) -> tuple[Callable[[Row], None], ...]:
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            return (_tensorboard(SummaryWriter(str(folder / "tensorboard"))),)
+            writer = SummaryWriter(str(folder / "tensorboard"))
+
+            def write(row: Row) -> None:
+                for name, value in _scalars(row):
+                    writer.add_scalar(name, value, row["step"])
+                writer.flush()
+            return (write,)
         import wandb
     except ImportError:
         raise ValueError(f"train.track={kind} needs a package that is not installed; "
                          "pip install 'fira-moe[track]', or use train.track=none") from None
     run = wandb.init(project="fira", name=folder.name, dir=str(folder))
     return (lambda row: run.log(dict(_scalars(row)), step=row["step"]),)
-
-
-def _tensorboard(writer: Any) -> Callable[[Row], None]:
-    def write(row: Row) -> None:
-        for name, value in _scalars(row):
-            writer.add_scalar(name, value, row["step"])
-        writer.flush()
-    return write
 
 
 def _scalars(row: Row) -> list[tuple[str, float]]:

@@ -64,8 +64,7 @@ def keep_large_blocks() -> bool:
     """Ask glibc to keep freed memory for reuse; True if it agreed, False where there is no glibc.
 
     By default glibc maps every large tensor anew and returns it when freed, so each training step
-    faults its whole working set in again. The setting lives and dies with this process and touches
-    no environment variable. Measured by benchmarks/train_step.py --group allocation.
+    faults its whole working set in again (benchmarks/train_step.py --group allocation).
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False

@@ -1,10 +1,8 @@
 """Token ids become training batches: windows of a fixed length in a seeded random order.
 
 Window i predicts positions i*T+1 .. i*T+T from the ones before, so in an epoch each position is a
-target at most once. The order is a permutation that is computed for each index alone (a Feistel
-network with cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), so any
-batch of any number of windows is computed directly, without memory. Every epoch and seed has a
-permutation of its own.
+target at most once. Every epoch and seed has a permutation of its own, which is computed for each
+index alone (a Feistel network with cycle walking: Black and Rogaway 2002).
 """
 from __future__ import annotations
 
@@ -52,20 +50,15 @@ class Batches:
                              f"{sequence_length} (and the token after it); give more text, or a "
                              "shorter sequence")
 
-    def windows_at(self, first: int, count: int) -> Batch:
-        """`count` windows of the endless order, from number `first` on, whatever the batch size."""
-        epochs, places = np.divmod(first + np.arange(count), self.windows)
+    def batch(self, index: int, rows: slice = slice(None)) -> Batch:
+        """Batch number `index`, counted from 0, or only the range `rows` of its rows."""
+        numbers = index * self.batch_size + np.arange(self.batch_size)[rows]
+        epochs, places = np.divmod(numbers, self.windows)
         chosen = np.empty_like(places)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
             chosen[inside] = permute(places[inside], self.windows, self.seed, int(epoch))
         return _gather(self.tokens, chosen * self.sequence_length, self.sequence_length)
-
-    def batch(self, index: int, rows: slice = slice(None)) -> Batch:
-        """Batch number `index`, counted from 0, or only the range `rows` of its rows."""
-        start, stop, step = rows.indices(self.batch_size)
-        assert step == 1, step
-        return self.windows_at(index * self.batch_size + start, stop - start)
 
 
 def sequential(tokens: Tokens, sequence_length: int, batch_size: int) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -28,7 +28,7 @@ from rich.console import Console
 from fira import runtime
 from fira.data.shards import SPLITS, ShardWriter, dtype_for, read_manifest
 from fira.data.sources import Input, inputs
-from fira.data.text import Item, Progress, items, texts, total_bytes
+from fira.data.text import Item, Progress, group, items, texts, total_bytes
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.files import MANIFEST, read_json, remove, write_json
 from fira.runlog import ProgressLine
@@ -164,7 +164,7 @@ class _Job:
 
     def run(self, workers: int, progress: Progress) -> None:
         total, saved = total_bytes(self.given), time.monotonic()
-        batches = _batches(items(self.given, *self.place))
+        batches = group(items(self.given, *self.place), BATCH_CHARS, lambda item: len(item.text))
         with contextlib.closing(_encoded(batches, self.folder, self.tokenizer, workers)) as done:
             for batch, encoded in done:
                 self._write(batch, encoded)
@@ -212,20 +212,6 @@ def _read_journal(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
                       for one in (journal["recipe"], recipe))
         _check_same(folder, found, now)
     return journal
-
-
-def _batches(read: Iterable[Item]) -> Iterator[list[Item]]:
-    """Items in lists of about BATCH_CHARS characters."""
-    batch: list[Item] = []
-    size = 0
-    for item in read:
-        batch.append(item)
-        size += len(item.text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _encoded(batches: Iterator[list[Item]], folder: Path, tokenizer: Tokenizer,

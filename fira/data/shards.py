@@ -39,21 +39,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 class Shards:
     """One split of a data folder as a sequence of ids: `len(shards)`, `shards[start:stop]`."""
 
-    def __init__(self, folder: Path, split: str, manifest: dict[str, Any]):
-        self.folder, self.dtype = folder, np.dtype(manifest["dtype"])
-        self.shard_tokens: int = manifest["shard_tokens"]
-        self.length: int = manifest["splits"][split]["tokens"]
-        self.described: list[dict[str, Any]] = manifest["splits"][split]["shards"]
-        self.shards = [self._map(shard) for shard in self.described]
-
-    @classmethod
-    def open(cls, folder: str | Path, split: str = "train") -> Shards:
+    def __init__(self, folder: str | Path, split: str = "train"):
         """Map a split. Raises ValueError for a missing or truncated shard."""
         manifest = read_manifest(folder)
         if split not in manifest["splits"]:
             raise ValueError(f"{folder} has no split {split!r}; it has: "
                              f"{', '.join(manifest['splits'])}")
-        return cls(Path(folder), split, manifest)
+        self.folder, self.dtype = Path(folder), np.dtype(manifest["dtype"])
+        self.shard_tokens: int = manifest["shard_tokens"]
+        self.length: int = manifest["splits"][split]["tokens"]
+        self.described: list[dict[str, Any]] = manifest["splits"][split]["shards"]
+        self.shards = [self._map(shard) for shard in self.described]
 
     def __len__(self) -> int:
         return self.length

@@ -14,7 +14,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow
@@ -64,6 +64,20 @@ def items(given: list[Input], file: int = 0, number: int = 0) -> Iterator[Item]:
                 yield Item(text, ends, index, count, done + read)
             begun = not ends
         done += given[index].size or read
+
+
+def group(stream: Iterable[Any], limit: int, size: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """The stream in lists, each ended by the thing that brings its `size` to `limit`."""
+    things: list[Any] = []
+    total = 0
+    for thing in stream:
+        things.append(thing)
+        total += size(thing)
+        if total >= limit:
+            yield things
+            things, total = [], 0
+    if things:
+        yield things
 
 
 def total_bytes(given: list[Input]) -> int | None:

@@ -121,13 +121,12 @@ class SlotLayer(NamedTuple):
     batch: SlotBatch
 
     def attend(self, q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor) -> Tensor:
-        """Write the new rows, then attend from each part to its own slot: 1HNC."""
+        """Write the new rows, then attend from each part to its own slot: 1HNC.
+
+        Long parts are computed one after the other, which is also the definition.
+        """
         if self.batch.single_tokens:
             return self._attend_at_once(q_1HNC, k_1GNC, v_1GNC)
-        return self.attend_plain(q_1HNC, k_1GNC, v_1GNC)
-
-    def attend_plain(self, q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor) -> Tensor:
-        """One part after the other: the definition, and the fast way for long parts."""
         sizes = [part.size for part in self.batch.parts]
         outputs = []
         for (slot, start, size), q, k, v in zip(

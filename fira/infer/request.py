@@ -250,10 +250,9 @@ def score_tokens(logits_NV: Tensor, tokens: Sequence[int], top: int) -> list[Tok
 class Release:
     """Turns a stream of token ids into text, released once no stop string can begin in it.
 
-    Characters are released whole; bytes that are not UTF-8 become U+FFFD. Ids without text (special
-    tokens, and rows that only pad the vocabulary) give none; neither does a character that the end
-    of the stream cuts off. Of several stop strings the one that is complete first ends the text,
-    and the longest of those complete at once, so that the cut into tokens makes no difference.
+    Bytes that are not UTF-8 become U+FFFD. Special tokens, ids without a token and a character that
+    the end of the stream cuts off give no text. Of several stop strings the one that is complete
+    first ends the text, and the longest of those complete at once.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:

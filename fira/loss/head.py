@@ -182,7 +182,10 @@ def _gradients(cost: Cost, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | Non
         if grad_x is not None:
             grad_x[rows] = grad_RV @ matrix_VD
         if grad_weight is not None:
-            _add_product(grad_weight, grad_RV.t(), x_RD)
+            if grad_weight.dtype == x_RD.dtype:
+                grad_weight.addmm_(grad_RV.t(), x_RD)
+            else:  # summed in the weight's precision
+                grad_weight += grad_RV.t() @ x_RD
         del grad_RV  # otherwise it would be held while the next block's logits are made
     return torch.cat(costs), grad_x, grad_weight, grad_bias
 
@@ -204,14 +207,6 @@ def _compiled_next_token() -> Callable[..., tuple[Tensor, Tensor]]:
 def _log_probabilities(x_RD: Tensor, matrix_VD: Tensor, bias_V: Tensor | None) -> Tensor:
     bias = None if bias_V is None else bias_V.to(matrix_VD.dtype)
     return F.linear(x_RD.to(matrix_VD.dtype), matrix_VD, bias).float().log_softmax(dim=-1)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in total's precision."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from fira.model import initialize
 from fira.model.files import read_model
 from fira.model.fira import FIRA
 from fira.model.fira2 import FIRA2
-from fira.model.initialize import initialize
 
 CLASSES: dict[str, type[FIRA] | type[FIRA2]] = {"fira": FIRA, "fira2": FIRA2}
 
@@ -22,7 +22,7 @@ CLASSES: dict[str, type[FIRA] | type[FIRA2]] = {"fira": FIRA, "fira2": FIRA2}
 def build(spec: Any, seed: int | None = None, device: str | torch.device = "cpu") -> Any:
     """A new model of `spec`; equal seeds give equal weights. Without one, torch's global state."""
     model = build_meta(spec).to_empty(device=device)
-    initialize(model, seed)
+    initialize.initialize(model, seed)
     return model
 
 

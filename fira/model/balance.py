@@ -59,14 +59,13 @@ def _centered(bias_E: Tensor) -> Tensor:
     return bias_E - bias_E.mean(dim=-1, keepdim=True)
 
 
+QUANTILE = Method(estimate_bias=even_bias,
+                  update_bias=lambda bias_LE, share_LE, estimate_LE: estimate_LE)
 METHODS = {
     "loss": Method(loss_coefficients=switch_coefficients),
     "bias": Method(update_bias=lambda bias_LE, share_LE, _: move_bias(bias_LE, share_LE)),
-    "quantile": Method(estimate_bias=even_bias,
-                       update_bias=lambda bias_LE, share_LE, estimate_LE: estimate_LE),
-    "handover": Method(loss_coefficients=switch_coefficients, estimate_bias=even_bias,
-                       update_bias=lambda bias_LE, share_LE, estimate_LE: estimate_LE,
-                       hands_over=True),
+    "quantile": QUANTILE,
+    "handover": QUANTILE._replace(loss_coefficients=switch_coefficients, hands_over=True),
     "none": NO_METHOD,
 }
 

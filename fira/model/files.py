@@ -15,13 +15,14 @@ from torch import nn
 
 from fira.files import MANIFEST, read_json, sha256, write_json
 from fira.model.initialize import reset_buffers
-from fira.model.spec import ModelSpec, drop_constants
+from fira.model.spec import ModelSpec
 
 ARCHITECTURES = ("fira", "fira2")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 ADAPTER = "adapter.safetensors"  # only what was trained; the other weights are in another folder
 INDEX = WEIGHTS + ".index.json"  # of models in several files, made elsewhere
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WITHDRAWN = ("z_weight", "init_std")  # settings of older files, which concern training alone
 # What config.json holds besides the spec, each an attribute of the model: the end-of-text id, the
 # longest length trained on, how weights are stored if not as floats, the stage that trained it,
 # whether it was trained on chat turns, and the step folder and checksum of an adapter's base.
@@ -87,19 +88,14 @@ def read_model(folder: str | Path, classes: Mapping[str, type[nn.Module]]) -> An
 
 def assemble(model: Any, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> Any:
     """Give a model of `build_meta` its weights and notes; buffers not in `tensors` start anew."""
-    _materialize_buffers(model)
-    model.load_state_dict({**model.state_dict(), **tensors}, assign=True)
-    for note, value in notes.items():
-        setattr(model, note, value)
-    return model.eval()
-
-
-def _materialize_buffers(model: nn.Module) -> None:
-    """Give memory and values to the buffers, some of which no file holds."""
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty_like(buffer, device="cpu"))
     reset_buffers(model)
+    model.load_state_dict({**model.state_dict(), **tensors}, assign=True)
+    for note, value in notes.items():
+        setattr(model, note, value)
+    return model.eval()
 
 
 def find_model(folder: str | Path) -> Path:
@@ -126,11 +122,8 @@ def find_model(folder: str | Path) -> Path:
     return newest_step(folder)
 
 
-def newest_step(run: str | Path) -> Path:
+def newest_step(run: Path) -> Path:
     """The complete step folder with the highest number. A manifest.json makes it complete."""
-    run = Path(run)
-    if not run.is_dir():
-        raise ValueError(f"{run} is not a folder; give a run folder such as out/tiny")
     steps = [(int(match[1]), path) for path in run.iterdir()
              if (match := re.fullmatch(r"step-(\d+)", path.name))]
     complete = [(step, path) for step, path in steps if (path / MANIFEST).is_file()]
@@ -152,8 +145,9 @@ def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{path} has architecture {kind!r}, not one of "
                          f"{', '.join(ARCHITECTURES)}; give a folder that FIRA wrote")
     notes = {note: config.pop(note, None) for note in NOTES}
+    fields = {name: value for name, value in config.items() if name not in WITHDRAWN}
     try:
-        return TypeAdapter(ModelSpec).validate_python(drop_constants(config)), notes
+        return TypeAdapter(ModelSpec).validate_python(fields), notes
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; "

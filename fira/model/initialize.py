@@ -104,10 +104,9 @@ def look_back(spec: FIRA2Spec) -> dict[str, Tensor]:
 
     In-context copying takes two layers, of which the first tells each token what came before it
     (Olsson et al. 2022). Such a head depends on positions only, so it needs a direction that all
-    tokens share; the first layer has none and learns one late. So every embedding begins with a
-    common component, from which the first group of heads makes equal queries and keys, rotated
-    against each other by as many positions as its head is to look back. Training may change all of
-    it.
+    tokens share: every embedding begins with a common component, from which the first group of
+    heads makes equal queries and keys, rotated against each other by as many positions as its head
+    is to look back. Training may change all of it.
     """
     common = torch.zeros(1, spec.d_model)
     common[:, 0] = 1.0

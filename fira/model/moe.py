@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import fira.model.fast as fast
 from fira.model.balance import METHODS
+from fira.model.fast.experts import BatchedSwiGLU
 from fira.model.router import Router
 
 
@@ -46,9 +47,10 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         weights_NK, experts_NK = self.router(x_ND)
         order = sort_by_expert(experts_NK, self.router.num_experts)
-        rows_RD = scatter(fast.cast_for_product(x_ND), order)
+        rows_RD = fast.Scatter.apply(fast.cast_for_product(x_ND), order.tokens_R, order.inverse_NK)
         rows_RD = self.dispatch(self.experts, rows_RD, order.counts_E)
-        return gather(rows_RD, weights_NK, order).view(x_BTD.shape)
+        mixed_ND = fast.Gather.apply(rows_RD, weights_NK, order.order_R, order.inverse_NK)
+        return mixed_ND.view(x_BTD.shape)
 
 
 class Dense(nn.Module):
@@ -85,16 +87,6 @@ def sort_by_expert(experts_NK: Tensor, num_experts: int) -> Order:
     inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
     return Order(order_R, order_R // experts_NK.shape[1], inverse_R.view_as(experts_NK),
                  fast.count_rows(experts_R, num_experts))
-
-
-def scatter(x_ND: Tensor, order: Order) -> Tensor:
-    """Copy each token to its rows: rows_r = x[tokens_r]."""
-    return fast.Scatter.apply(x_ND, order.tokens_R, order.inverse_NK)
-
-
-def gather(rows_RD: Tensor, weights_NK: Tensor, order: Order) -> Tensor:
-    """Sum each token's rows by weight: x_n = sum_k weights_nk rows[inverse_nk]."""
-    return fast.Gather.apply(rows_RD, weights_NK, order.order_R, order.inverse_NK)
 
 
 class ExpertLinear(nn.Module):
@@ -144,7 +136,7 @@ class SwiGLUExperts(nn.Module):
         if all(type(part) is ExpertLinear for part in parts):  # none is adapted or quantized
             weights = [part.weight for part in parts]
             if fast.should_batch(rows_RD, weights):
-                return fast.BatchedSwiGLU.apply(rows_RD, counts_E, *weights)
+                return BatchedSwiGLU.apply(rows_RD, counts_E, *weights)
         hidden_RF = F.silu(self.gate(rows_RD, counts_E)) * self.up(rows_RD, counts_E)
         return self.down(hidden_RF, counts_E)
 

@@ -12,6 +12,7 @@ these are `norm_topk_prob` true and false: an export of a K = 1 model must write
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -189,13 +190,11 @@ class Watch:
     def __init__(self, module: nn.Module) -> None:
         found = routers(module)
         self.experts: list[Tensor | None] = [None] * len(found)
-        self._hooks = [router.register_forward_hook(self._note(layer))
+        self._hooks = [router.register_forward_hook(functools.partial(self._note, layer))
                        for layer, router in enumerate(found)]
 
-    def _note(self, layer: int) -> Callable[..., None]:
-        def note(router: Router, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-            self.experts[layer] = output[1]
-        return note
+    def _note(self, layer: int, router: Router, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        self.experts[layer] = output[1]
 
     def close(self) -> None:
         for hook in self._hooks:

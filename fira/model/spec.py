@@ -1,7 +1,7 @@
 """What a model is: the numbers that fix its shapes, one class per architecture."""
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from fira.config import Config
 class Spec(Config):
     """What both architectures need. `num_experts=1` is the dense baseline, without a router."""
 
+    divides: ClassVar[tuple[str, str]]  # two fields, of which the first must divide the second
     vocab_size: int = Field(50304, ge=1, description="rows of the token embedding")
     d_model: int = Field(768, ge=1, description="width of the residual stream")
     n_head: int = Field(12, ge=1, description="query heads")
@@ -28,22 +29,19 @@ class Spec(Config):
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is above num_experts={self.num_experts}; "
                              f"choose top_k of at most {self.num_experts}")
+        (part, size), (whole, total) = ((name, getattr(self, name)) for name in self.divides)
+        if total % size:
+            fit = max(n for n in range(1, size + 1) if total % n == 0)
+            raise ValueError(f"{part}={size} must divide {whole}={total}; try {part}={fit}")
         return self
 
 
 class FIRASpec(Spec):
     """The founding model: learned positions, LayerNorm, GELU experts with biases, untied head."""
 
+    divides = ("n_head", "d_model")
     architecture: Literal["fira"] = "fira"
     dropout: float = Field(0.1, ge=0, lt=1, description="probability of zeroing an activation")
-
-    @model_validator(mode="after")
-    def _check_heads(self) -> FIRASpec:
-        if self.d_model % self.n_head:
-            fit = max(h for h in range(1, self.n_head + 1) if self.d_model % h == 0)
-            raise ValueError(f"n_head={self.n_head} must divide d_model={self.d_model}; "
-                             f"try n_head={fit}")
-        return self
 
     @property
     def head_dim(self) -> int:
@@ -58,6 +56,7 @@ class FIRASpec(Spec):
 class FIRA2Spec(Spec):
     """The second generation: exactly Qwen3-MoE's mathematics, so that its weights run elsewhere."""
 
+    divides = ("n_kv_head", "n_head")
     architecture: Literal["fira2"] = "fira2"
     n_kv_head: int = Field(4, ge=1, description="key-value heads shared by the query heads")
     head_dim: int = Field(64, ge=2, multiple_of=2, description="width of one head")
@@ -65,20 +64,5 @@ class FIRA2Spec(Spec):
     tied: bool = Field(True, description="head and token embedding are one matrix")
     look_back: bool = Field(False, description="initial heads attend to the tokens just before")
 
-    @model_validator(mode="after")
-    def _check_heads(self) -> FIRA2Spec:
-        if self.n_head % self.n_kv_head:
-            fit = max(g for g in range(1, self.n_kv_head + 1) if self.n_head % g == 0)
-            raise ValueError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}; "
-                             f"try n_kv_head={fit}")
-        return self
-
 
 ModelSpec = Annotated[Union[FIRASpec, FIRA2Spec], Field(discriminator="architecture")]
-
-CONSTANTS = ("z_weight", "init_std")  # settings of older files, which concern training alone
-
-
-def drop_constants(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a spec in an older config.json, without settings that are constants now."""
-    return {name: value for name, value in fields.items() if name not in CONSTANTS}

@@ -101,15 +101,11 @@ def attention_plain(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor,
 def find_positions(tokens_BT: Tensor, cache: KeyValueCache | None, context: int) -> Tensor:
     """Absolute positions of the new tokens, [T]. Raises ValueError past the context."""
     T, device = tokens_BT.shape[1], tokens_BT.device
-    check_length(T if cache is None else cache.end(T), context)
-    return torch.arange(T, device=device) if cache is None else cache.positions(T, device)
-
-
-def check_length(length: int, context: int) -> None:
-    """Raises ValueError for a sequence the model has no positions for."""
+    length = T if cache is None else cache.end(T)
     if length > context:
         raise ValueError(f"sequence of {length} tokens is longer than context={context}; "
                          f"shorten it to {context} tokens or train with a larger context")
+    return torch.arange(T, device=device) if cache is None else cache.positions(T, device)
 
 
 def _causal_mask(T: int, S: int, device: torch.device) -> Tensor:
@@ -228,10 +224,9 @@ MATRICES = ("attention", "router", "experts", "head")  # parts whose weights mul
 def count_parameters(model: Transformer, sequence_length: int | None = None) -> Count:
     """Count `model` (it may be on meta) at `sequence_length` (its context if None).
 
-    A token reads one row of an embedding, but by custom the whole embedding counts as active; of
-    the experts, the top_k that it is sent to. FLOPs are those of one token forward and backward,
-    two per multiply-add: 6 per active matrix weight (the head's too when tied) and, per layer,
-    6 * T * H * C for causal attention, which reads T/2 positions on average.
+    By custom the whole embedding counts as active. FLOPs of one token forward and backward: 6 per
+    active matrix weight (the head's too when tied) and, per layer, 6 * T * H * C for causal
+    attention, which reads T/2 positions on average.
     """
     spec = model.spec
     totals = dict.fromkeys((*PARTS.values(), "norms", "other"), 0)

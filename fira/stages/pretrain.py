@@ -56,7 +56,7 @@ def open_data(config: PretrainConfig) -> Opened:
         raise ConfigError("data.folder is not set; prepare text with `fira data SOURCE "
                           "--tokenizer DIR --out DIR` and give data.folder=DIR")
     folder = Path(config.data.folder)
-    train, validation = (Shards.open(folder, split) for split in ("train", "validation"))
+    train, validation = (Shards(folder, split) for split in ("train", "validation"))
     train.verify()
     validation.verify()
     if len(validation) < 2:

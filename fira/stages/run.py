@@ -94,16 +94,6 @@ class Start(NamedTuple):
     folder: Path
     spec: Any
 
-    def check(self, spec: Any) -> None:
-        """Raises ConfigError if `spec`, which settings may have changed, computes something else.
-        """
-        before = flatten(self.spec)
-        for key, value in flatten(spec).items():
-            if value != before.get(key) and key not in FREE:
-                raise ConfigError(f"model.{key}={value} does not go with --from {self.folder}, "
-                                  f"whose model has {key}={before.get(key)}; leave it out, or "
-                                  "train a new model without --from")
-
 
 def configure(stage: Stage, preset: dict[str, Any], settings: Iterable[str],
               start: Start | None = None) -> Any:
@@ -124,8 +114,12 @@ def configure(stage: Stage, preset: dict[str, Any], settings: Iterable[str],
         settings.append(f"{(lengths - given).pop()}=null")
     config = parse(stage.config, override(preset, settings))
     config.check()
-    if start:
-        start.check(config.model)
+    before = flatten(start.spec) if start else {}
+    for key, value in flatten(config.model).items():
+        if start and value != before.get(key) and key not in FREE:
+            raise ConfigError(f"model.{key}={value} does not go with --from {start.folder}, "
+                              f"whose model has {key}={before.get(key)}; leave it out, or "
+                              "train a new model without --from")
     return config
 
 

@@ -55,7 +55,7 @@ def test_folder_holds_every_document_once_split_by_document(tokenizer, documents
     manifest = prepare([source], tmp_path / "data", tokenizer, shard_tokens=1000)
     kept = [text for number, text in enumerate(documents) if number % 20 != 19]
     for split, expected in (("train", kept), ("validation", documents[19::20])):
-        shards, facts = Shards.open(tmp_path / "data", split), manifest["splits"][split]
+        shards, facts = Shards(tmp_path / "data", split), manifest["splits"][split]
         shards.verify()
         assert shards[:].tolist() == stream(tokenizer, expected)
         assert len(shards) == facts["tokens"] and facts["documents"] == len(expected)
@@ -72,7 +72,7 @@ def test_validation_sources_are_held_out_whole(tokenizer, documents, jsonl, tmp_
     train, held_out = jsonl(documents[:30], "a.jsonl"), jsonl(documents[30:40], "b.jsonl")
     prepare([train], tmp_path / "data", tokenizer, validation_sources=[held_out])
     for split, expected in (("train", documents[:30]), ("validation", documents[30:40])):
-        assert Shards.open(tmp_path / "data", split)[:].tolist() == stream(tokenizer, expected)
+        assert Shards(tmp_path / "data", split)[:].tolist() == stream(tokenizer, expected)
     with pytest.raises(ValueError, match="named twice"):
         prepare([train], tmp_path / "other", tokenizer, validation_sources=[train])
 
@@ -138,7 +138,7 @@ def test_long_text_file_resumes_inside_the_document(tokenizer, speeches, tmp_pat
     journal = json.loads((tmp_path / "data" / "journal.json").read_text())
     assert journal["place"] == [0, 9] and journal["documents"] == 0
     prepare(*arguments, validation_every=0)
-    assert Shards.open(tmp_path / "data")[:].tolist() == stream(tokenizer, [text])
+    assert Shards(tmp_path / "data")[:].tolist() == stream(tokenizer, [text])
 
 
 def test_shard_that_lost_synced_ids_is_not_continued(tokenizer, jsonl, tmp_path, small_commits):
@@ -208,7 +208,7 @@ def test_a_folder_with_other_content_or_another_writer_is_refused(tokenizer, sou
 def test_many_ids_need_four_bytes(tokenizer, source, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "vocab_size", 70_000)
     assert prepare([source], tmp_path / "data", tokenizer)["dtype"] == "uint32"
-    assert Shards.open(tmp_path / "data", "validation")[:].dtype == np.uint32
+    assert Shards(tmp_path / "data", "validation")[:].dtype == np.uint32
 
 
 @pytest.mark.parametrize("documents, options, line", [
@@ -223,7 +223,7 @@ def test_unusable_sources_are_one_line_and_others_may_follow(tokenizer, jsonl, t
     with pytest.raises(ValueError, match=line):
         prepare([jsonl(documents)], tmp_path / "data", tokenizer, **options)
     prepare([jsonl(["some text"] * 20, "b.jsonl")], tmp_path / "data", tokenizer)
-    Shards.open(tmp_path / "data").verify()
+    Shards(tmp_path / "data").verify()
 
 
 def test_full_disk_is_one_line_and_nothing_is_lost(tokenizer, source, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import fira.model.fast as fast
 from fira.model.balance import end_step, routing_health, set_loss_share
-from fira.model.moe import MoE, gather, scatter, sort_by_expert
+from fira.model.moe import MoE, sort_by_expert
 from fira.model.router import Watch, replay, routers
 from tests.models import NAMES, assert_equal_with_gradients, build, build_moe, tiny_spec
 
@@ -147,6 +147,12 @@ def test_scatter_and_gather_equal_their_definitions_and_fast_forms(top_k, monkey
     x_ND = torch.randn(6, 5, generator=generator, requires_grad=True)
     weights_NK = torch.rand(6, top_k, generator=generator, requires_grad=True)
     upstream_ND = torch.randn(6, 5, generator=generator)
+
+    def scatter(x_ND, order):
+        return fast.Scatter.apply(x_ND, order.tokens_R, order.inverse_NK)
+
+    def gather(rows_RD, weights_NK, order):
+        return fast.Gather.apply(rows_RD, weights_NK, order.order_R, order.inverse_NK)
 
     def run(scatter, gather):
         out_ND = gather(scatter(x_ND, order).square(), weights_NK, order)

@@ -66,7 +66,7 @@ def test_the_first_step_sees_the_weights_of_the_start(trained_run, preset, data_
                                                       tmp_path):
     assert fira("train", preset, f"data.folder={data_folder}", "train.steps=1", "--from",
                 trained_run, "--run", tmp_path / "run", "--device", "cpu").code == 0
-    batch = Batches(Shards.open(data_folder, "train"), 32, 8, 1).batch(0)
+    batch = Batches(Shards(data_folder, "train"), 32, 8, 1).batch(0)
     with torch.no_grad():
         logits_BTV = load_pretrained(trained_run)(batch.tokens_BT)
     expected = F.cross_entropy(logits_BTV.flatten(0, 1), batch.targets_BT.flatten())

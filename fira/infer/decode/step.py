@@ -1,9 +1,8 @@
 """`FusedStep`: a model's decode step as one call of the compiled function in `kernel.py`.
 
-The compiled function finds the weights by a table of addresses in torch's memory. Nothing is
-copied, neither float32 weights nor the numbers and scales of a quantized model
-(`fira.convert.quantize`). Each matrix has its own precision. Activations are float32. A part that a
-model does not have (a bias, a rotation, a gate, a router) has address 0.
+The compiled function finds the weights by a table of addresses in torch's memory; nothing is
+copied. Each matrix has its own precision. Activations are float32. A part that a model does not
+have (a bias, a rotation, a gate, a router) has address 0.
 """
 from __future__ import annotations
 
@@ -145,7 +144,9 @@ class AddressTable:
         self.tensors: list[Tensor] = []
         spec = model.spec
         if precision != "float32":
-            model = _quantized_copy(model, precision)
+            kept = itertools.chain(model.parameters(), model.buffers())
+            shared = {id(tensor): tensor for tensor in kept}  # those that stay float32
+            model = quantize(copy.deepcopy(model, shared), precision)
         self.layers = np.array([(
             *(self._matrix(_find(block, path)) for path in PARTS.values()),
             self._address(_find(block, "moe.router.selection_bias_E")), 0, 0)
@@ -176,12 +177,6 @@ def _find(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module
-
-
-def _quantized_copy(model: Any, kind: str) -> Any:
-    """What `fira export` would write, sharing every tensor that stays float32 with the model."""
-    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return quantize(copy.deepcopy(model, shared), kind)
 
 
 class Threads:

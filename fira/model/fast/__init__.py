@@ -14,16 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fira.model.fast.experts import (
-    HAS_BATCH,
-    BatchedSwiGLU,
-    SortedLinear,
-    add_bias,
-    grouped_linear,
-)
-
-__all__ = ["BatchedSwiGLU", "Gather", "Scatter", "cast_for_product", "count_rows", "expert_linear",
-           "grouping_obstacle", "linear_fp32", "should_batch"]
+from fira.model.fast.experts import HAS_BATCH, SortedLinear, add_bias, grouped_linear
 
 # Multiplications per expert, below which dividing one product between the cores costs more than
 # it gains: with two threads the batched form is then 5 to 6% of a training step of `tiny` faster.

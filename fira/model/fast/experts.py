@@ -164,8 +164,7 @@ def batched_swiglu_gradients(
 def _find_batch() -> Any:
     """MKL's `cblas_sgemm_batch`, which torch's x86 wheels hold; None where there is none.
 
-    torch itself offers batches of equal products only. One call for all experts keeps every core
-    on products of its own, where one product at a time makes the cores share each.
+    torch offers batches of equal products only; one product at a time makes the cores share each.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if not torch.backends.mkl.is_available() or not library.exists():
