@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,23 +35,14 @@ BLOCK_ELSEWHERE = 1 << 28
 Cost = Callable[..., "tuple[Tensor, Tensor]"]
 
 
-class Batch(Protocol):
-    """Ids and, at each place, the id to predict (IGNORED where nothing is scored), [B, T] both."""
-
-    @property
-    def tokens_BT(self) -> Tensor: ...
-    @property
-    def targets_BT(self) -> Tensor: ...
-
-
-def next_token_loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of pre-training: mean cross-entropy over the scored targets, in nats."""
+def next_token_loss(model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of pre-training: mean cross-entropy, in nats, over the scored targets_BT."""
     x_BTD = model.features(batch.tokens_BT)
     weight_VD, bias_V = model.head_weights()
     return head_loss(x_BTD, weight_VD, bias_V, batch.targets_BT), {}
 
 
-def next_token_loss_plain(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def next_token_loss_plain(model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The same from whole logits: the definition."""
     logits_BTV = model(batch.tokens_BT)
     return F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch.targets_BT.flatten()), {}

@@ -122,11 +122,6 @@ def _end_step(layers: list[Router]) -> None:
         torch._foreach_zero_(counters)
 
 
-def routing_health(model: nn.Module) -> dict[str, Any] | None:
-    """`health` of a model's routers, in layer order."""
-    return health(routers(model))
-
-
 def health(layers: Iterable[Router]) -> dict[str, Any] | None:
     """Load per expert and what it implies, per layer, counted since the last `end_step`.
 

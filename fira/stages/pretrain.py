@@ -62,7 +62,7 @@ def open_data(config: PretrainConfig) -> Opened:
     if len(validation) < 2:
         raise ValueError(f"{folder} holds out no text; prepare it with more documents, "
                          "a smaller --validation-every, or --validation SOURCE")
-    return Opened(folder, (train, validation[:config.train.validation_tokens + 1]))
+    return folder, (train, validation[:config.train.validation_tokens + 1])
 
 
 def recipe(config: PretrainConfig, data: Any, tokenizer: Tokenizer, layout: Layout) -> Recipe:

@@ -33,13 +33,11 @@ from fira.train.loop import Loop, LoopState, Recipe
 from fira.train.optim import OptimConfig, make_optimizer
 from fira.train.recompute import recompute_blocks
 
-# Model settings that a run which starts from another run's weights may set anew: they are used in
-# training only and do not change what the model computes.
+# Model settings that may change with --from, because they do not change what the model computes.
 FREE = ("balance", "balance_weight", "dropout")
-
 # Settings of older runs that are constants now, with the value that they all have; and new names.
 WITHDRAWN = {"model.z_weight": 0.001, "model.init_std": 0.02, "optim.weight_decay": 0.1,
-             "optim.clip": 1.0, "train.keep": 2}
+             "optim.clip": 1.0, "train.keep": 2, "parallel.schedule": "1f1b"}
 RENAMED = {"optim.turns": "optim.expert_interval"}
 
 
@@ -68,19 +66,12 @@ class RunConfig(Config):
                               "first to 0 or the second to 1")
 
 
-class Opened(NamedTuple):
-    """What a stage opened before anything was written: the folder of its tokenizer, its data."""
-
-    tokenizer_folder: Path
-    data: Any
+Opened = tuple[Path, Any]  # the folder of a stage's tokenizer, and its data
 
 
 class Stage(NamedTuple):
-    """One kind of training.
-
-    open(config) reads and checks the data; it raises before anything is written. recipe(config,
-    data, tokenizer, layout) makes the batches, the loss and the probe of this rank.
-    """
+    """One kind of training: open(config) checks the data before anything is written; recipe(config,
+    data, tokenizer, layout) makes the batches, the loss and the probe of this rank."""
 
     name: str
     config: type[RunConfig]
@@ -97,10 +88,8 @@ class Start(NamedTuple):
 
 def configure(stage: Stage, preset: dict[str, Any], settings: Iterable[str],
               start: Start | None = None) -> Any:
-    """`settings` over `preset`, checked. Raises ConfigError.
-
-    A length given in steps or minutes replaces the preset's, and a `start` replaces its model.
-    """
+    """`settings` over `preset`, checked. Raises ConfigError. A length given in steps or minutes
+    replaces the preset's, and a `start` replaces its model."""
     if start:
         preset = preset | {"model": start.spec.model_dump()}
     settings = list(settings)
@@ -164,17 +153,17 @@ def train_run(stage: Stage, preset: str, settings: Iterable[str], run: Path, dev
 def _open(stage: Stage, preset: str, config: Any, start: Start | None, run: Path, mesh: Mesh,
           opened: Opened, screen: Console) -> Loop:
     """The loop of a run that this process has claimed, at its newest checkpoint."""
-    tokenizer = Tokenizer.load(opened.tokenizer_folder)
-    checkpoints = Checkpoints(run, opened.tokenizer_folder, mesh)
+    folder, data = opened
+    tokenizer, checkpoints = Tokenizer.load(folder), Checkpoints(run, folder, mesh)
     newest = checkpoints.newest_whole(lambda text: screen.print(text, soft_wrap=True))
     origin = newest or (start.folder if start else None)
     if origin is not None:
-        _check_same_tokenizer(origin, tokenizer, opened.tokenizer_folder)
+        _check_same_tokenizer(origin, tokenizer, folder)
     check_vocabulary(tokenizer, config.model)
 
     layout = Layout(mesh, build_meta(config.model), config.train.seed)
     _note(layout.model, stage, tokenizer, origin)
-    recipe = stage.recipe(config, opened.data, tokenizer, layout)
+    recipe = stage.recipe(config, data, tokenizer, layout)
     optimizer = make_optimizer(layout.model, config.optim)
     state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
     if start and not newest:
@@ -241,7 +230,7 @@ def _configure_run(stage: Stage, preset: str, settings: Iterable[str], run: Path
 def modernize(config: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration in today's terms, without how many ranks trained. Raises ConfigError
     for a setting that was withdrawn and had another value than all runs have now."""
-    config = {name: dict(section) for name, section in config.items() if name != "parallel"}
+    config = {name: dict(section) for name, section in config.items()}
     for key, value in WITHDRAWN.items():
         section, leaf = key.split(".")
         if (found := config[section].pop(leaf, value)) != value:
@@ -251,6 +240,7 @@ def modernize(config: dict[str, Any]) -> dict[str, Any]:
         section, leaf = old.split(".")
         if leaf in config[section]:
             config[section][new.split(".")[1]] = config[section].pop(leaf)
+    del config["parallel"]
     return config
 
 

@@ -27,9 +27,7 @@ from fira.train.config import LoopConfig, ScheduleConfig, fraction_done, rate_fa
 from fira.train.optim import set_rates, update
 
 MAX_SKIPS = 5  # skipped steps in a row before a run gives up
-# Routing that stays collapsed for this many steps is reported; the first steps of a run are uneven
-# and recover by themselves.
-COLLAPSE_STEPS = 50
+COLLAPSE_STEPS = 50  # of collapsed routing before it is reported: the first steps recover alone
 COLLAPSE_CV = 0.75  # collapsed: above this part of the imbalance with which only K experts work
 COLLAPSE_DEAD = 0.25  # or with more than this part of a layer's experts without a token
 
@@ -63,9 +61,8 @@ Probe = Callable[[], "tuple[dict[str, float], Score]"]
 class Recipe(NamedTuple):
     """What a stage brings to the loop.
 
-    loss_fn(model, batch) returns the mean loss over what the batch scores, and metrics by name;
-    both are averaged over the global batch by the batches' weights. probe() evaluates the model and
-    returns a row for the record and its score.
+    loss_fn(model, batch) returns a mean loss and metrics by name, which are averaged by the
+    batches' weights. probe() evaluates the model: a row for the record, and its score.
     """
 
     batches: BatchSource

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fira.model import load_pretrained
-from fira.model.balance import METHODS, end_step, even_bias, routing_health, set_progress
+from fira.model.balance import METHODS, end_step, even_bias, health, set_progress
 from fira.model.files import save_weights
 from fira.model.router import routers
 from tests.models import assert_equal_with_gradients, build, build_moe, tiny_spec
@@ -27,7 +27,7 @@ def imbalances(moe, steps, rows=512):
             (0.0 * moe(torch.randn(1, rows, 8, generator=generator)).sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(routing_health(moe)["cv"][0])
+        found.append(health(routers(moe))["cv"][0])
         end_step(moe)
     return found
 

@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from fira.loss.head import head_loss
-from fira.model.balance import end_step, routing_health, set_loss_share, set_progress
+from fira.model.balance import end_step, health, set_loss_share, set_progress
+from fira.model.router import routers
 from tests.models import build, tiny_spec
 
 WIDE = dict(d_model=32, n_head=4, num_layers=1)
@@ -39,7 +40,7 @@ def test_compiled_training_equals_plain_in_loss_gradients_and_counts(spec, compu
         loss = compute_loss(model, wrap, tokens_BT)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
-        loads.append(routing_health(model)["load"])
+        loads.append(health(routers(model))["load"])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
     assert loads[0] == loads[1]
 

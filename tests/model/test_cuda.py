@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fira.loss.head import head_loss
-from fira.model.balance import routing_health
-from fira.model.router import Watch, replay
+from fira.model.balance import health
+from fira.model.router import Watch, replay, routers
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.runtime import autocast
 from tests.models import build
@@ -45,7 +45,7 @@ def train_once(spec, device, compiled=False, bf16=False, choices=None):
         loss = head_loss(x_BTD, *model.head_weights(), ids_BT[:, 1:].contiguous())
         loss.backward()
     values = [loss.detach().cpu(), *(p.grad.float().cpu() for p in model.parameters())]
-    return values, routing_health(model), watch.experts if watch else None
+    return values, health(routers(model)), watch.experts if watch else None
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

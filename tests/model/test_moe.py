@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import fira.model.fast as fast
-from fira.model.balance import end_step, routing_health, set_loss_share
+from fira.model.balance import end_step, health, set_loss_share
 from fira.model.moe import MoE, sort_by_expert
 from fira.model.router import Watch, replay, routers
 from tests.models import NAMES, assert_equal_with_gradients, build, build_moe, tiny_spec
@@ -79,7 +79,7 @@ def test_gradients_of_one_batch_equal_the_mean_over_its_micro_batches(name, top_
         model.zero_grad()
         for part in parts:
             next_token_loss(model, part).backward()
-        load = routing_health(model)["load"]
+        load = health(routers(model))["load"]
         end_step(model)
         return [p.grad / len(parts) for p in model.parameters()], load
 
@@ -116,16 +116,16 @@ def test_health_reports_the_load_counted_in_training_and_an_empty_step_keeps_the
         moe.router.bias.copy_(torch.tensor([0.0, 0.0, 5.0, -9.0]))
     moe(torch.ones(1, 10, 8))
     probs = moe.router.bias.detach().softmax(-1)
-    health = routing_health(moe)
-    assert health["load"] == [[0, 0, 1, 0]]
-    assert health["dead"] == [3]
-    assert health["max_mean"] == [4]
-    assert health["cv"] == [pytest.approx(math.sqrt(3))]
+    found = health(routers(moe))
+    assert found["load"] == [[0, 0, 1, 0]]
+    assert found["dead"] == [3]
+    assert found["max_mean"] == [4]
+    assert found["cv"] == [pytest.approx(math.sqrt(3))]
     expected = float(-(probs * probs.log()).sum()) / math.log(4)
-    assert health["entropy"] == [pytest.approx(expected, rel=1e-4)]
+    assert found["entropy"] == [pytest.approx(expected, rel=1e-4)]
     end_step(moe)
     moe.eval()(torch.ones(1, 10, 8))
-    assert routing_health(moe) is None
+    assert health(routers(moe)) is None
     end_step(moe)
     assert moe.router.load_share_E.tolist() == [0, 0, 1, 0]
 
@@ -134,7 +134,7 @@ def test_a_dense_model_has_nothing_to_watch_and_the_same_expert_names():
     dense = build(tiny_spec("fira2", num_experts=1, top_k=1), seed=0)
     with Watch(dense) as watch, replay(dense, watch.experts):
         dense(TOKENS_BT)
-    assert watch.experts == [] and routing_health(dense) is None
+    assert watch.experts == [] and health(routers(dense)) is None
     sparse = build(tiny_spec("fira2"), seed=0).state_dict()
     assert list(dense.state_dict()) == [name for name in sparse if "router" not in name]
 

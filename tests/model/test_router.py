@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fira.model import build
-from fira.model.balance import routing_health, set_loss_share, set_progress
+from fira.model.balance import health, set_loss_share, set_progress
 from fira.model.router import Watch, replay, routers
 from tests.models import NAMES, tiny_spec
 
@@ -25,7 +25,7 @@ def test_a_replayed_pass_equals_the_watched_one_in_values_and_gradients(name):
         logits = model(TOKENS)
     chosen = watch.experts
     assert [experts.shape for experts in chosen] == [(24, 2)] * 2
-    counted = routing_health(model)
+    counted = health(routers(model))
     gradients = torch.autograd.grad(logits.sum(), parameters)
     with replay(model, chosen):
         again = model(TOKENS)
@@ -33,7 +33,7 @@ def test_a_replayed_pass_equals_the_watched_one_in_values_and_gradients(name):
         for ours, theirs in zip(torch.autograd.grad(again.sum(), parameters), gradients,
                                 strict=True):
             assert torch.equal(ours, theirs)
-    assert routing_health(model) == counted  # nothing was counted
+    assert health(routers(model)) == counted  # nothing was counted
 
 
 def test_replayed_experts_get_their_own_probabilities_as_weights():

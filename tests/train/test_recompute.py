@@ -4,7 +4,7 @@ import torch
 
 from fira.loss.head import next_token_loss
 from fira.model import build
-from fira.model.balance import routing_health
+from fira.model.balance import health
 from fira.model.router import routers
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.runtime import seed_step
@@ -33,7 +33,7 @@ def test_losses_gradients_and_counts_equal_plain_training_to_the_bit(spec):
     recompute_blocks(recomputing)
     for ours, theirs in zip(step(recomputing), step(plain), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert routing_health(recomputing) == routing_health(plain)
+    assert health(routers(recomputing)) == health(routers(plain))
     for ours, theirs in zip(routers(recomputing), routers(plain), strict=True):
         assert torch.equal(ours.bias_sum_E, theirs.bias_sum_E)
         assert ours.num_estimates == theirs.num_estimates
