@@ -108,8 +108,8 @@ def make_sides(model: Any, arguments: argparse.Namespace,
 
 
 def engine_side(model: Any, decode_step: DecodeStep | None = None) -> Side:
-    engine = Engine(model, Letters(model.spec.vocab_size), slots=1, capacity=model.spec.context)
-    engine.decode_step = decode_step
+    engine = Engine(model, Letters(model.spec.vocab_size), slots=1, capacity=model.spec.context,
+                    decode_step=decode_step)
 
     def measure(short: list[int], long: list[int], new: int) -> Measurement:
         tokens, stamps = run_engine(engine, short, new)
@@ -254,8 +254,8 @@ def run_concurrent(model: Any, arguments: argparse.Namespace) -> dict[int, float
     params = SamplingParams(max_new_tokens=arguments.new // 2, temperature=0, ignore_end=True)
     for _ in range(arguments.repeats):
         for count, seen in rates.items():
-            engine = Engine(model, Letters(model.spec.vocab_size), slots=count, capacity=256)
-            engine.decode_step = decode_step
+            engine = Engine(model, Letters(model.spec.vocab_size), slots=count, capacity=256,
+                            decode_step=decode_step)
             prompts = torch.randint(4096, (count, 16), generator=generator).tolist()
             for prompt in prompts:
                 engine.add(prompt, params, lambda event: None)

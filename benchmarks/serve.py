@@ -44,6 +44,7 @@ from record import append, new_parser
 from fira.data.text import texts
 from fira.data.tokenizer import train_tokenizer
 from fira.files import write_manifest
+from fira.infer.request import Release
 from fira.model import build, load_pretrained
 from fira.model.files import save_weights
 from fira.model.generate import generate
@@ -77,7 +78,8 @@ def make_run(folder: Path, context: int) -> list[tuple[str, str]]:
         prompt = corpus[number % len(corpus)][100 * number:][:80]
         ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
         new = generate(model, [ids], TOKENS, temperature=0, end_of_text=-1)[0, len(ids):]
-        expected.append((prompt, tokenizer.decode(new.tolist())))
+        text = Release(tokenizer.token_bytes())
+        expected.append((prompt, "".join([*map(text.push, new.tolist()), text.finish()])))
     return expected
 
 
