@@ -1,9 +1,18 @@
-"""The plan's numbers are those of the code: memory kept, bytes sent, parameters held."""
+"""The plan's numbers are those of the code: memory kept, bytes sent, parameters held.
+
+The large presets on 64 ranks, at full depth and width, use torch's fake process group and tensors:
+nothing is computed or sent, but every group, exchange and gather is the real one, and so is every
+shape but those inside the experts, which are multiplied as one.
+"""
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # noqa: F401 (teaches fake tensors to be sent)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fira.config import load_preset
@@ -12,7 +21,7 @@ from fira.loss.next_token import next_token_loss
 from fira.model.files import build, build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
-from fira.parallel.mesh import AXES
+from fira.parallel.mesh import AXES, Mesh
 from fira.parallel.plan import Work, activations_per_token, count_elements, memory_of, sent_by
 from fira.stages.pretrain import PRETRAIN
 from fira.stages.run import configure
@@ -148,6 +157,78 @@ def test_memory_and_bytes_sent_are_as_planned(world):
                 assert kept == pytest.approx(planned, rel=0.03)
             planned = sum(sent_by(work, grid, place).values())
             assert sent == pytest.approx(planned, rel=1e-6), sizes
+
+
+class Values(TorchDispatchMode):
+    """What depends on data, which fake tensors do not know: every number is 1."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        if func is torch.ops.aten.bincount.default:
+            return args[0].new_empty((kwargs or {}).get("minlength") or args[2])
+        return func(*args, **(kwargs or {}))
+
+
+LENGTH = 128  # tokens of a sequence: divides into equal rows for all experts
+LOSS = {"loss": (1.0, 1.0)}  # from the last stage of a pipeline
+ONE_PRODUCT = SimpleNamespace(apply=lambda rows_Ri, counts_E, weight: rows_Ri @ weight.sum(0).T)
+
+
+TO_EMPTY = torch.nn.Module.to_empty
+
+
+def to_empty(model, *, device):
+    """Replaces what gets memory, which fake parameters cannot get in place; those of FSDP can."""
+    for module in model.modules():
+        for table, make in ((module._parameters, torch.nn.Parameter),
+                            (module._buffers, torch.Tensor.detach)):
+            table.update({name: make(torch.empty_like(tensor, device=device))
+                          for name, tensor in table.items() if tensor is not None})
+    return model
+
+
+def step_once(spec, sizes, rank):
+    """Build `rank`'s part of `spec` and train a step; returns its stage and its parameters."""
+    mesh, rows = mesh_of(rank, sizes), LENGTH * spec.top_k
+    if "shard" in sizes:
+        assert mesh.shard_meshes  # made before tensors are fake
+
+    def balanced(counts):
+        return [rows // len(counts)] * len(counts)
+
+    with (mock.patch.object(Mesh, "gather", lambda mesh, value: [value, LOSS]),
+          mock.patch("fira.model.fast.SortedLinear", ONE_PRODUCT),
+          mock.patch("torch.nn.Module.to_empty", TO_EMPTY if "shard" in sizes else to_empty),
+          mock.patch.object(FakeTensor, "tolist", balanced), FakeTensorMode(), Values()):
+        layout = Layout(mesh, build_meta(spec), seed=0)
+        optimizer = make_optimizer(layout.model.train(), OptimConfig())
+        tokens_BT = torch.zeros(1, LENGTH, dtype=torch.long)
+        batches = [Batch(tokens_BT, tokens_BT)] * mesh.sizes["pipeline"]
+        loss, _ = layout.forward_backward(batches, next_token_loss)
+        assert all(p.grad is not None for p in layout.model.parameters())
+        assert update(optimizer, loss, layout.gradient_norm())
+        assert len(optimizer.state) == len(list(layout.model.parameters()))
+        return mesh.place["pipeline"], sum(
+            part.rows.numel() for part in layout.slices(layout.model.named_parameters()))
+
+
+@pytest.mark.parametrize("preset,sizes", [
+    ("fira2-7b", {"shard": 2, "expert": 32}),
+    ("fira2-7b", {"pipeline": 8, "expert": 8}),
+    ("fira2-30b", {"shard": 8, "expert": 8}),
+    ("fira2-30b", {"pipeline": 4, "expert": 16}),
+])
+def test_a_rank_of_64_is_built_and_steps_without_the_whole_model(preset, sizes):
+    spec = configure(PRETRAIN, load_preset(preset), ()).model
+    dist.init_process_group("fake", rank=37, world_size=64, store=FakeStore())
+    try:
+        stage, held = step_once(spec, sizes, 37)
+    finally:
+        dist.destroy_process_group()
+    planned = count_elements(spec, tuple(sizes.get(axis, 1) for axis in AXES), stage)
+    assert held == pytest.approx(planned["all"] / sizes.get("shard", 1), rel=0.01)
+    assert held < 0.06 * count_elements(spec, (1, 1, 1, 1), 0)["all"]
 
 
 @pytest.mark.parametrize("preset,total,active", [("fira2-7b", 7e9, 1e9), ("fira2-30b", 30e9, 3e9)])
