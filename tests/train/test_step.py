@@ -1,4 +1,5 @@
-"""One optimizer step: accumulation over weighted micro-batches, clipping, skipping, rates."""
+"""One optimizer step: accumulation over weighted micro-batches, clipping, skipping, rates, and a
+warning when routing collapses."""
 import math
 
 import pytest
@@ -10,7 +11,10 @@ from fira.model.files import build, build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
+from fira.runlog import read_rows
+from fira.train import loop
 from fira.train.config import ScheduleConfig, rate_factor
+from fira.train.loop import describe_collapse
 from fira.train.optim import OptimConfig, make_optimizer, parameter_groups, update
 
 SPECS = [
@@ -73,16 +77,6 @@ def test_masked_targets_weigh_the_same_however_the_batch_is_cut(spec, scored):
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         torch.testing.assert_close(gradient, results[0][1], atol=1e-6, rtol=1e-5)
-
-
-def test_metrics_are_averaged_by_weight():
-    def loss_fn(model, batch):
-        loss, _ = next_token_loss(model, batch)
-        return loss, {"scored": torch.tensor(float(batch.weight)), "constant": 3.0}
-
-    layout = layout_of(SPECS[1])
-    _, metrics = layout.forward_backward(cut(masked(random_batch(2), (2, 6)), 1), loss_fn)
-    assert metrics == {"scored": pytest.approx((2 * 2 + 6 * 6) / 8), "constant": pytest.approx(3)}
 
 
 def test_a_batch_in_which_nothing_is_scored_is_skipped():
@@ -162,3 +156,34 @@ def test_constant_holds_then_decays():
     config = ScheduleConfig(kind="constant", warmup=0.0, decay=0.25, floor=0.0)
     assert rate_factor(config, 0.0) == rate_factor(config, 0.75) == 1.0
     assert rate_factor(config, 0.875) == pytest.approx(0.5) and rate_factor(config, 1.0) == 0.0
+
+
+def health(*counts):
+    load = torch.tensor(counts, dtype=torch.float64)
+    relative = load / load.mean(1, keepdim=True)
+    return {"load": (load / load.sum(1, keepdim=True)).tolist(),
+            "cv": relative.std(1, correction=0).tolist(), "dead": (load == 0).sum(1).tolist()}
+
+
+@pytest.mark.parametrize("counts, top_k, layers", [
+    ([[9, 8, 7, 8], [30, 20, 10, 4]], 1, None),
+    ([[9, 8, 7, 8], [100, 1, 1, 1]], 1, "layers 1 "),
+    ([[0, 10, 10, 10], [10, 10, 10, 10]], 1, None),
+    ([[0, 0, 10, 10], [10, 0, 0, 0]], 1, "layers 0, 1 "),
+    ([[5, 5, 5]], 3, None),
+])
+def test_dead_experts_and_near_total_imbalance_are_collapse(counts, top_k, layers):
+    text = describe_collapse(health(*counts), top_k)
+    assert text is None if layers is None else layers in text
+
+
+def test_a_run_warns_once_in_the_log_and_on_the_screen(fira, preset, data_folder, tmp_path,
+                                                       monkeypatch):
+    monkeypatch.setattr(loop, "COLLAPSE_STEPS", 3)
+    monkeypatch.setattr(loop, "describe_collapse", lambda health, top_k: "layers 0 are bad")
+    answer = fira("train", preset, f"data.folder={data_folder}", "train.steps=6", "--run",
+                  tmp_path / "run", "--device", "cpu")
+    events = [row for row in read_rows(tmp_path / "run") if row["kind"] == "event"]
+    assert [row["step"] for row in events] == [3]
+    assert "collapsed for 3 steps" in events[0]["text"]
+    assert answer.err.count("layers 0 are bad") == 1
