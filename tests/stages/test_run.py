@@ -31,9 +31,9 @@ QUIET = Console(quiet=True)
 TIMING = ("seconds", "tokens_per_second")
 
 
-def run_micro(preset, data_folder, run, *settings, resume=False, screen=QUIET):
+def run_micro(preset, data_folder, run, *settings, resume=False, screen=QUIET, source=None):
     return pretrain(str(preset), [f"data.folder={data_folder}", *settings], run, "cpu", resume,
-                    screen)
+                    screen, source)
 
 
 def last_step(run):
@@ -77,29 +77,15 @@ def test_training_learns_and_leaves_its_files_with_the_newest_and_the_best_steps
     assert kept == {15, 20, min(scores, key=scores.get)}
 
 
-def test_experts_that_no_grouped_product_can_take_are_reported_once(
-        preset, data_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("fira.stages.run.grouping_obstacle", lambda *_: "too narrow")
-    screen = Console(file=io.StringIO(), width=80)
-    run_micro(preset, data_folder, tmp_path / "run", "train.steps=2", screen=screen)
-    line = "experts are multiplied one after the other: too narrow"
-    assert screen.file.getvalue().count(line) == 1
-
-
 def test_at_least_thirty_kills_end_in_the_same_run(preset, data_folder, tmp_path):
     settings = ("train.steps=60", "train.save_every=3")
     calm, run = tmp_path / "calm", tmp_path / "run"
     began = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        run_child(preset, data_folder, calm, settings)
-    os.waitpid(child, 0)
+    os.waitpid(fork_run(preset, data_folder, calm, settings), 0)
     whole, kills, during_save = time.monotonic() - began, 0, 0
     draw = random.Random(0)
     for _ in range(400):
-        child = os.fork()
-        if child == 0:
-            run_child(preset, data_folder, run, settings)
+        child = fork_run(preset, data_folder, run, settings)
         # The first processes are killed early, so that there are many, every third of them during
         # a save; the last ones may live long enough to finish.
         if kills < 33 and kills % 3 == 0:
@@ -126,8 +112,10 @@ def wait_for_save(run, longest):
             time.sleep(0.0002)
 
 
-def run_child(preset, data_folder, run, settings):
-    """In a forked process: train to the end, leave without the parent's clean-up."""
+def fork_run(preset, data_folder, run, settings):
+    """The id of a new process that trains to the end and leaves without this one's clean-up."""
+    if child := os.fork():
+        return child
     try:
         run_micro(preset, data_folder, run, *settings, resume=(run / "config.json").exists())
     except BaseException as error:
@@ -246,8 +234,11 @@ def test_data_of_another_tokenizer_of_equal_size_is_refused(preset, data_folder,
                                                             undisturbed, tmp_path):
     other = train_tokenizer((text[::-1] for text in texts([str(corpus)])), 600)
     prepare([str(corpus)], tmp_path / "data", other, validation_every=4, workers=1)
-    with pytest.raises(ValueError, match="was trained with"):
+    words = "was trained with .* prepare the text again with --tokenizer"
+    with pytest.raises(ValueError, match=words):
         run_micro(preset, tmp_path / "data", undisturbed, resume=True)
+    with pytest.raises(ValueError, match=words):
+        run_micro(preset, tmp_path / "data", tmp_path / "run", source=undisturbed)
 
 
 def test_altered_data_is_found_before_training(preset, data_folder, tmp_path):
@@ -293,14 +284,18 @@ def test_a_run_of_an_older_version_is_resumed(preset, data_folder, tmp_path):
         modernize(record["config"])
 
 
-def test_metrics_of_a_loss_reach_the_record_and_the_table(preset, data_folder, tmp_path,
-                                                          monkeypatch):
+def test_metrics_of_a_loss_are_recorded_and_slow_experts_reported_once(
+        preset, data_folder, tmp_path, monkeypatch):
     def loss_fn(model, batch):
         loss, _ = next_token_loss(model, batch)
         return loss, {"accuracy": torch.tensor(0.25)}
 
     monkeypatch.setattr("fira.stages.pretrain.next_token_loss", loss_fn)
-    run_micro(preset, data_folder, tmp_path / "run", "train.steps=2")
+    monkeypatch.setattr("fira.stages.run.grouping_obstacle", lambda *_: "too narrow")
+    screen = Console(file=io.StringIO(), width=80)
+    run_micro(preset, data_folder, tmp_path / "run", "train.steps=2", screen=screen)
     rows = [row for row in read_rows(tmp_path / "run") if row["kind"] == "step"]
     assert [row["accuracy"] for row in rows] == [0.25, 0.25]
     assert "accuracy" in (tmp_path / "run" / "training_log.csv").read_text().splitlines()[0]
+    line = "experts are multiplied one after the other: too narrow"
+    assert screen.file.getvalue().count(line) == 1

@@ -52,23 +52,9 @@ def flat_gradient(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize("scored", [(8, 8, 8, 8), (1, 8, 3, 0), (0, 0, 8, 8), (2, 0, 0, 0)])
 @pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
-def test_accumulated_micro_batches_equal_one_batch(spec):
-    weights = []
-    for size in (8, 2):
-        layout = layout_of(spec)
-        optimizer = make_optimizer(layout.model, OptimConfig(lr=0.01))
-        for seed in range(3):
-            batches = cut(random_batch(8, seed), size)
-            loss, _ = layout.forward_backward(batches, next_token_loss)
-            update(optimizer, loss, layout.gradient_norm(), max_norm=0.1)
-        weights.append(torch.cat([p.detach().flatten() for p in layout.model.parameters()]))
-    torch.testing.assert_close(weights[0], weights[1], atol=2e-4, rtol=0)
-
-
-@pytest.mark.parametrize("scored", [(1, 8, 3, 0), (0, 0, 8, 8), (2, 0, 0, 0)])
-@pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
-def test_masked_targets_weigh_the_same_however_the_batch_is_cut(spec, scored):
+def test_targets_weigh_the_same_however_the_batch_is_cut(spec, scored):
     batch, results = masked(random_batch(4), scored), []
     for size in (4, 2, 1):
         layout = layout_of(spec)
@@ -110,15 +96,20 @@ def test_a_non_finite_gradient_changes_nothing(poison):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
-def test_every_parameter_has_one_group_and_only_matrices_decay(spec):
-    model = build(spec, seed=0)
-    groups = {g["kind"]: g for g in parameter_groups(model, OptimConfig(router_lr=0.5))}
+def test_every_parameter_has_one_group_with_its_rate_and_only_matrices_decay(spec):
+    model, config = build(spec, seed=0), OptimConfig(lr=0.1, router_lr=0.5, embedding_lr=0.3)
+    groups = {g["kind"]: g for g in parameter_groups(model, config)}
     assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
-    assert groups["router"]["lr"] == 0.5 and groups["vector"]["weight_decay"] == 0
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed = {names[id(p)] for p in groups["matrix"]["params"]}
-    assert not any("bias" in name or "norm" in name or "router" in name for name in decayed)
-    assert any("experts" in name for name in decayed)
+    members = {kind: {names[id(p)] for p in g["params"]} for kind, g in groups.items()}
+    for kind, rate in {"matrix": 0.1, "vector": 0.1, "router": 0.5, "embedding": 0.3}.items():
+        assert groups[kind]["peak_lr"] == rate
+        assert (groups[kind]["weight_decay"] > 0) == (kind in ("matrix", "embedding"))
+    assert members["embedding"] == {name for name in names.values()
+                                    if name.endswith("embedding.weight")}
+    assert any("experts" in name for name in members["matrix"])
+    assert not any("bias" in name or "norm" in name or "router" in name
+                   for name in members["matrix"])
 
 
 def test_frozen_parameters_are_in_no_group_and_a_frozen_model_is_refused():
@@ -130,18 +121,6 @@ def test_frozen_parameters_are_in_no_group_and_a_frozen_model_is_refused():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model is trainable"):
         make_optimizer(model, OptimConfig())
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
-def test_embeddings_may_have_a_rate_of_their_own_and_the_head_keeps_the_common_one(spec):
-    model = build(spec, seed=0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    rates = {names[id(p)]: group["peak_lr"]
-             for group in parameter_groups(model, OptimConfig(lr=0.1, embedding_lr=0.3))
-             for p in group["params"]}
-    assert {name for name, rate in rates.items() if rate == 0.3} == {
-        name for name in rates if name.endswith("embedding.weight")}
-    assert set(rates.values()) == {0.1, 0.3}
 
 
 def test_cosine_warms_up_peaks_and_ends_at_its_floor():
