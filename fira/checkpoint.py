@@ -141,7 +141,7 @@ def describe_base(folder: Path) -> dict[str, str]:
 
 
 def _weight_files(folder: Path, layout: Layout) -> list[Path]:
-    """The file with the weights of `folder`, or of an adapter that of its base and its own.
+    """The file of the weights in `folder`; for an adapter the file of its base, then its own.
 
     Raises ValueError on all ranks if the base is gone or was changed.
     """
@@ -149,7 +149,7 @@ def _weight_files(folder: Path, layout: Layout) -> list[Path]:
     if base is None:
         return [folder / WEIGHTS]
     path, fault = Path(base["path"]) / WEIGHTS, None
-    if layout.mesh.rank == 0:  # one rank reads all of it; the others hear the result
+    if layout.mesh.rank == 0:  # one rank reads all of it and tells the others
         found = sha256(path) if path.is_file() else "no file"
         if found != base["sha256"]:
             fault = (f"{path} has checksum {found[:12]}, but the adapter {folder} was trained on "
