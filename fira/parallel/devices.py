@@ -54,7 +54,7 @@ def pick_devices(num_stages: int, devices: list[Any] | None) -> list[torch.devic
         devices = [f"cuda:{stage}" if enough else "cpu" for stage in range(num_stages)]
     if len(devices) != num_stages:
         raise ConfigError(f"devices={devices} are {len(devices)}, but num_stages={num_stages}; "
-                          "give one device per stage (a device may come twice)")
+                          "give one device per stage (the same may be given twice)")
     return [runtime.pick_device(str(device)) for device in devices]
 
 

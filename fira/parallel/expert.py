@@ -22,7 +22,7 @@ class AllToAll:
         self.ranks = dist.get_world_size(group)
 
     def __call__(self, experts: nn.Module, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """The results of this rank's rows, which are sorted by expert; counts of all experts."""
+        """The results of this rank's rows, which are sorted by expert; counts_E is theirs."""
         counts_PE = counts_E.view(self.ranks, -1)  # P ranks, each with E of the experts
         arriving_PE = torch.zeros_like(counts_PE)
         dist.all_to_all_single(arriving_PE, counts_PE, group=self.group)
@@ -68,7 +68,7 @@ def _exchange(rows_RD: Tensor, send: list[int], receive: list[int], group: Any) 
 
 
 def keep_experts(model: nn.Module, part: int, parts: int, group: Any) -> None:
-    """Keep of every expert stack the `part`-th of `parts`, and dispatch through `group`."""
+    """Keep part number `part` of `parts` of every stack of experts; dispatch through `group`."""
     for moe in model.modules():
         if isinstance(moe, MoE):
             moe.dispatch = AllToAll(group)

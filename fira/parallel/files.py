@@ -1,8 +1,8 @@
-"""One safetensors file written and read by many ranks: each moves its own rows, at their offset.
+"""One safetensors file that many ranks write and read: each its own rows, at their offset.
 
-The file does not show how the work was divided: it is what one process would write, so any layout
-reads what any other wrote, nothing is gathered, and no tensor has to fit on one rank. Needs a
-folder that all ranks see. The format: 8 bytes of header length, a JSON header, the tensors.
+The file is byte for byte what one process would write, so any layout reads what any other wrote.
+Nothing is gathered, and no tensor has to fit on one rank. All ranks must see the same folder. The
+format: 8 bytes of header length, a JSON header, the tensors.
 """
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Rows = list[tuple[int, Tensor]]  # rows to write, each at an offset in the file
 
 
 class Writer:
-    """Writes the files of many ranks, one save at a time, in a thread with a process group of its
-    own, so that training goes on."""
+    """Writes the files of many ranks, one save at a time, in a thread with its own process group,
+    so that training continues."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh

@@ -34,10 +34,10 @@ BUCKET = 4 << 20  # elements per message: enough for full bandwidth, and little 
 
 
 class Layout:
-    """A model divided on `mesh`; `model` is this rank's part of it, under the whole's names.
+    """A model that is divided between the ranks of `mesh`; `model` is the part of this rank.
 
-    Takes a model on the meta device, which may have frozen parameters and extra ones (of experts
-    with the expert axis first), divides it in place, then gives it memory and initial values.
+    Takes a model on the meta device, divides it in place, and gives it memory and initial values.
+    Its parameters keep their names. Some may be frozen or added; in experts the first axis is E.
     """
 
     def __init__(self, mesh: Mesh, model: Any, seed: int | None = None,
@@ -61,7 +61,7 @@ class Layout:
                          if mesh.sizes["pipeline"] > 1 else None)
 
     def _make_counters(self) -> None:
-        """Let the routers of other pipeline stages, which have no weights here, take counts."""
+        """Give routers of other pipeline stages memory for counts, which all ranks sum, only."""
         self._own = {id(router) for router in routers(self.model)}
         for router in self.routers:
             if id(router) not in self._own:
@@ -200,7 +200,7 @@ class Layout:
         return tensor
 
     def take_turns(self, batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Every n-th of `batches`, as many on every rank, and whether this rank's result counts."""
+        """This rank's part of `batches` and whether its results count: all get equally many."""
         coming = iter(batches)
         while group := list(islice(coming, self.mesh.batch_ranks)):
             counts = self.mesh.batch_rank < len(group)
@@ -225,8 +225,8 @@ class Layout:
         return result
 
     def slices(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[TensorSlice]:
-        """Which rows of the whole these tensors of the model are, or of optimizer state, which is
-        named parameter/key."""
+        """Which rows of the whole each tensor holds: one of the model, or one of the optimizer's
+        state, which is named parameter/key."""
         parameters = dict(self.model.named_parameters())
         for name, tensor in tensors:
             whole = name.partition("/")[0]
@@ -297,7 +297,7 @@ def shard(model: Any, dense: DeviceMesh, experts: DeviceMesh) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows of a sharded tensor that are on this rank; any other tensor as it is."""
+    """The rows of a sharded tensor that this rank holds; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -310,8 +310,8 @@ def first_row(tensor: Tensor) -> int:
 
 
 def apply_to_whole(function: Callable[[Tensor], Tensor], update: Tensor, like: Tensor) -> Tensor:
-    """function(update), where `update` is the local part of a tensor that is divided as the
-    parameter `like`. A matrix whose rows are sharded is gathered for it; this rank's rows of the
+    """function(update), where `update` is this rank's part of a tensor that is divided as the
+    parameter `like`. A matrix whose rows are sharded is gathered first, and this rank's rows of the
     result are returned. Stacks are sharded between matrices, which are whole already."""
     if not isinstance(like, DTensor) or like.dim() > 2:
         return function(update)

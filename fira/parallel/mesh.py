@@ -18,13 +18,13 @@ from fira import runtime
 from fira.config import Config, ConfigError
 
 TIMEOUT = datetime.timedelta(minutes=30)
-AXES = ("pipeline", "data", "expert", "shard")  # outermost first: neighbors communicate most
+AXES = ("pipeline", "data", "expert", "shard")  # the last communicate most: neighbors
 
 
 class ParallelConfig(Config):
-    """How many ranks divide what. The product of the sizes is the number of ranks."""
+    """The number of ranks along each axis. Their product is the number of all ranks."""
 
-    data: int | None = Field(None, ge=1, description="replicas; null takes the ranks left over")
+    data: int | None = Field(None, ge=1, description="replicas; null takes all ranks that are left")
     shard: int = Field(1, ge=1, description="ranks that share the rows of every weight")
     expert: int = Field(1, ge=1, description="ranks that divide the experts")
     pipeline: int = Field(1, ge=1, description="ranks that divide the blocks")
@@ -164,7 +164,7 @@ def check_fit(sizes: dict[str, int], spec: Any, batch_size: int, micro_batch: in
 
 @contextlib.contextmanager
 def joined(config: ParallelConfig, device_name: str) -> Iterator[Mesh]:
-    """Join the ranks that a launcher started, and leave them at the end; one rank without one.
+    """Join the ranks that a launcher started, and leave them at the end; alone without a launcher.
 
     NCCL communicates tensors on CUDA devices, gloo all others. Raises ConfigError if the sizes do
     not fit the number of ranks, ValueError if this machine has fewer CUDA devices than ranks.

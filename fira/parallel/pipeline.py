@@ -51,7 +51,7 @@ class Stage(nn.Module):
 
 
 class Ready:
-    """`model` for a loss function, with its features computed already; the rest is the model's."""
+    """Replaces `model` in a loss function: returns features that are computed already."""
 
     def __init__(self, model: Any, x_BTD: Tensor) -> None:
         self.model, self.x_BTD = model, x_BTD

@@ -14,20 +14,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fira.config import ConfigError
-from fira.loss.head import next_token_loss
-from fira.model import build_meta
 from fira.model.spec import FIRA2Spec
 from fira.parallel import files
 from fira.parallel.files import Writer
-from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh, ParallelConfig, check_fit, resolve_sizes
 from fira.runlog import read_rows
 from fira.runtime import launch
 from fira.stages.pretrain import pretrain
 from fira.train.loop import Loop
-from fira.train.optim import OptimConfig, make_optimizer, update
 from tests.parallel.ranks import free_port, mesh_of, on_ranks
-from tests.parallel.test_parity import SPECS, batch, cut
 
 
 def train(rank, preset, data, run, *settings):
@@ -180,27 +175,6 @@ def test_training_goes_on_while_a_save_is_written_and_a_full_disk_stops_all_rank
         assert ours.read_bytes()[:size] == theirs.read_bytes()[:size]  # the format's header
         for key, value in load_file(theirs).items():
             torch.testing.assert_close(load_file(ours)[key], value, atol=1e-4, rtol=1e-3)
-
-
-def poisoned(rank):
-    """The last rank's gradient is not finite in step 1: whether this rank updated, in two steps."""
-    result = []
-    for sizes in ({"data": 2}, {"expert": 2}, {"shard": 2}, {"pipeline": 2}):
-        layout = Layout(mesh_of(rank, sizes), build_meta(SPECS["fira2"]), 5)
-        optimizer = make_optimizer(layout.model, OptimConfig())
-        updates = []
-        for step in range(2):
-            loss, _ = layout.forward_backward(cut(batch(step), layout.rows(8)), next_token_loss)
-            if step == 0 and rank == 1:
-                grad = next(p.grad for n, p in layout.model.named_parameters() if "experts" in n)
-                getattr(grad, "_local_tensor", grad).fill_(float("nan"))
-            updates.append(update(optimizer, loss, layout.gradient_norm()))
-        result.append(updates)
-    return result
-
-
-def test_one_rank_s_non_finite_gradient_makes_all_skip():
-    assert on_ranks(2, poisoned) == [[[False, True]] * 4] * 2
 
 
 @pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE", "LOCAL_RANK"), (

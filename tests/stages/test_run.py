@@ -4,11 +4,10 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,21 +16,24 @@ from safetensors.torch import load_file
 
 from fira import runtime
 from fira.checkpoint import Checkpoints
+from fira.data.prepare import prepare
+from fira.data.text import texts
+from fira.data.tokenizer import train_tokenizer
 from fira.files import find_damage
 from fira.loss.head import next_token_loss
 from fira.model import load_pretrained
 from fira.runlog import read_rows
 from fira.stages.pretrain import TextBatches, pretrain
 from fira.stages.run import modernize
-from fira.train.loop import Loop
+from fira.train.loop import Loop, Stopped
 
 QUIET = Console(quiet=True)
 TIMING = ("seconds", "tokens_per_second")
 
 
-def run_micro(preset, data_folder, run, *settings, resume=False, screen=QUIET):
+def run_micro(preset, data_folder, run, *settings, resume=False, screen=QUIET, source=None):
     return pretrain(str(preset), [f"data.folder={data_folder}", *settings], run, "cpu", resume,
-                    screen)
+                    screen, source)
 
 
 def last_step(run):
@@ -61,49 +63,31 @@ def undisturbed(preset, data_folder, tmp_path_factory):
     return run
 
 
-def test_training_learns_and_leaves_its_files(undisturbed):
-    losses = [row["loss"] for row in read_rows(undisturbed) if row["kind"] == "step"]
+def test_training_learns_and_leaves_its_files_with_the_newest_and_the_best_steps(undisturbed):
+    rows = list(read_rows(undisturbed))
+    losses = [row["loss"] for row in rows if row["kind"] == "step"]
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
     assert (undisturbed / "training_log.csv").read_text().count("\n") == 21
     names = {path.name for path in last_step(undisturbed).iterdir()}
     assert names == {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
                      "optimizer.safetensors", "state.json", "manifest.json"}
     assert find_damage(last_step(undisturbed)) is None
-
-
-def test_experts_that_no_grouped_product_can_take_are_said_once(preset, data_folder, undisturbed,
-                                                                tmp_path, monkeypatch):
-    monkeypatch.setattr("fira.stages.run.grouping_obstacle", lambda *_: "too narrow")
-    screen = Console(file=io.StringIO(), width=80)
-    run_micro(preset, data_folder, tmp_path / "run", screen=screen)
-    line = "experts are multiplied one after the other: too narrow"
-    assert screen.file.getvalue().count(line) == 1
-    assert_same_run(tmp_path / "run", undisturbed)
-
-
-def test_only_the_newest_and_the_best_steps_are_kept(undisturbed):
-    scores = {row["step"]: row["bits_per_byte"] for row in read_rows(undisturbed)
-              if row["kind"] == "validation"}
+    scores = {row["step"]: row["bits_per_byte"] for row in rows if row["kind"] == "validation"}
     kept = {int(path.name[5:]) for path in undisturbed.glob("step-*")}
     assert kept == {15, 20, min(scores, key=scores.get)}
 
 
 def test_at_least_thirty_kills_end_in_the_same_run(preset, data_folder, tmp_path):
-    settings = ("train.steps=120", "train.save_every=3")
+    settings = ("train.steps=60", "train.save_every=3")
     calm, run = tmp_path / "calm", tmp_path / "run"
     began = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        run_child(preset, data_folder, calm, settings)
-    os.waitpid(child, 0)
+    os.waitpid(fork_run(preset, data_folder, calm, settings), 0)
     whole, kills, during_save = time.monotonic() - began, 0, 0
     draw = random.Random(0)
     for _ in range(400):
-        child = os.fork()
-        if child == 0:
-            run_child(preset, data_folder, run, settings)
-        # Short lives at first, so that there are many, every third ended in the midst of a save;
-        # the last ones long enough to finish.
+        child = fork_run(preset, data_folder, run, settings)
+        # The first processes are killed early, so that there are many, every third of them during
+        # a save; the last ones may live long enough to finish.
         if kills < 33 and kills % 3 == 0:
             wait_for_save(run, whole)
         else:
@@ -128,8 +112,10 @@ def wait_for_save(run, longest):
             time.sleep(0.0002)
 
 
-def run_child(preset, data_folder, run, settings):
-    """In a forked process: train to the end, leave without the parent's clean-up."""
+def fork_run(preset, data_folder, run, settings):
+    """The id of a new process that trains to the end and leaves without this one's clean-up."""
+    if child := os.fork():
+        return child
     try:
         run_micro(preset, data_folder, run, *settings, resume=(run / "config.json").exists())
     except BaseException as error:
@@ -139,91 +125,61 @@ def run_child(preset, data_folder, run, settings):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_resume_ends_in_the_same_run(number, preset, data_folder, undisturbed,
-                                                        tmp_path):
-    command = [sys.executable, "-m", "fira", "train", str(preset), f"data.folder={data_folder}",
-               "--run", str(tmp_path / "run"), "--device", "cpu"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "train.steps=100000"], env=env, stderr=subprocess.PIPE,
-                               text=True)
-    while not list((tmp_path / "run").glob("step-*")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, words = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert "--resume continues it" in words
-    (tmp_path / "run" / "training_progress.png").stat()
-    saved = last_step(tmp_path / "run")
-    assert find_damage(saved) is None
-    steps = int(saved.name[5:]) + 3
-    done = subprocess.run([*command, f"train.steps={steps}", "--resume"], env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "the learning rate" in done.stderr
-    assert last_step(tmp_path / "run").name == f"step-{steps:06d}"
+def test_a_signal_saves_and_resume_repeats_the_undisturbed_run(
+        number, preset, data_folder, undisturbed, tmp_path, monkeypatch, fira):
+    run, step = tmp_path / "run", Loop._step
 
-
-def test_resuming_a_stopped_run_repeats_the_undisturbed_one(preset, data_folder, undisturbed,
-                                                            tmp_path, monkeypatch):
-    step = Loop._step
-
-    def stop_at_seven(loop, line):
-        if loop.state.step == 7 and not loop.log.folder.joinpath("step-000007").exists():
-            loop.stop_signal = signal.SIGTERM
+    def signal_in_step_eight(loop, line):
+        if loop.state.step == 7 and not (run / "step-000007").exists():
+            os.kill(os.getpid(), number)
         step(loop, line)
 
-    monkeypatch.setattr(Loop, "_step", stop_at_seven)
-    with pytest.raises(Exception, match="SIGTERM"):
-        run_micro(preset, data_folder, tmp_path / "run")
-    run_micro(preset, data_folder, tmp_path / "run", resume=True)
-    assert_same_run(tmp_path / "run", undisturbed)
+    monkeypatch.setattr(Loop, "_step", signal_in_step_eight)
+    words = ("train", preset, f"data.folder={data_folder}", "--run", run, "--device", "cpu")
+    stopped = fira(*words)
+    assert stopped.code == 128 + number and "--resume continues it" in stopped.err
+    assert last_step(run).name == "step-000007" and find_damage(last_step(run)) is None
+    assert (run / "training_progress.png").is_file()
+    assert "the learning rate" in fira(*words, "--resume").err
+    assert_same_run(run, undisturbed)
 
 
-def test_sequences_grow_also_in_a_run_that_is_resumed(preset, data_folder, tmp_path, monkeypatch):
-    lengths, batch = {}, TextBatches.batch
+def test_sequences_grow_also_in_a_run_that_is_stopped_and_loses_an_evaluation(
+        preset, data_folder, tmp_path, monkeypatch):
+    """It is stopped in step 11 and killed before the evaluation of step 14."""
+    lengths, batch, step, evaluate = {}, TextBatches.batch, Loop._step, Loop._evaluate
+    calm, run = tmp_path / "calm", tmp_path / "run"
 
-    def look(source, step, fraction):
-        micro_batches = batch(source, step, fraction)
-        lengths[source.run, step] = micro_batches[0].tokens_BT.shape[1]
+    def note_length(source, number, fraction):
+        micro_batches = batch(source, number, fraction)
+        lengths[number] = micro_batches[0].tokens_BT.shape[1]
         return micro_batches
 
-    def stop_at_17(loop, line):
-        loop.recipe.batches.run, run = loop.log.folder.name, loop.log.folder
-        if run.name == "stopped" and loop.state.step == 17 and not (run / "step-000017").exists():
+    def stop_in_step_eleven(loop, line):
+        if loop.state.step == 10 and not (run / "step-000010").exists():
             loop.stop_signal = signal.SIGTERM
         step(loop, line)
-
-    step = Loop._step
-    monkeypatch.setattr(TextBatches, "batch", look)
-    monkeypatch.setattr(Loop, "_step", stop_at_17)
-    run_micro(preset, data_folder, tmp_path / "calm", "train.first_length=8")
-    with pytest.raises(Exception, match="SIGTERM"):
-        run_micro(preset, data_folder, tmp_path / "stopped", "train.first_length=8")
-    run_micro(preset, data_folder, tmp_path / "stopped", resume=True)
-    for name in ("calm", "stopped"):
-        assert [lengths[name, i] for i in range(20)] == [8] * 7 + [16] * 7 + [32] * 6
-    for folder, length in (("calm/step-000015", 32), ("stopped", 32)):
-        assert load_pretrained(tmp_path / folder).trained_length == length
-    assert_same_run(tmp_path / "stopped", tmp_path / "calm")
-
-
-def test_an_evaluation_lost_as_sequences_grow_is_made_up_as_it_would_have_been(
-        preset, data_folder, tmp_path, monkeypatch):
-    settings, evaluate = ("train.first_length=8", "train.save_every=7"), Loop._evaluate
 
     def lose_the_second(loop):
         if loop.state.step == 14:
             raise RuntimeError("killed")
         evaluate(loop)
 
-    run_micro(preset, data_folder, tmp_path / "calm", *settings)
+    settings = ("train.first_length=8", "train.save_every=7")
+    run_micro(preset, data_folder, calm, *settings)
+    monkeypatch.setattr(TextBatches, "batch", note_length)
+    monkeypatch.setattr(Loop, "_step", stop_in_step_eleven)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        run_micro(preset, data_folder, run, *settings)
+    assert load_pretrained(run).trained_length == 16
     monkeypatch.setattr(Loop, "_evaluate", lose_the_second)
     with pytest.raises(RuntimeError, match="killed"):
-        run_micro(preset, data_folder, tmp_path / "run", *settings)
+        run_micro(preset, data_folder, run, resume=True)
     monkeypatch.setattr(Loop, "_evaluate", evaluate)
-    run_micro(preset, data_folder, tmp_path / "run", resume=True)
-    assert_same_run(tmp_path / "run", tmp_path / "calm")
+    run_micro(preset, data_folder, run, resume=True)
+    assert [lengths[number] for number in range(20)] == [8] * 7 + [16] * 7 + [32] * 6
+    assert load_pretrained(run).trained_length == 32
+    assert_same_run(run, calm)
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
@@ -242,23 +198,15 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
 
 
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(preset, data_folder, tmp_path):
-    run = tmp_path / "run"
+    run, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
     run_micro(preset, data_folder, run, "train.steps=5")
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        limit = (last_step(run) / "optimizer.safetensors").stat().st_size - 1000
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
+    limit = (last_step(run) / "optimizer.safetensors").stat().st_size - 1000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(ValueError, match="cannot save.*step-000005 is whole.*--resume"):
             run_micro(preset, data_folder, run, "train.steps=10", resume=True)
-        except ValueError as error:
-            Path(tmp_path / "words").write_text(str(error))
-            os._exit(3)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WEXITSTATUS(status) == 3
-    words = (tmp_path / "words").read_text()
-    assert "cannot save" in words and "step-000005 is whole" in words and "--resume" in words
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert last_step(run).name == "step-000005" and find_damage(last_step(run)) is None
     run_micro(preset, data_folder, run, "train.steps=10", resume=True)
     assert last_step(run).name == "step-000010"
@@ -271,36 +219,29 @@ def test_non_finite_steps_are_counted_and_several_end_the_run(preset, data_folde
     assert len(events) == 5 and all("skipped" in text for text in events)
 
 
-def test_a_second_run_in_the_same_folder_is_refused(preset, data_folder, undisturbed):
+def test_what_is_no_place_for_a_run_is_one_line(preset, data_folder, undisturbed):
+    with pytest.raises(OSError, match=r"config\.json"):
+        run_micro(preset, data_folder, undisturbed / "config.json" / "run")
     with pytest.raises(ValueError, match="already holds a run; --resume"):
         run_micro(preset, data_folder, undisturbed)
-
-
-def test_two_processes_cannot_train_in_one_folder(preset, data_folder, undisturbed):
     with runtime.claim(undisturbed), pytest.raises(ValueError, match="another process is writing"):
         run_micro(preset, data_folder, undisturbed, resume=True)
-
-
-def test_the_model_cannot_change_on_resume(preset, data_folder, undisturbed):
     with pytest.raises(ValueError, match=r"model\.d_ff cannot change"):
         run_micro(preset, data_folder, undisturbed, "model.d_ff=64", resume=True)
 
 
 def test_data_of_another_tokenizer_of_equal_size_is_refused(preset, data_folder, corpus,
                                                             undisturbed, tmp_path):
-    from fira.data.prepare import prepare
-    from fira.data.text import texts
-    from fira.data.tokenizer import train_tokenizer
-
     other = train_tokenizer((text[::-1] for text in texts([str(corpus)])), 600)
     prepare([str(corpus)], tmp_path / "data", other, validation_every=4, workers=1)
-    with pytest.raises(ValueError, match="was trained with"):
+    words = "was trained with .* prepare the text again with --tokenizer"
+    with pytest.raises(ValueError, match=words):
         run_micro(preset, tmp_path / "data", undisturbed, resume=True)
+    with pytest.raises(ValueError, match=words):
+        run_micro(preset, tmp_path / "data", tmp_path / "run", source=undisturbed)
 
 
 def test_altered_data_is_found_before_training(preset, data_folder, tmp_path):
-    import shutil
-
     copy = tmp_path / "data"
     shutil.copytree(data_folder, copy)
     shard = next(copy.glob("train-*.bin"))
@@ -324,14 +265,7 @@ def test_a_run_by_the_clock_ends_by_the_clock(preset, data_folder, tmp_path):
     assert last_step(tmp_path / "run").name == f"step-{rows[-1]['step']:06d}"
 
 
-def test_a_read_only_run_folder_is_one_line(preset, data_folder, tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    with pytest.raises(OSError, match="file"):
-        run_micro(preset, data_folder, blocked / "run")
-
-
-def test_a_run_of_an_older_version_is_resumed(preset, data_folder, undisturbed, tmp_path):
+def test_a_run_of_an_older_version_is_resumed(preset, data_folder, tmp_path):
     """Settings that are constants now are dropped, renamed ones get their new name."""
     run = tmp_path / "run"
     run_micro(preset, data_folder, run, "train.steps=10")
@@ -350,14 +284,18 @@ def test_a_run_of_an_older_version_is_resumed(preset, data_folder, undisturbed, 
         modernize(record["config"])
 
 
-def test_metrics_of_a_loss_reach_the_record_and_the_table(preset, data_folder, tmp_path,
-                                                          monkeypatch):
+def test_metrics_of_a_loss_are_recorded_and_slow_experts_reported_once(
+        preset, data_folder, tmp_path, monkeypatch):
     def loss_fn(model, batch):
         loss, _ = next_token_loss(model, batch)
         return loss, {"accuracy": torch.tensor(0.25)}
 
     monkeypatch.setattr("fira.stages.pretrain.next_token_loss", loss_fn)
-    run_micro(preset, data_folder, tmp_path / "run", "train.steps=2")
+    monkeypatch.setattr("fira.stages.run.grouping_obstacle", lambda *_: "too narrow")
+    screen = Console(file=io.StringIO(), width=80)
+    run_micro(preset, data_folder, tmp_path / "run", "train.steps=2", screen=screen)
     rows = [row for row in read_rows(tmp_path / "run") if row["kind"] == "step"]
     assert [row["accuracy"] for row in rows] == [0.25, 0.25]
     assert "accuracy" in (tmp_path / "run" / "training_log.csv").read_text().splitlines()[0]
+    line = "experts are multiplied one after the other: too narrow"
+    assert screen.file.getvalue().count(line) == 1

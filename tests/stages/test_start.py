@@ -10,9 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from fira.data.batches import Batches
-from fira.data.prepare import prepare
 from fira.data.shards import Shards
-from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.model import load_pretrained
 from fira.model.files import INDEX
 from fira.runlog import read_rows
@@ -38,18 +36,28 @@ def foreign(data_folder, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def words(preset, data_folder, tmp_path):
+    """The command that trains in the folder `run`."""
+    return ("train", preset, f"data.folder={data_folder}", "--device", "cpu", "--run",
+            tmp_path / "run")
+
+
 def losses(run):
     return [row["loss"] for row in read_rows(run) if row["kind"] == "step"]
 
 
-def test_an_imported_checkpoint_is_tuned_and_goes_back(foreign, preset, corpus, fira, tmp_path):
+def test_an_imported_checkpoint_is_tuned_and_goes_back(foreign, preset, corpus, fira, refused,
+                                                       tmp_path):
     imported, data, run = tmp_path / "imported", tmp_path / "data", tmp_path / "run"
     answer = fira("import", "hf", foreign, imported)
     assert f"--from {imported} data.folder=DATA" in " ".join(answer.err.split())
     assert fira("data", corpus, "--tokenizer", imported / "step-000000", "--out", data,
                 "--validation-every", 4).code == 0
-    answer = fira("train", preset, f"data.folder={data}", "train.steps=5", "--from", imported,
-                  "--run", run, "--device", "cpu")
+    words = "train", preset, f"data.folder={data}", "train.steps=5", "--device", "cpu", "--run"
+    line = refused(*words, imported, "--resume", code=2)
+    assert "no training to resume" in line and f"--from {imported}" in line
+    answer = fira(*words, run, "--from", imported)
     assert answer.code == 0 and "starting from the weights in" in answer.err, answer.err
     found = losses(run)
     assert len(found) == 5 and found[-1] < found[0] - 0.2
@@ -62,10 +70,14 @@ def test_an_imported_checkpoint_is_tuned_and_goes_back(foreign, preset, corpus, 
         assert (theirs(tokens_BT).logits - ours(tokens_BT)).abs().max() < 1e-4
 
 
-def test_the_first_step_sees_the_weights_of_the_start(trained_run, preset, data_folder, fira,
-                                                      tmp_path):
-    assert fira("train", preset, f"data.folder={data_folder}", "train.steps=1", "--from",
-                trained_run, "--run", tmp_path / "run", "--device", "cpu").code == 0
+def test_the_first_step_sees_the_weights_of_the_start_but_may_balance_otherwise(
+        trained_run, words, data_folder, fira, refused, tmp_path):
+    words = *words, "train.steps=1", "--from", trained_run
+    line = refused(*words, "model.top_k=1", code=2)
+    assert "model.top_k=1 does not go with --from" in line and "top_k=2" in line
+    assert not (tmp_path / "run").exists()
+    assert fira(*words, "model.balance=bias").code == 0
+    assert load_pretrained(tmp_path / "run").spec.balance == "bias"
     batch = Batches(Shards(data_folder, "train"), 32, 8, 1).batch(0)
     with torch.no_grad():
         logits_BTV = load_pretrained(trained_run)(batch.tokens_BT)
@@ -75,10 +87,8 @@ def test_the_first_step_sees_the_weights_of_the_start(trained_run, preset, data_
     assert record["from"].startswith(str(trained_run.resolve()))
 
 
-def test_a_tuned_run_resumes_from_its_own_steps(trained_run, preset, data_folder, fira, refused,
-                                                tmp_path):
+def test_a_tuned_run_resumes_from_its_own_steps(trained_run, words, fira, refused, tmp_path):
     source, run = shutil.copytree(trained_run, tmp_path / "source"), tmp_path / "run"
-    words = ("train", preset, f"data.folder={data_folder}", "--run", run, "--device", "cpu")
     short = ("train.sequence_length=16", "train.micro_batch=8", "train.steps=2")
     assert fira(*words, *short, "--from", source).code == 0
     assert load_pretrained(run).trained_length == load_pretrained(trained_run).trained_length == 32
@@ -89,37 +99,9 @@ def test_a_tuned_run_resumes_from_its_own_steps(trained_run, preset, data_folder
     assert len(losses(run)) == 4
 
 
-def test_how_to_balance_may_change_but_not_what_is_computed(trained_run, preset, data_folder, fira,
-                                                            refused, tmp_path):
-    words = ("train", preset, f"data.folder={data_folder}", "train.steps=1", "--from", trained_run,
-             "--run", tmp_path / "run", "--device", "cpu")
-    line = refused(*words, "model.top_k=1", code=2)
-    assert "model.top_k=1 does not go with --from" in line and "top_k=2" in line
-    assert not (tmp_path / "run").exists()
-    assert fira(*words, "model.balance=bias").code == 0
-    assert load_pretrained(tmp_path / "run").spec.balance == "bias"
-
-
-def test_what_cannot_be_a_start_is_one_line(trained_run, foreign, preset, corpus, data_folder, fira,
-                                            refused, tmp_path):
-    words = ("train", preset, f"data.folder={data_folder}", "--device", "cpu", "--run",
-             tmp_path / "run", "--from")
+def test_what_cannot_be_a_start_is_one_line(trained_run, words, fira, refused, tmp_path):
     assert fira("export", "int8", trained_run, tmp_path / "int8").code == 0
-    assert "holds int8 weights, which cannot be trained" in refused(*words, tmp_path / "int8")
-    assert "is not a folder" in refused(*words, tmp_path / "gone")
-    other = tmp_path / "other"
-    text = [path.read_text() for path in sorted(corpus.glob("*.txt"))]
-    prepare([str(corpus)], other, train_tokenizer(text, 590), validation_every=4, workers=1)
-    assert Tokenizer.load(other).hash != Tokenizer.load(data_folder).hash
-    line = refused("train", preset, f"data.folder={other}", "--device", "cpu", "--run",
-                   tmp_path / "run", "--from", trained_run)
-    assert "prepare the text again with --tokenizer" in line
+    line = refused(*words, "--from", tmp_path / "int8")
+    assert "holds int8 weights, which cannot be trained" in line
+    assert "is not a folder" in refused(*words, "--from", tmp_path / "gone")
     assert not list((tmp_path / "run").glob("*"))
-
-
-def test_an_imported_run_has_nothing_to_resume(foreign, preset, data_folder, fira, refused,
-                                               tmp_path):
-    run = tmp_path / "imported"
-    assert fira("import", "hf", foreign, run).code == 0
-    line = refused("train", preset, f"data.folder={data_folder}", "--run", run, "--resume", code=2)
-    assert "no training to resume" in line and f"--from {run}" in line

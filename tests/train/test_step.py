@@ -1,4 +1,5 @@
-"""One optimizer step: accumulation over weighted micro-batches, clipping, skipping, rates."""
+"""One optimizer step: accumulation over weighted micro-batches, clipping, skipping, rates, and a
+warning when routing collapses."""
 import math
 
 import pytest
@@ -10,7 +11,10 @@ from fira.model import build, build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
+from fira.runlog import read_rows
+from fira.train import loop
 from fira.train.config import ScheduleConfig, rate_factor
+from fira.train.loop import describe_collapse
 from fira.train.optim import OptimConfig, make_optimizer, parameter_groups, update
 
 SPECS = [
@@ -48,23 +52,9 @@ def flat_gradient(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize("scored", [(8, 8, 8, 8), (1, 8, 3, 0), (0, 0, 8, 8), (2, 0, 0, 0)])
 @pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
-def test_accumulated_micro_batches_equal_one_batch(spec):
-    weights = []
-    for size in (8, 2):
-        layout = layout_of(spec)
-        optimizer = make_optimizer(layout.model, OptimConfig(lr=0.01))
-        for seed in range(3):
-            batches = cut(random_batch(8, seed), size)
-            loss, _ = layout.forward_backward(batches, next_token_loss)
-            update(optimizer, loss, layout.gradient_norm(), max_norm=0.1)
-        weights.append(torch.cat([p.detach().flatten() for p in layout.model.parameters()]))
-    torch.testing.assert_close(weights[0], weights[1], atol=2e-4, rtol=0)
-
-
-@pytest.mark.parametrize("scored", [(1, 8, 3, 0), (0, 0, 8, 8), (2, 0, 0, 0)])
-@pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
-def test_masked_targets_weigh_the_same_however_the_batch_is_cut(spec, scored):
+def test_targets_weigh_the_same_however_the_batch_is_cut(spec, scored):
     batch, results = masked(random_batch(4), scored), []
     for size in (4, 2, 1):
         layout = layout_of(spec)
@@ -73,16 +63,6 @@ def test_masked_targets_weigh_the_same_however_the_batch_is_cut(spec, scored):
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         torch.testing.assert_close(gradient, results[0][1], atol=1e-6, rtol=1e-5)
-
-
-def test_metrics_are_averaged_by_weight():
-    def loss_fn(model, batch):
-        loss, _ = next_token_loss(model, batch)
-        return loss, {"scored": torch.tensor(float(batch.weight)), "constant": 3.0}
-
-    layout = layout_of(SPECS[1])
-    _, metrics = layout.forward_backward(cut(masked(random_batch(2), (2, 6)), 1), loss_fn)
-    assert metrics == {"scored": pytest.approx((2 * 2 + 6 * 6) / 8), "constant": pytest.approx(3)}
 
 
 def test_a_batch_in_which_nothing_is_scored_is_skipped():
@@ -116,15 +96,20 @@ def test_a_non_finite_gradient_changes_nothing(poison):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
-def test_every_parameter_has_one_group_and_only_matrices_decay(spec):
-    model = build(spec, seed=0)
-    groups = {g["kind"]: g for g in parameter_groups(model, OptimConfig(router_lr=0.5))}
+def test_every_parameter_has_one_group_with_its_rate_and_only_matrices_decay(spec):
+    model, config = build(spec, seed=0), OptimConfig(lr=0.1, router_lr=0.5, embedding_lr=0.3)
+    groups = {g["kind"]: g for g in parameter_groups(model, config)}
     assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
-    assert groups["router"]["lr"] == 0.5 and groups["vector"]["weight_decay"] == 0
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed = {names[id(p)] for p in groups["matrix"]["params"]}
-    assert not any("bias" in name or "norm" in name or "router" in name for name in decayed)
-    assert any("experts" in name for name in decayed)
+    members = {kind: {names[id(p)] for p in g["params"]} for kind, g in groups.items()}
+    for kind, rate in {"matrix": 0.1, "vector": 0.1, "router": 0.5, "embedding": 0.3}.items():
+        assert groups[kind]["peak_lr"] == rate
+        assert (groups[kind]["weight_decay"] > 0) == (kind in ("matrix", "embedding"))
+    assert members["embedding"] == {name for name in names.values()
+                                    if name.endswith("embedding.weight")}
+    assert any("experts" in name for name in members["matrix"])
+    assert not any("bias" in name or "norm" in name or "router" in name
+                   for name in members["matrix"])
 
 
 def test_frozen_parameters_are_in_no_group_and_a_frozen_model_is_refused():
@@ -136,18 +121,6 @@ def test_frozen_parameters_are_in_no_group_and_a_frozen_model_is_refused():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model is trainable"):
         make_optimizer(model, OptimConfig())
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
-def test_embeddings_may_have_a_rate_of_their_own_and_the_head_keeps_the_common_one(spec):
-    model = build(spec, seed=0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    rates = {names[id(p)]: group["peak_lr"]
-             for group in parameter_groups(model, OptimConfig(lr=0.1, embedding_lr=0.3))
-             for p in group["params"]}
-    assert {name for name, rate in rates.items() if rate == 0.3} == {
-        name for name in rates if name.endswith("embedding.weight")}
-    assert set(rates.values()) == {0.1, 0.3}
 
 
 def test_cosine_warms_up_peaks_and_ends_at_its_floor():
@@ -162,3 +135,34 @@ def test_constant_holds_then_decays():
     config = ScheduleConfig(kind="constant", warmup=0.0, decay=0.25, floor=0.0)
     assert rate_factor(config, 0.0) == rate_factor(config, 0.75) == 1.0
     assert rate_factor(config, 0.875) == pytest.approx(0.5) and rate_factor(config, 1.0) == 0.0
+
+
+def health(*counts):
+    load = torch.tensor(counts, dtype=torch.float64)
+    relative = load / load.mean(1, keepdim=True)
+    return {"load": (load / load.sum(1, keepdim=True)).tolist(),
+            "cv": relative.std(1, correction=0).tolist(), "dead": (load == 0).sum(1).tolist()}
+
+
+@pytest.mark.parametrize("counts, top_k, layers", [
+    ([[9, 8, 7, 8], [30, 20, 10, 4]], 1, None),
+    ([[9, 8, 7, 8], [100, 1, 1, 1]], 1, "layers 1 "),
+    ([[0, 10, 10, 10], [10, 10, 10, 10]], 1, None),
+    ([[0, 0, 10, 10], [10, 0, 0, 0]], 1, "layers 0, 1 "),
+    ([[5, 5, 5]], 3, None),
+])
+def test_dead_experts_and_near_total_imbalance_are_collapse(counts, top_k, layers):
+    text = describe_collapse(health(*counts), top_k)
+    assert text is None if layers is None else layers in text
+
+
+def test_a_run_warns_once_in_the_log_and_on_the_screen(fira, preset, data_folder, tmp_path,
+                                                       monkeypatch):
+    monkeypatch.setattr(loop, "COLLAPSE_STEPS", 3)
+    monkeypatch.setattr(loop, "describe_collapse", lambda health, top_k: "layers 0 are bad")
+    answer = fira("train", preset, f"data.folder={data_folder}", "train.steps=6", "--run",
+                  tmp_path / "run", "--device", "cpu")
+    events = [row for row in read_rows(tmp_path / "run") if row["kind"] == "event"]
+    assert [row["step"] for row in events] == [3]
+    assert "collapsed for 3 steps" in events[0]["text"]
+    assert answer.err.count("layers 0 are bad") == 1

@@ -1,11 +1,18 @@
-"""Muon: orthogonal updates, expert stacks as single matrices, AdamW for the rest."""
+"""Muon: orthogonal updates, expert stacks as single matrices, AdamW for the rest; and a head that
+follows the embedding moves as the sum that it stands for would."""
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fira.model import build
 from fira.model.spec import FIRA2Spec
+from fira.stages.pretrain import PRETRAIN
+from fira.stages.run import configure
 from fira.train.muon import MuonAdamW, orthogonalize
-from fira.train.optim import OptimConfig, make_optimizer, set_rates
+from fira.train.optim import OptimConfig, make_optimizer, rotated, rotated_back, set_rates
+
+SHAPE = {"vocab_size": 40, "d_model": 16, "n_head": 2, "n_kv_head": 1, "head_dim": 8,
+         "num_layers": 1, "d_ff": 8, "context": 8}
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (3, 16, 24)])
@@ -89,8 +96,7 @@ def test_experts_updated_every_nth_step_move_as_far(experts):
 
 
 def test_only_inner_matrices_are_muons():
-    model = build(FIRA2Spec(vocab_size=40, d_model=16, n_head=2, n_kv_head=1, head_dim=8,
-                            num_layers=1, d_ff=8, num_experts=2, top_k=1, context=8), seed=0)
+    model = build(FIRA2Spec(**SHAPE, num_experts=2, top_k=1), seed=0)
     groups = make_optimizer(model, OptimConfig(rule="muon")).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     muons = {names[id(p)].split(".", 2)[2]
@@ -100,9 +106,59 @@ def test_only_inner_matrices_are_muons():
 
 
 def test_a_dense_model_is_updated_in_every_step():
-    shape = {"vocab_size": 40, "d_model": 16, "n_head": 2, "n_kv_head": 1, "head_dim": 8,
-             "num_layers": 1, "d_ff": 8, "context": 8}
     for experts, interval in ((4, 3), (1, 1)):
-        model = build(FIRA2Spec(**shape, num_experts=experts, top_k=1), seed=0)
+        model = build(FIRA2Spec(**SHAPE, num_experts=experts, top_k=1), seed=0)
         groups = make_optimizer(model, OptimConfig(rule="muon", expert_interval=3)).param_groups
         assert [group["interval"] for group in groups if group["rule"] == "muon"] == [interval]
+
+
+STRENGTH = 0.25
+UNTIED = FIRA2Spec(**SHAPE, num_experts=2, top_k=1, tied=False)
+
+
+def steps(rule, whole):
+    """Three steps, `whole` with the sum in the forward pass, else by `head_follows`."""
+    model = build(UNTIED, seed=0)
+    embedding, head = model.token_embedding.weight, model.head.weight
+    if whole:  # what the head learns for itself is what is left of it
+        with torch.no_grad():
+            head.sub_(STRENGTH * rotated(embedding))
+    optimizer = make_optimizer(model, OptimConfig(
+        rule=rule, lr=0.01, embedding_lr=0.05, head_follows=0.0 if whole else STRENGTH),
+        weight_decay=0.0)
+    for step in range(3):
+        ids = torch.randint(0, 40, (4, 9), generator=torch.Generator().manual_seed(step))
+        rows = STRENGTH * rotated(embedding) + head if whole else head
+        logits = F.linear(model.features(ids[:, :-1]), rows)
+        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        set_rates(optimizer, step, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return embedding, STRENGTH * rotated(embedding) + head if whole else head
+
+
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_following_equals_learning_the_two_parts_of_a_sum(rule):
+    for ours, theirs in zip(steps(rule, False), steps(rule, True), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("width", [6, 7])
+def test_a_quarter_turn_is_orthogonal_and_has_an_inverse(width):
+    rows = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rotated_back(rotated(rows)), rows)
+    torch.testing.assert_close(rotated(rows) @ rotated(rows).T, rows @ rows.T)
+    if width % 2 == 0:
+        torch.testing.assert_close((rotated(rows) * rows).sum(1), torch.zeros(5))
+
+
+@pytest.mark.parametrize(("setting", "remedy"), [
+    ("model.tied=true", "set model.tied=false or optim.head_follows=0"),
+    ("parallel.pipeline=2", "set the first to 0 or the second to 1")])
+def test_what_has_no_head_to_move_is_refused(setting, remedy):
+    preset = {"model": UNTIED.model_dump(), "train": {"steps": 1, "sequence_length": 8,
+                                                    "batch_tokens": 32}}
+    configure(PRETRAIN, preset, ["optim.head_follows=0.25"])
+    with pytest.raises(ValueError, match=remedy):
+        configure(PRETRAIN, preset, ["optim.head_follows=0.25", setting])
