@@ -47,7 +47,6 @@ def test_a_chat_request_passes_few_files(model, tokenizer, compiled, most):  # n
 
 
 def test_a_training_step_passes_few_files(preset, data_folder, tmp_path, monkeypatch):
-    """From the batch on disk to the loss, back to the weights, and into the checkpoint."""
     step, paths = Loop._step, []
 
     def traced(loop, line):

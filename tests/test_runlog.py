@@ -1,6 +1,5 @@
 """The record of a run: every row once, whatever happens."""
 import csv
-import json
 import sys
 from types import SimpleNamespace
 
@@ -56,13 +55,6 @@ def test_the_table_is_rebuilt_on_resume(tmp_path):
     RunLog.resume(tmp_path, 3).close()
     assert [row["step"] for row in csv.DictReader(open(tmp_path / TABLE))] == ["1", "2", "3"]
 
-
-def test_sinks_see_every_row(tmp_path):
-    seen = []
-    log = RunLog(tmp_path, sinks=(seen.append,))
-    write_steps(log, 1, 2)
-    log.close()
-    assert seen == [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
 
 
 def test_a_tracker_receives_the_numbers_of_every_row(tmp_path, monkeypatch):

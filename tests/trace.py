@@ -1,11 +1,5 @@
 """Which files and functions of fira/ run while something is done: the reading path, counted.
 
-    with tracing() as path:
-        engine = start(...)      # threads started in here are watched too
-        path.clear()             # what was made ready does not count
-        answer(engine)
-    print(path)
-
 Do the thing once before it is traced, so that lazy imports and caches are not part of the path.
 """
 from __future__ import annotations

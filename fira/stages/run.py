@@ -180,11 +180,10 @@ def _open(stage: Stage, preset: str, config: Any, start: Start | None, run: Path
 
 def _note(model: Any, stage: Stage, tokenizer: Tokenizer, origin: Path | None) -> None:
     """What the step folders of this run say of their model, besides its spec."""
-    notes = read_config(origin / CONFIG)[1] if origin else {}
     model.stage, model.end_of_text = stage.name, tokenizer.end_of_text
     model.chat = bool(origin and knows_chat(origin))
     # 0: nothing read yet. A model made elsewhere has no such note: it reads its whole context.
-    model.trained_length = notes.get("trained_length") if origin else 0
+    model.trained_length = read_config(origin / CONFIG)[1]["trained_length"] if origin else 0
 
 
 def _speed_up(model: Any, recompute: bool, mesh: Mesh, screen: Console) -> None:

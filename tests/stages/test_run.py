@@ -222,8 +222,6 @@ def test_non_finite_steps_are_counted_and_several_end_the_run(preset, data_folde
 def test_what_is_no_place_for_a_run_is_one_line(preset, data_folder, undisturbed):
     with pytest.raises(OSError, match=r"config\.json"):
         run_micro(preset, data_folder, undisturbed / "config.json" / "run")
-    with pytest.raises(ValueError, match="already holds a run; --resume"):
-        run_micro(preset, data_folder, undisturbed)
     with runtime.claim(undisturbed), pytest.raises(ValueError, match="another process is writing"):
         run_micro(preset, data_folder, undisturbed, resume=True)
     with pytest.raises(ValueError, match=r"model\.d_ff cannot change"):
