@@ -309,13 +309,13 @@ def first_row(tensor: Tensor) -> int:
     return min(me * -(-tensor.shape[0] // ranks), tensor.shape[0])  # as torch.chunk cuts
 
 
-def apply_to_whole(function: Callable[[Tensor], Tensor], update: Tensor, like: Tensor) -> Tensor:
-    """function(update), where `update` is this rank's part of a tensor that is divided as the
-    parameter `like`. A matrix whose rows are sharded is gathered first, and this rank's rows of the
-    result are returned. Stacks are sharded between matrices, which are whole already."""
+def whole_matrices(update: Tensor, like: Tensor) -> tuple[Tensor, slice]:
+    """The whole of a matrix of which `update` is this rank's part, and the rows that it is.
+
+    The parameter `like` says how it is divided: the rows of a sharded matrix are gathered. Stacks
+    are sharded between matrices, so a part of a stack has whole matrices already."""
     if not isinstance(like, DTensor) or like.dim() > 2:
-        return function(update)
+        return update, slice(None)
     shards = DTensor.from_local(update, like.device_mesh, like.placements, shape=like.shape,
                                 stride=like.stride(), run_check=False)
-    start = first_row(like)
-    return function(shards.full_tensor())[start:start + len(update)]
+    return shards.full_tensor(), slice(first_row(like), first_row(like) + len(update))

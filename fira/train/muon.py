@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fira.parallel.layout import apply_to_whole, first_row, local
+from fira.parallel.layout import first_row, local, whole_matrices
 from fira.runtime import product_dtype
 
 # Odd polynomials a x + b x^3 + c x^5 whose composition takes singular values in 0.005..1 to
@@ -66,7 +66,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter in parameters:
             rows = _due(parameter, group["step"], group["interval"])
             ahead = self._ahead(parameter, rows, group["betas"][0])
-            update = apply_to_whole(orthogonalize, ahead, parameter)
+            matrices, own = whole_matrices(ahead, parameter)
+            update = orthogonalize(matrices)[own]
             scale = RMS * max(parameter.shape[-2:]) ** 0.5
             rate = group["lr"] * (rows.step or 1)
             weights = local(parameter)[rows]
