@@ -56,7 +56,6 @@ def test_the_table_is_rebuilt_on_resume(tmp_path):
     assert [row["step"] for row in csv.DictReader(open(tmp_path / TABLE))] == ["1", "2", "3"]
 
 
-
 def test_a_tracker_receives_the_numbers_of_every_row(tmp_path, monkeypatch):
     seen = []
 

@@ -67,12 +67,11 @@ class MuonAdamW(torch.optim.Optimizer):
             rows = _due(parameter, group["step"], group["interval"])
             ahead = self._ahead(parameter, rows, group["betas"][0])
             matrices, own = whole_matrices(ahead, parameter)
-            update = orthogonalize(matrices)[own]
             scale = RMS * max(parameter.shape[-2:]) ** 0.5
             rate = group["lr"] * (rows.step or 1)
             weights = local(parameter)[rows]
             weights.mul_(1 - rate * group["weight_decay"])
-            weights.add_(update, alpha=-rate * scale)
+            weights.add_(orthogonalize(matrices)[own], alpha=-rate * scale)
 
     def _ahead(self, parameter: Tensor, rows: slice, momentum: float) -> Tensor:
         """Nesterov's look ahead of the momentum, which takes the gradient up; of `rows` only."""

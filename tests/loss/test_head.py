@@ -48,9 +48,8 @@ def test_values_and_gradients_equal_whole_logits(bias, ignored):
     ours = head_loss(x, weight, offset, targets)
     plain = F.cross_entropy(F.linear(x, weight, offset), targets)
     torch.testing.assert_close(ours, plain)
-    for a, b in zip(torch.autograd.grad(3 * ours, wanted), torch.autograd.grad(3 * plain, wanted),
-                    strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.autograd.grad(3 * ours, wanted),
+                               torch.autograd.grad(3 * plain, wanted), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["untied with bias", "tied"])
@@ -106,9 +105,9 @@ def test_weighted_targets_equal_the_weighted_mean_of_whole_logits():
     scored = weights * (targets != IGNORED)
     plain = (scored * each).sum() / scored.sum()
     torch.testing.assert_close(ours, plain)
-    for a, b in zip(torch.autograd.grad(ours, [x, weight, offset]),
-                    torch.autograd.grad(plain, [x, weight, offset]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    wanted = [x, weight, offset]
+    torch.testing.assert_close(torch.autograd.grad(ours, wanted),
+                               torch.autograd.grad(plain, wanted), rtol=1e-5, atol=1e-7)
 
 
 def test_the_loss_of_each_token_has_a_gradient():
@@ -118,9 +117,9 @@ def test_the_loss_of_each_token_has_a_gradient():
     plain = (advantages * F.cross_entropy(F.linear(x, weight, offset), targets,
                                           reduction="none")).sum()
     torch.testing.assert_close(ours, plain)
-    for a, b in zip(torch.autograd.grad(ours, [x, weight, offset]),
-                    torch.autograd.grad(plain, [x, weight, offset]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    wanted = [x, weight, offset]
+    torch.testing.assert_close(torch.autograd.grad(ours, wanted),
+                               torch.autograd.grad(plain, wanted), rtol=1e-5, atol=1e-6)
 
 
 def test_the_divergence_from_a_teacher_equals_that_of_whole_logits():
@@ -137,10 +136,8 @@ def test_the_divergence_from_a_teacher_equals_that_of_whole_logits():
     plain = each[targets != IGNORED].mean()
     torch.testing.assert_close(ours, plain)
     parameters = [p for p in student.parameters() if p.requires_grad]
-    ours, plain = (torch.autograd.grad(loss, parameters, allow_unused=True)
-                   for loss in (ours, plain))
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, parameters, allow_unused=True)
+                                 for loss in (ours, plain)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["untied with bias", "tied"])

@@ -30,9 +30,8 @@ def test_a_replayed_pass_equals_the_watched_one_in_values_and_gradients(name):
     with replay(model, chosen):
         again = model(TOKENS)
         assert torch.equal(again, logits)
-        for ours, theirs in zip(torch.autograd.grad(again.sum(), parameters), gradients,
-                                strict=True):
-            assert torch.equal(ours, theirs)
+        torch.testing.assert_close(torch.autograd.grad(again.sum(), parameters), gradients,
+                                   rtol=0, atol=0)
     assert health(routers(model)) == counted  # nothing was counted
 
 

@@ -140,8 +140,7 @@ def steps(rule, whole):
 
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
 def test_following_equals_learning_the_two_parts_of_a_sum(rule):
-    for ours, theirs in zip(steps(rule, False), steps(rule, True), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(steps(rule, False), steps(rule, True), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("width", [6, 7])
