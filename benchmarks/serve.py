@@ -1,23 +1,19 @@
-"""Tests `fira serve` from outside: under load, with generated requests, with OpenAI's client tests.
+"""Tests `fira serve` with a tiny random model: under load, generated requests, OpenAI's client.
 
     python benchmarks/serve.py load --streams 200 --seconds 60
     python benchmarks/serve.py fuzz --cases 1000 --seed 3
     python benchmarks/serve.py client PATH/TO/openai-python
 
-Each starts a server with a tiny random model and prints one table.
-
-load keeps `streams` requests streaming for `seconds`, beside a client that hardly reads a very long
-stream. Every greedy completion is compared with `generate`: none may be lost, wrong or cut, and the
-server's memory may not grow by a tenth after the first quarter. Then the server is killed with -9
-during completions, and must serve again.
+load keeps `streams` requests streaming for `seconds`, beside a client that hardly reads a long
+stream. Every greedy completion is compared with `generate`. None may be lost, wrong or cut, memory
+may not grow by a tenth after the first quarter, and a server killed with -9 must serve again.
 
 fuzz lets schemathesis read /openapi.json and send `cases` valid requests to each operation and as
 many invalid ones to each that takes a body. No response may be a 5xx, take 30 seconds, or have a
 status, content type or form that is not described, and no invalid request may be accepted.
 
-client runs the tests of a checkout of openai-python (pip install pytest-asyncio aiohttp) for chat,
-completions and models against the server instead of its mock. Tests that ask for what the server
-does not do must end in the client's error for a status 4xx; REFUSED has the reasons.
+client runs the tests of a checkout of openai-python (pip install pytest-asyncio aiohttp). Tests of
+what the server does not do must end in the client's error for a status 4xx; REFUSED has reasons.
 """
 from __future__ import annotations
 
