@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from record import append, machine, new_parser
 
+from fira.data.batches import Shards
 from fira.data.prepare import prepare
-from fira.data.shards import Shards
 from fira.data.text import texts
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 

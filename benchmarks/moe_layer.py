@@ -24,10 +24,9 @@ from record import append, machine, new_parser, peak_memory, reset_peak, time_in
 from torch import nn
 from torch.nn import functional as F
 
-from fira.model.balance import METHODS
 from fira.model.initialize import initialize
 from fira.model.moe import Dense, MoE, SwiGLUExperts
-from fira.model.router import Router
+from fira.model.router import METHODS, Router
 from fira.runtime import autocast, keep_large_blocks, pick_device
 
 OURS = {"cpu": ("dense", "fira"),

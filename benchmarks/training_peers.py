@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fira.data.shards import Shards
+from fira.data.batches import Shards
 from fira.data.text import Item
 from fira.data.tokenizer import Tokenizer
 from fira.eval.bits_per_byte import score

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fira.files import find_damage, sha256, sync, write_json, write_manifest
 from fira.model import build_meta
-from fira.model.files import ADAPTER, CONFIG, WEIGHTS, find_base, write_config
+from fira.model.files import ADAPTER, CONFIG, WEIGHTS, find_base
 from fira.parallel.files import Writer, read_slice
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
@@ -65,7 +65,7 @@ class Checkpoints:
         layout.model.base = self.base
 
         def begin() -> None:
-            write_config(layout.model, partial)
+            write_json(partial / CONFIG, layout.model.config())
             for name in TOKENIZER_FILES:
                 shutil.copyfile(self.tokenizer_folder / name, partial / name)
             write_json(partial / STATE, state)

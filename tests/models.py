@@ -4,10 +4,9 @@ from unittest import mock
 import torch
 
 from fira import model
-from fira.model.balance import METHODS
 from fira.model.initialize import initialize
 from fira.model.moe import MoE, SwiGLUExperts
-from fira.model.router import Router
+from fira.model.router import METHODS, Router
 from fira.model.spec import FIRA2Spec, FIRASpec
 
 TINY = dict(vocab_size=31, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=4, top_k=2,

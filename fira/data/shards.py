@@ -1,4 +1,4 @@
-"""A data folder: token ids in memory-mapped shards, described by a manifest with checksums.
+"""A data folder on disk: token ids in shards, described by a manifest with checksums.
 
 Each split is one long stream of ids, with end-of-text after every document. The stream is cut into
 files of `shard_tokens` ids, so position p is in shard p // shard_tokens.
@@ -34,52 +34,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} has no {min(missing)}; delete {folder} and prepare the data "
                          "again")
     return manifest
-
-
-class Shards:
-    """One split of a data folder as a sequence of ids: `len(shards)`, `shards[start:stop]`."""
-
-    def __init__(self, folder: str | Path, split: str = "train"):
-        """Map a split. Raises ValueError for a missing or truncated shard."""
-        manifest = read_manifest(folder)
-        if split not in manifest["splits"]:
-            raise ValueError(f"{folder} has no split {split!r}; it has: "
-                             f"{', '.join(manifest['splits'])}")
-        self.folder, self.dtype = Path(folder), np.dtype(manifest["dtype"])
-        self.shard_tokens: int = manifest["shard_tokens"]
-        self.length: int = manifest["splits"][split]["tokens"]
-        self.described: list[dict[str, Any]] = manifest["splits"][split]["shards"]
-        self.shards = [self._map(shard) for shard in self.described]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, where: slice) -> np.ndarray:
-        """Ids of a range of positions: a view into the map unless the range spans shards."""
-        start, stop, step = where.indices(self.length)
-        assert step == 1, step
-        parts = []
-        while start < stop:
-            number, offset = divmod(start, self.shard_tokens)
-            parts.append(self.shards[number][offset:offset + stop - start])
-            start += len(parts[-1])
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
-
-    def verify(self) -> None:
-        """Compare every shard with its checksum. Raises ValueError for one that was altered."""
-        for shard in self.described:
-            file = self.folder / shard["file"]
-            if sha256(file) != shard["sha256"]:
-                raise ValueError(f"{file} was altered (its SHA-256 differs from the manifest); "
-                                 f"delete {self.folder} and prepare it again")
-
-    def _map(self, shard: dict[str, Any]) -> np.ndarray:
-        file, due = self.folder / shard["file"], shard["tokens"] * self.dtype.itemsize
-        size = file.stat().st_size if file.is_file() else None
-        if size != due:
-            what = "missing" if size is None else f"truncated: {size:,} bytes, not {due:,}"
-            raise ValueError(f"{file} is {what}; delete {self.folder} and prepare it again")
-        return np.memmap(file, self.dtype, mode="r")
 
 
 class ShardWriter:

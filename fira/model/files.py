@@ -31,18 +31,10 @@ NOTES = ("end_of_text", "trained_length", "quantization", "stage", "chat", "base
 
 def save_weights(model: Any, folder: str | Path) -> None:
     """Write model.safetensors and config.json."""
-    write_config(model, folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / CONFIG, model.config())
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-
-
-def write_config(model: Any, folder: str | Path) -> None:
-    """Write config.json: the spec, and those of NOTES that are known."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    notes = {note: getattr(model, note, None) for note in NOTES}
-    write_json(folder / CONFIG,
-               model.spec.model_dump() | {k: v for k, v in notes.items() if v is not None})
 
 
 def knows_chat(step_folder: str | Path) -> bool:

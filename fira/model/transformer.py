@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fira.model.files import read_model
+from fira.model.files import NOTES, read_model
 from fira.model.generate import generate
 
 
@@ -171,6 +171,11 @@ class Transformer(nn.Module):
         spec = self.spec
         return KeyValueCache(spec.num_layers, batch, spec.n_kv_head, capacity or spec.context,
                              spec.head_dim, like=self.token_embedding.weight)
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds: the spec, and those of NOTES that are known."""
+        notes = {note: getattr(self, note, None) for note in NOTES}
+        return self.spec.model_dump() | {k: v for k, v in notes.items() if v is not None}
 
     generate = generate
 

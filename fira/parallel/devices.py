@@ -17,7 +17,7 @@ from fira.config import ConfigError
 from fira.data.batches import Batch
 from fira.loss.head import next_token_loss
 from fira.model import build_meta
-from fira.model.balance import end_step, set_loss_share, set_progress
+from fira.model.router import end_step, set_loss_share, set_progress
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import ParallelConfig, enter
 from fira.parallel.pipeline import SCHEDULES, Ready, Stage, layers_of
@@ -120,7 +120,8 @@ class DevicePipeline(PipelineModel):
 
     def end_step(self, fraction: float = 0.0) -> None:
         set_progress(self.model, fraction)
-        end_step(self.model)
+        for stage in self.stages:
+            end_step(stage)
 
 
 def _view(model: Any, device: torch.device) -> Any:

@@ -19,10 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from fira.model.balance import end_step, health, set_loss_share
 from fira.model.initialize import TensorSlice, initialize
 from fira.model.moe import MoE
-from fira.model.router import routers
+from fira.model.router import end_step, health, routers, set_loss_share
 from fira.parallel.expert import keep_experts
 from fira.parallel.mesh import Mesh
 from fira.parallel.pipeline import Pipeline, Ready, keep_stage

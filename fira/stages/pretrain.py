@@ -10,8 +10,7 @@ from pydantic import Field
 from rich.console import Console
 
 from fira.config import Config, ConfigError
-from fira.data.batches import Batch, Batches, sequential
-from fira.data.shards import Shards
+from fira.data.batches import Batch, Batches, Shards, sequential
 from fira.data.tokenizer import Tokenizer
 from fira.loss.head import next_token_loss
 from fira.parallel.layout import Layout

@@ -28,9 +28,9 @@ from fira.model.transformer import count_parameters
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh, ParallelConfig, check_fit, joined
 from fira.runlog import NoLog, RunLog, tracker
-from fira.train.config import ScheduleConfig, TrainConfig, fraction_done, rate_factor
-from fira.train.loop import Loop, LoopState, Recipe
-from fira.train.optim import OptimConfig, make_optimizer
+from fira.train.config import TrainConfig
+from fira.train.loop import Loop, LoopState, Recipe, fraction_done
+from fira.train.optim import OptimConfig, ScheduleConfig, make_optimizer, rate_factor
 from fira.train.recompute import recompute_blocks
 
 # Model settings that may change with --from, because they do not change what the model computes.

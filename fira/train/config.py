@@ -1,8 +1,4 @@
-"""How long a run is, how often it is saved, and its learning rate over time: settings and rules.
-
-Time is the fraction of the run that is done, 0 to 1, so that the same rules serve a run whose
-length is given in steps and one whose length is given in minutes.
-"""
+"""Settings of a run: how long it is, how often it is saved, and how text is cut into batches."""
 from __future__ import annotations
 
 import math
@@ -78,33 +74,3 @@ class TrainConfig(LoopConfig):
     def batch_size(self) -> int:
         """Sequences of the full length per optimizer step."""
         return self.batch_tokens // self.sequence_length
-
-
-class ScheduleConfig(Config):
-    """The learning rate as a factor of its peak."""
-
-    kind: Literal["cosine", "constant"] = Field(
-        "cosine", description="cosine: annealed all the way; constant: held, then decayed linearly")
-    warmup: float = Field(0.02, ge=0, lt=1, description="fraction of the run that warms up")
-    decay: float = Field(0.3, gt=0, le=1, description="constant: fraction of the run that decays")
-    floor: float = Field(0.1, ge=0, le=1, description="final factor of the peak")
-
-
-def fraction_done(config: LoopConfig, step: int, seconds: float) -> float:
-    """The fraction of the run that is done, 0..1: by steps or by the clock, the larger."""
-    by_steps = step / config.steps if config.steps else 0.0
-    by_clock = seconds / (60 * config.minutes) if config.minutes else 0.0
-    return max(by_steps, by_clock)
-
-
-def rate_factor(config: ScheduleConfig, fraction: float) -> float:
-    """Learning rate over its peak after `fraction` (0..1) of the run."""
-    fraction = min(max(fraction, 0.0), 1.0)
-    if fraction < config.warmup:
-        # The first step's fraction is 0: with a hundredth of the peak it learns a little.
-        return max(fraction / config.warmup, 0.01)
-    if config.kind == "cosine":
-        angle = math.pi * (fraction - config.warmup) / (1 - config.warmup)
-        return config.floor + (1 - config.floor) * (1 + math.cos(angle)) / 2
-    left = min((1 - fraction) / config.decay, 1.0)
-    return config.floor + (1 - config.floor) * left

@@ -18,13 +18,12 @@ import torch
 from rich.console import Console
 
 from fira.checkpoint import Checkpoints
-from fira.model.balance import set_progress
-from fira.model.router import routers
+from fira.model.router import routers, set_progress
 from fira.parallel.layout import Layout, LossFn
 from fira.runlog import NoLog, ProgressLine, RunLog
 from fira.runtime import seed_step
-from fira.train.config import LoopConfig, ScheduleConfig, fraction_done, rate_factor
-from fira.train.optim import set_rates, update
+from fira.train.config import LoopConfig
+from fira.train.optim import ScheduleConfig, rate_factor, set_rates, update
 
 MAX_SKIPS = 5  # skipped steps in a row before a run gives up
 COLLAPSE_STEPS = 50  # of collapsed routing before it is reported: the first steps recover alone
@@ -268,6 +267,13 @@ class Loop:
         finally:
             for number in numbers:
                 signal.signal(number, before[number])
+
+
+def fraction_done(config: LoopConfig, step: int, seconds: float) -> float:
+    """The fraction of the run that is done, 0..1: by steps or by the clock, the larger."""
+    by_steps = step / config.steps if config.steps else 0.0
+    by_clock = seconds / (60 * config.minutes) if config.minutes else 0.0
+    return max(by_steps, by_clock)
 
 
 def describe_collapse(health: dict[str, Any], top_k: int) -> str | None:

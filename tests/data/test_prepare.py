@@ -16,8 +16,9 @@ import pytest
 
 from fira import runtime
 from fira.data import prepare as module
+from fira.data.batches import Shards
 from fira.data.prepare import prepare
-from fira.data.shards import Shards, ShardWriter, read_manifest
+from fira.data.shards import ShardWriter, read_manifest
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.files import sha256
 

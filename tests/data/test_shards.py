@@ -4,8 +4,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fira.data.batches import Shards
 from fira.data.prepare import prepare
-from fira.data.shards import Shards
 
 
 @pytest.fixture

@@ -3,9 +3,8 @@ import pytest
 import torch
 
 from fira.model import load_pretrained
-from fira.model.balance import METHODS, end_step, even_bias, health, set_progress
 from fira.model.files import save_weights
-from fira.model.router import routers
+from fira.model.router import METHODS, end_step, even_bias, health, routers, set_progress
 from tests.models import assert_equal_with_gradients, build, build_moe, tiny_spec
 
 

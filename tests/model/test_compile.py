@@ -9,8 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from fira.loss.head import head_loss
-from fira.model.balance import end_step, health, set_loss_share, set_progress
-from fira.model.router import routers
+from fira.model.router import end_step, health, routers, set_loss_share, set_progress
 from tests.models import build, tiny_spec
 
 WIDE = dict(d_model=32, n_head=4, num_layers=1)

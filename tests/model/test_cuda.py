@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from fira.loss.head import head_loss
-from fira.model.balance import health
-from fira.model.router import Watch, replay, routers
+from fira.model.router import Watch, health, replay, routers
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.runtime import autocast
 from tests.models import build

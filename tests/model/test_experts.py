@@ -4,8 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fira.model.fast import expert_linear
-from fira.model.fast.experts import HAS_BATCH, SortedLinear, add_bias, grouped_linear
+from fira.model.fast import HAS_BATCH, SortedLinear, add_bias, expert_linear, grouped_linear
 from fira.model.moe import GELUExperts, SwiGLUExperts, expert_linear_plain, grouping_obstacle
 from tests.models import assert_equal_with_gradients
 

@@ -8,9 +8,8 @@ import torch
 from torch.nn import functional as F
 
 import fira.model.fast as fast
-from fira.model.balance import end_step, health, set_loss_share
-from fira.model.moe import MoE, sort_by_expert
-from fira.model.router import Watch, replay, routers
+from fira.model.moe import Gather, MoE, Scatter, sort_by_expert
+from fira.model.router import Watch, end_step, health, replay, routers, set_loss_share
 from tests.models import NAMES, assert_equal_with_gradients, build, build_moe, tiny_spec
 
 X_BTD = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -149,10 +148,10 @@ def test_scatter_and_gather_equal_their_definitions_and_fast_forms(top_k, monkey
     upstream_ND = torch.randn(6, 5, generator=generator)
 
     def scatter(x_ND, order):
-        return fast.Scatter.apply(x_ND, order.tokens_R, order.inverse_NK)
+        return Scatter.apply(x_ND, order.tokens_R, order.inverse_NK)
 
     def gather(rows_RD, weights_NK, order):
-        return fast.Gather.apply(rows_RD, weights_NK, order.order_R, order.inverse_NK)
+        return Gather.apply(rows_RD, weights_NK, order.order_R, order.inverse_NK)
 
     def run(scatter, gather):
         out_ND = gather(scatter(x_ND, order).square(), weights_NK, order)

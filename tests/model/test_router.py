@@ -8,8 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fira.model import build
-from fira.model.balance import health, set_loss_share, set_progress
-from fira.model.router import Watch, replay, routers
+from fira.model.router import Watch, health, replay, routers, set_loss_share, set_progress
 from tests.models import NAMES, tiny_spec
 
 SPECS = {name: tiny_spec(name) for name in NAMES}

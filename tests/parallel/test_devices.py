@@ -6,8 +6,7 @@ from fira.config import ConfigError
 from fira.data.batches import Batch
 from fira.loss.head import next_token_loss
 from fira.model import build
-from fira.model.balance import end_step, health
-from fira.model.router import routers
+from fira.model.router import end_step, health, routers
 from fira.train.optim import OptimConfig, make_optimizer
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_parity import SPECS, batch

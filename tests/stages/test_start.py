@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fira.data.batches import Batches
-from fira.data.shards import Shards
+from fira.data.batches import Batches, Shards
 from fira.model import load_pretrained
 from fira.model.files import INDEX
 from fira.runlog import read_rows

@@ -8,8 +8,15 @@ from fira.model import build
 from fira.model.spec import FIRA2Spec
 from fira.stages.pretrain import PRETRAIN
 from fira.stages.run import configure
-from fira.train.muon import MuonAdamW, orthogonalize
-from fira.train.optim import OptimConfig, make_optimizer, rotated, rotated_back, set_rates
+from fira.train.optim import (
+    MuonAdamW,
+    OptimConfig,
+    make_optimizer,
+    orthogonalize,
+    rotated,
+    rotated_back,
+    set_rates,
+)
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_head": 2, "n_kv_head": 1, "head_dim": 8,
          "num_layers": 1, "d_ff": 8, "context": 8}
@@ -17,7 +24,7 @@ SHAPE = {"vocab_size": 40, "d_model": 16, "n_head": 2, "n_kv_head": 1, "head_dim
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (3, 16, 24)])
 def test_orthogonalized_singular_values_are_near_one_and_directions_stay(shape, monkeypatch):
-    monkeypatch.setattr("fira.train.muon.product_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("fira.train.optim.product_dtype", lambda device: torch.float32)
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     result = orthogonalize(matrix)
@@ -32,7 +39,7 @@ def test_bfloat16_products_orthogonalize_nearly_as_well(monkeypatch):
     matrices = torch.randn(8, 64, 128, generator=torch.Generator().manual_seed(0))
     exact, rounded = [], []
     for dtype, results in ((torch.float32, exact), (torch.bfloat16, rounded)):
-        monkeypatch.setattr("fira.train.muon.product_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr("fira.train.optim.product_dtype", lambda device, dtype=dtype: dtype)
         results.append(orthogonalize(matrices))
     assert rounded[0].dtype == torch.float32
     assert 0 < float((rounded[0] - exact[0]).norm() / exact[0].norm()) < 0.02

@@ -4,8 +4,7 @@ import torch
 
 from fira.loss.head import next_token_loss
 from fira.model import build
-from fira.model.balance import health
-from fira.model.router import routers
+from fira.model.router import health, routers
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.runtime import seed_step
 from fira.train.recompute import recompute_blocks

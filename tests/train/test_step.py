@@ -13,9 +13,15 @@ from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
 from fira.runlog import read_rows
 from fira.train import loop
-from fira.train.config import ScheduleConfig, rate_factor
 from fira.train.loop import describe_collapse
-from fira.train.optim import OptimConfig, make_optimizer, parameter_groups, update
+from fira.train.optim import (
+    OptimConfig,
+    ScheduleConfig,
+    make_optimizer,
+    parameter_groups,
+    rate_factor,
+    update,
+)
 
 SPECS = [
     FIRASpec(vocab_size=40, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=3, top_k=2,
