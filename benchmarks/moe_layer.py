@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from fira.model.initialize import initialize
 from fira.model.moe import Dense, MoE, SwiGLUExperts
 from fira.model.router import METHODS, Router
-from fira.runtime import autocast, keep_large_blocks, pick_device
+from fira.parallel.pipeline import autocast
+from fira.runtime import keep_large_blocks, pick_device
 
 OURS = {"cpu": ("dense", "fira"),
         "cuda": ("dense", "dense compiled", "fira", "fira compiled")}
@@ -93,7 +94,7 @@ def work(side: str, shape: Shape, device: torch.device) -> Callable[[], None]:
         module.eval()
 
         def decode() -> None:
-            with torch.inference_mode(), autocast(device):
+            with torch.inference_mode(), autocast():
                 module(x)
         return decode
     module.train()
@@ -101,7 +102,7 @@ def work(side: str, shape: Shape, device: torch.device) -> Callable[[], None]:
     upstream = torch.randn_like(x)
 
     def step() -> None:
-        with autocast(device):
+        with autocast():
             out = module(x)
         out.backward(upstream.to(out.dtype))
         x.grad = None
@@ -119,7 +120,7 @@ def products(shape: Shape, device: torch.device) -> Callable[[], None]:
     x, choices = torch.randn(1, D, device=device), iter(picks * 1000)
 
     def decode() -> None:
-        with torch.inference_mode(), autocast(device):
+        with torch.inference_mode(), autocast():
             for e in next(choices):
                 gate, up, down = (stack[e] for stack in stacks)
                 F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)

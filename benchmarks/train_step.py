@@ -33,7 +33,8 @@ from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.model.transformer import count_parameters
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
-from fira.runtime import autocast, keep_large_blocks, pick_device
+from fira.parallel.pipeline import autocast
+from fira.runtime import keep_large_blocks, pick_device
 from fira.train.optim import MAX_NORM, OptimConfig, make_optimizer, set_rates, update
 
 SMALL = {"num_layers": 2, "vocab_size": 8192}
@@ -122,7 +123,7 @@ def peer_step(kind: str, spec: Any,
     def step(micro_batches: Sequence[torch.Tensor]) -> None:
         for ids in micro_batches:
             ids = ids[:, :-1].to(device)
-            with autocast(device):
+            with autocast():
                 loss = model(input_ids=ids, labels=ids).loss / len(micro_batches)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

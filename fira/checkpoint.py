@@ -65,6 +65,7 @@ class Checkpoints:
         layout.model.base = self.base
 
         def begin() -> None:
+            partial.mkdir(exist_ok=True)
             write_json(partial / CONFIG, layout.model.config())
             for name in TOKENIZER_FILES:
                 shutil.copyfile(self.tokenizer_folder / name, partial / name)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -33,31 +33,6 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} is not available on this machine; "
                          "use --device cpu, or auto to take the best there is")
     return torch.device(name)
-
-
-def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 products on CUDA, plain float32 elsewhere (bf16 products are slow on most CPUs)."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where this device multiplies it faster than float32, else float32."""
-    import torch
-
-    native = (device.type == "cuda"
-              or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if native else torch.float32
-
-
-def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Seed dropout for one step from its number alone: a resumed run needs no saved state."""
-    import torch
-
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step + rank * 0xD1B54A32D192ED03) % 2**63)
 
 
 def keep_large_blocks() -> bool:

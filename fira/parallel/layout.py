@@ -24,8 +24,7 @@ from fira.model.moe import MoE
 from fira.model.router import end_step, health, routers, set_loss_share
 from fira.parallel.expert import keep_experts
 from fira.parallel.mesh import Mesh
-from fira.parallel.pipeline import Pipeline, Ready, keep_stage
-from fira.runtime import autocast
+from fira.parallel.pipeline import Pipeline, Ready, autocast, keep_stage
 
 LossFn = Callable[[Any, Any], "tuple[Tensor, dict[str, Any]]"]
 Result = tuple[float, Tensor, dict[str, Tensor]]  # of a micro-batch: share, mean loss, metrics
@@ -108,7 +107,7 @@ class Layout:
 
         def loss_of(model: Any, number: int) -> Tensor:
             batch, share = to_device(batches[number], self.mesh.device), shares[number][0]
-            with autocast(self.mesh.device):
+            with autocast():
                 loss, metrics = loss_fn(model, batch)
             results.append((share, loss.detach(), {
                 name: torch.as_tensor(value).detach() for name, value in metrics.items()}))
@@ -217,7 +216,7 @@ class Layout:
             if x_BTD is None:
                 return None
             model = Ready(model, x_BTD)
-        with autocast(self.mesh.device):
+        with autocast():
             result = function(model, batch)
         if self.sharded:
             self.model.reshard()  # free what stays gathered until a backward pass

@@ -6,6 +6,7 @@ ready. The router's own losses enter inside the layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from fira import runtime
+# bfloat16 products on CUDA, plain float32 elsewhere (bf16 products are slow on most CPUs)
+autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=torch.cuda.is_available())
 
 SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
@@ -42,7 +44,7 @@ class Stage(nn.Module):
         self.layers = list(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        with runtime.autocast(x.device):
+        with autocast():
             x = self.model.embed(x) if self.first else x
             if torch.is_grad_enabled() and not x.requires_grad:
                 x = x.requires_grad_()  # a frozen embedding; a pipeline's outputs need a gradient

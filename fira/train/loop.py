@@ -21,7 +21,6 @@ from fira.checkpoint import Checkpoints
 from fira.model.router import routers, set_progress
 from fira.parallel.layout import Layout, LossFn
 from fira.runlog import NoLog, ProgressLine, RunLog
-from fira.runtime import seed_step
 from fira.train.config import LoopConfig
 from fira.train.optim import ScheduleConfig, rate_factor, set_rates, update
 
@@ -267,6 +266,11 @@ class Loop:
         finally:
             for number in numbers:
                 signal.signal(number, before[number])
+
+
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed dropout for one step from its number alone: a resumed run needs no saved state."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step + rank * 0xD1B54A32D192ED03) % 2**63)
 
 
 def fraction_done(config: LoopConfig, step: int, seconds: float) -> float:

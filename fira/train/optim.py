@@ -23,7 +23,6 @@ from torch.optim.adamw import adamw
 from fira.config import Config
 from fira.model.router import routers
 from fira.parallel.layout import first_row, local, whole_matrices
-from fira.runtime import product_dtype
 
 BETAS = 0.9, 0.95  # decay of the averages of gradients and of their squares, as in GPT-3
 WEIGHT_DECAY = 0.1  # decoupled, of matrices only; GPT-3's, and the same in every preset
@@ -150,6 +149,13 @@ def update(optimizer: torch.optim.Optimizer, loss: float, norm: float,
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return finite
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where this device multiplies it faster than float32, else float32."""
+    native = (device.type == "cuda"
+              or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if native else torch.float32
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

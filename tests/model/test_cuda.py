@@ -9,7 +9,7 @@ import torch
 from fira.loss.head import head_loss
 from fira.model.router import Watch, health, replay, routers
 from fira.model.spec import FIRA2Spec, FIRASpec
-from fira.runtime import autocast
+from fira.parallel.pipeline import autocast
 from tests.models import build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -39,7 +39,7 @@ def train_once(spec, device, compiled=False, bf16=False, choices=None):
         if choices:
             stack.enter_context(replay(model, [one.to(device) for one in choices]))
         if bf16:
-            stack.enter_context(autocast(device))
+            stack.enter_context(autocast())
         x_BTD = model.norm(model.through(blocks, model.embed(ids_BT[:, :-1])))
         loss = head_loss(x_BTD, *model.head_weights(), ids_BT[:, 1:].contiguous())
         loss.backward()

@@ -8,15 +8,8 @@ from fira.model import build
 from fira.model.spec import FIRA2Spec
 from fira.stages.pretrain import PRETRAIN
 from fira.stages.run import configure
-from fira.train.optim import (
-    MuonAdamW,
-    OptimConfig,
-    make_optimizer,
-    orthogonalize,
-    rotated,
-    rotated_back,
-    set_rates,
-)
+from fira.train import optim
+from fira.train.optim import MuonAdamW, OptimConfig, make_optimizer, orthogonalize, set_rates
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_head": 2, "n_kv_head": 1, "head_dim": 8,
          "num_layers": 1, "d_ff": 8, "context": 8}
@@ -24,7 +17,7 @@ SHAPE = {"vocab_size": 40, "d_model": 16, "n_head": 2, "n_kv_head": 1, "head_dim
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (3, 16, 24)])
 def test_orthogonalized_singular_values_are_near_one_and_directions_stay(shape, monkeypatch):
-    monkeypatch.setattr("fira.train.optim.product_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(optim, "product_dtype", lambda device: torch.float32)
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     result = orthogonalize(matrix)
@@ -39,7 +32,7 @@ def test_bfloat16_products_orthogonalize_nearly_as_well(monkeypatch):
     matrices = torch.randn(8, 64, 128, generator=torch.Generator().manual_seed(0))
     exact, rounded = [], []
     for dtype, results in ((torch.float32, exact), (torch.bfloat16, rounded)):
-        monkeypatch.setattr("fira.train.optim.product_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(optim, "product_dtype", lambda device, dtype=dtype: dtype)
         results.append(orthogonalize(matrices))
     assert rounded[0].dtype == torch.float32
     assert 0 < float((rounded[0] - exact[0]).norm() / exact[0].norm()) < 0.02
@@ -129,20 +122,20 @@ def steps(rule, whole):
     embedding, head = model.token_embedding.weight, model.head.weight
     if whole:  # what the head learns for itself is what is left of it
         with torch.no_grad():
-            head.sub_(STRENGTH * rotated(embedding))
+            head.sub_(STRENGTH * optim.rotated(embedding))
     optimizer = make_optimizer(model, OptimConfig(
         rule=rule, lr=0.01, embedding_lr=0.05, head_follows=0.0 if whole else STRENGTH),
         weight_decay=0.0)
     for step in range(3):
         ids = torch.randint(0, 40, (4, 9), generator=torch.Generator().manual_seed(step))
-        rows = STRENGTH * rotated(embedding) + head if whole else head
+        rows = STRENGTH * optim.rotated(embedding) + head if whole else head
         logits = F.linear(model.features(ids[:, :-1]), rows)
         F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
         set_rates(optimizer, step, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        return embedding, STRENGTH * rotated(embedding) + head if whole else head
+        return embedding, STRENGTH * optim.rotated(embedding) + head if whole else head
 
 
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
@@ -153,10 +146,10 @@ def test_following_equals_learning_the_two_parts_of_a_sum(rule):
 @pytest.mark.parametrize("width", [6, 7])
 def test_a_quarter_turn_is_orthogonal_and_has_an_inverse(width):
     rows = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(rotated_back(rotated(rows)), rows)
-    torch.testing.assert_close(rotated(rows) @ rotated(rows).T, rows @ rows.T)
+    assert torch.equal(optim.rotated_back(optim.rotated(rows)), rows)
+    torch.testing.assert_close(optim.rotated(rows) @ optim.rotated(rows).T, rows @ rows.T)
     if width % 2 == 0:
-        torch.testing.assert_close((rotated(rows) * rows).sum(1), torch.zeros(5))
+        torch.testing.assert_close((optim.rotated(rows) * rows).sum(1), torch.zeros(5))
 
 
 @pytest.mark.parametrize(("setting", "remedy"), [

@@ -6,7 +6,7 @@ from fira.loss.head import next_token_loss
 from fira.model import build
 from fira.model.router import health, routers
 from fira.model.spec import FIRA2Spec, FIRASpec
-from fira.runtime import seed_step
+from fira.train.loop import seed_step
 from fira.train.recompute import recompute_blocks
 from tests.train.test_step import cut, random_batch
 

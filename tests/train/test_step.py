@@ -12,16 +12,8 @@ from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
 from fira.runlog import read_rows
-from fira.train import loop
-from fira.train.loop import describe_collapse
-from fira.train.optim import (
-    OptimConfig,
-    ScheduleConfig,
-    make_optimizer,
-    parameter_groups,
-    rate_factor,
-    update,
-)
+from fira.train import loop, optim
+from fira.train.optim import OptimConfig, ScheduleConfig, make_optimizer, update
 
 SPECS = [
     FIRASpec(vocab_size=40, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=3, top_k=2,
@@ -104,7 +96,7 @@ def test_a_non_finite_gradient_changes_nothing(poison):
 @pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
 def test_every_parameter_has_one_group_with_its_rate_and_only_matrices_decay(spec):
     model, config = build(spec, seed=0), OptimConfig(lr=0.1, router_lr=0.5, embedding_lr=0.3)
-    groups = {g["kind"]: g for g in parameter_groups(model, config)}
+    groups = {g["kind"]: g for g in optim.parameter_groups(model, config)}
     assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
     names = {id(p): name for name, p in model.named_parameters()}
     members = {kind: {names[id(p)] for p in g["params"]} for kind, g in groups.items()}
@@ -122,7 +114,7 @@ def test_frozen_parameters_are_in_no_group_and_a_frozen_model_is_refused():
     model = build(SPECS[1], seed=0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("experts" in name)
-    grouped = [p for g in parameter_groups(model, OptimConfig()) for p in g["params"]]
+    grouped = [p for g in optim.parameter_groups(model, OptimConfig()) for p in g["params"]]
     assert len(grouped) == sum(p.requires_grad for p in model.parameters())
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model is trainable"):
@@ -131,7 +123,7 @@ def test_frozen_parameters_are_in_no_group_and_a_frozen_model_is_refused():
 
 def test_cosine_warms_up_peaks_and_ends_at_its_floor():
     config = ScheduleConfig(kind="cosine", warmup=0.1, floor=0.2)
-    values = [rate_factor(config, i / 1000) for i in range(1001)]
+    values = [optim.rate_factor(config, i / 1000) for i in range(1001)]
     assert 0 < values[0] < 0.02 and max(values) == pytest.approx(1.0)
     assert values[100] == pytest.approx(1.0) and values[-1] == pytest.approx(0.2)
     assert all(a >= b for a, b in zip(values[100:], values[101:], strict=False))
@@ -139,8 +131,9 @@ def test_cosine_warms_up_peaks_and_ends_at_its_floor():
 
 def test_constant_holds_then_decays():
     config = ScheduleConfig(kind="constant", warmup=0.0, decay=0.25, floor=0.0)
-    assert rate_factor(config, 0.0) == rate_factor(config, 0.75) == 1.0
-    assert rate_factor(config, 0.875) == pytest.approx(0.5) and rate_factor(config, 1.0) == 0.0
+    assert optim.rate_factor(config, 0.0) == optim.rate_factor(config, 0.75) == 1.0
+    assert optim.rate_factor(config, 0.875) == pytest.approx(0.5)
+    assert optim.rate_factor(config, 1.0) == 0.0
 
 
 def health(*counts):
@@ -158,7 +151,7 @@ def health(*counts):
     ([[5, 5, 5]], 3, None),
 ])
 def test_dead_experts_and_near_total_imbalance_are_collapse(counts, top_k, layers):
-    text = describe_collapse(health(*counts), top_k)
+    text = loop.describe_collapse(health(*counts), top_k)
     assert text is None if layers is None else layers in text
 
 
