@@ -82,7 +82,7 @@ def assemble(model: Any, tensors: dict[str, torch.Tensor], notes: dict[str, Any]
     """Give a model of `build_meta` its weights and notes; buffers not in `tensors` start anew."""
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
     reset_buffers(model)
     model.load_state_dict({**model.state_dict(), **tensors}, assign=True)
     for note, value in notes.items():

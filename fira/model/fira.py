@@ -21,6 +21,7 @@ from fira.model.transformer import (
     LayerCache,
     Transformer,
     attention,
+    embedding,
     find_positions,
 )
 
@@ -34,8 +35,8 @@ class FIRA(Transformer):
     def __init__(self, **fields: Any) -> None:
         spec = parse(FIRASpec, fields)
         super().__init__(spec)
-        self.token_embedding = nn.Embedding(spec.vocab_size, spec.d_model)
-        self.position_embedding = nn.Embedding(spec.context, spec.d_model)
+        self.token_embedding = embedding(spec.vocab_size, spec.d_model)
+        self.position_embedding = embedding(spec.context, spec.d_model)
         self.blocks = nn.ModuleList(Block(
             nn.LayerNorm(spec.d_model), Attention(spec), nn.LayerNorm(spec.d_model),
             make_layer(spec, GELUExperts(spec.num_experts, spec.d_model, spec.d_ff),

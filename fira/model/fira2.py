@@ -22,6 +22,7 @@ from fira.model.transformer import (
     LayerCache,
     Transformer,
     attention,
+    embedding,
     find_positions,
 )
 
@@ -34,7 +35,7 @@ class FIRA2(Transformer):
     def __init__(self, **fields: Any) -> None:
         spec = parse(FIRA2Spec, fields)
         super().__init__(spec)
-        self.token_embedding = nn.Embedding(spec.vocab_size, spec.d_model)
+        self.token_embedding = embedding(spec.vocab_size, spec.d_model)
         self.rotary = Rotary(spec.context, spec.head_dim, spec.rope_theta)
         self.blocks = nn.ModuleList(Block(
             RMSNorm(spec.d_model), Attention(spec), RMSNorm(spec.d_model),

@@ -185,6 +185,11 @@ class Transformer(nn.Module):
         return read_model(folder, {cls.architecture: cls})
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding without values; torch's would draw some, which on meta imports its compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + experts(norm(x)), with dropout on both branches."""
 

@@ -129,10 +129,11 @@ def test_what_cannot_be_done_is_refused_before_any_text(model, tokenizer) -> Non
         complete(model, tokenizer, "", SamplingParams())
 
 
-def test_what_generates_text_does_not_import_what_trains() -> None:
+def test_what_generates_text_does_not_import_what_trains(run) -> None:
     modules = "fira.cli.use, fira.infer.load, fira.infer.text, fira.infer.decode, fira.runlog"
     heavy = ("fira.parallel", "fira.checkpoint", "fira.train", "numba", "matplotlib", "starlette",
-             "torch.distributed.fsdp", "torch.distributed.pipelining", "torch._dynamo")
-    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
+             "torch.distributed.fsdp", "torch.distributed.pipelining", "torch._dynamo", "sympy")
+    code = (f"import sys, {modules}; fira.infer.load.load({str(run)!r}, 'cpu'); "
+            f"print([name for name in {heavy} if name in sys.modules])")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -39,9 +39,13 @@ def open_step(model: Any, precision: str, say: Callable[[str], object]) -> Fused
         if next(model.parameters()).device.type == "cpu":
             say(f"Decoding with plain torch: {obstacle}.")
         return None
+    from fira.infer.decode import kernel
     from fira.infer.decode.step import FusedStep
 
-    timer = threading.Timer(PATIENCE, say, ["Compiling the decoding step; later starts are quick."])
+    timer = threading.Timer(PATIENCE, say, [
+        "Compiling the decoding step; later starts are quick." if kernel.decode_step.stats.cache_path else
+        "Compiling the decoding step, as at every start, because numba may not write to its cache; "
+        "set NUMBA_CACHE_DIR to a folder of yours."])
     timer.start()
     try:
         step = FusedStep(model, precision)
