@@ -19,20 +19,25 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA, else CPU; others as given. Raises ValueError if it is not there."""
+    """`auto` is CUDA, else MPS, else CPU; others as given. Raises ValueError if it is not there."""
     import torch
 
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(next(kind for kind, there in available.items() if there))
     kind = name.partition(":")[0]
-    available = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
     if kind not in available:
         raise ValueError(f"device {name!r} is unknown; choose auto, cpu, cuda, cuda:N or mps")
     if not available[kind]:
         raise ValueError(f"device {name!r} is not available on this machine; "
                          "use --device cpu, or auto to take the best there is")
     return torch.device(name)
+
+
+def let_mps_fall_back() -> None:
+    """Before torch is imported: the CPU computes what torch has not for Apple's GPU (kthvalue)."""
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 
 def keep_large_blocks() -> bool:

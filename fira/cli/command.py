@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from fira.runtime import let_mps_fall_back
+
 EXISTING = click.Path(path_type=Path)  # a file or folder; the reader says why it cannot be read
 NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
 PRESETS = "Presets: " + ", ".join(sorted(
@@ -49,6 +51,7 @@ def sampling_options(command: Any) -> Any:
 def run_command(command: click.Command, name: str) -> None:
     """Run a command and exit. An error is one line; its exit code is 2 for wrong usage and
     settings, and 1 otherwise."""
+    let_mps_fall_back()
     words = sys.argv[1:]
     debug = "--debug" in (words[:words.index("--")] if "--" in words else words)
     try:

@@ -154,7 +154,7 @@ def batch_nats(model: Any, tokens_BT: Tensor, scored_BT: Tensor) -> float:
     x_ND = model.features(tokens_BT[:, :-1])[scored_BT]
     weight_VD, bias_V = model.head_weights()
     losses_N = token_losses(x_ND, weight_VD, bias_V, tokens_BT[:, 1:][scored_BT])
-    return float(losses_N.double().sum())
+    return float(losses_N.cpu().double().sum())
 
 
 class _Totals:

@@ -65,7 +65,8 @@ def information(tokens_N: Tensor, experts_NK: Tensor, num_experts: int) -> float
     K = experts_NK.shape[1]
     _, place_N = tokens_N.unique(return_inverse=True)
     flat_R = place_N.repeat_interleave(K) * num_experts + experts_NK.flatten()
-    joint_UE = torch.bincount(flat_R, minlength=(int(place_N.max()) + 1) * num_experts).double()
+    cells = (int(place_N.max()) + 1) * num_experts
+    joint_UE = torch.bincount(flat_R.cpu(), minlength=cells).double()
     joint_UE = (joint_UE / joint_UE.sum()).view(-1, num_experts)
     load_E, token_U = joint_UE.sum(0), joint_UE.sum(1)
     entropy = -torch.special.xlogy(load_E, load_E).sum()

@@ -292,12 +292,12 @@ def health(layers: Sequence[Router]) -> dict[str, Any] | None:
     if not layers:
         return None
     home = layers[0].load_count_E.device  # gathered there first: each copy to the CPU is a wait
-    counted = torch.stack([torch.cat([router.load_count_E, router.entropy_sum.double().view(1)])
-                           .to(home) for router in layers]).cpu()
-    used = counted[:, :-1].sum(dim=1) > 0
-    if not used.any():
+    counts_LE = torch.stack([router.load_count_E.to(home) for router in layers]).cpu()
+    entropy_L = torch.stack([router.entropy_sum.to(home) for router in layers]).cpu()
+    used_L = counts_LE.any(dim=1)
+    if not used_L.any():
         return None
-    counts, entropies = counted[used, :-1], counted[used, -1]
+    counts, entropies = counts_LE[used_L].double(), entropy_L[used_L].double()
     relative = counts / counts.mean(dim=1, keepdim=True)
     tokens = counts.sum(dim=1) / layers[0].top_k
     return {

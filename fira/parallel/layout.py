@@ -167,9 +167,9 @@ class Layout:
                  if p.grad is not None]
         total = torch.zeros(1, dtype=torch.float64)
         if grads:
-            norms = torch.stack(torch._foreach_norm([grad for _, grad in grads]))
-            copies = torch.tensor([self._copies(name) for name, _ in grads], device=norms.device)
-            total += (norms.double() ** 2 / copies).sum().cpu()
+            norms = torch.stack(torch._foreach_norm([grad for _, grad in grads])).cpu().double()
+            copies = torch.tensor([self._copies(name) for name, _ in grads])
+            total += (norms ** 2 / copies).sum()
         return math.sqrt(self.sum(total).item())
 
     def _copies(self, name: str) -> int:

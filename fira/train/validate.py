@@ -25,7 +25,7 @@ def validate(layout: Layout, batches: Iterable[Any], token_bytes_V: Tensor) -> d
         losses_BT = layout.score(_losses, batch)
         if losses_BT is None or not mine:
             continue
-        losses_BT = losses_BT.double().cpu()
+        losses_BT = losses_BT.cpu().double()
         bytes_BT = token_bytes_V[batch.targets_BT]
         sums += torch.stack([losses_BT.sum(), losses_BT[bytes_BT > 0].sum(),
                              bytes_BT.new_tensor(bytes_BT.numel()), bytes_BT.sum()])

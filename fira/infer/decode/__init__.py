@@ -42,10 +42,10 @@ def open_step(model: Any, precision: str, say: Callable[[str], object]) -> Fused
     from fira.infer.decode import kernel
     from fira.infer.decode.step import FusedStep
 
-    timer = threading.Timer(PATIENCE, say, [
-        "Compiling the decoding step; later starts are quick." if kernel.decode_step.stats.cache_path else
-        "Compiling the decoding step, as at every start, because numba may not write to its cache; "
-        "set NUMBA_CACHE_DIR to a folder of yours."])
+    later = ("later starts are quick." if kernel.decode_step.stats.cache_path else
+             "every start does, as numba may not write to its cache; set NUMBA_CACHE_DIR to a "
+             "folder of yours.")
+    timer = threading.Timer(PATIENCE, say, [f"Compiling the decoding step; {later}"])
     timer.start()
     try:
         step = FusedStep(model, precision)
