@@ -1,6 +1,6 @@
 """Which form of an operation runs on which device: the only file of `model` that asks.
 
-Each form equals a plain definition in values and gradients (tests/model/test_fast.py). It is kept
+Each form equals a plain definition in values and gradients (tests/model/test_experts.py, test_moe.py). It is kept
 because it wins at least 5% of a whole training step on some preset, or because a GPU needs it to
 train deterministically without waiting for single rows.
 """
