@@ -1,8 +1,8 @@
 """Which form of an operation runs on which device: the only file of `model` that asks.
 
-Each form equals a plain definition in values and gradients (tests/model/test_experts.py, test_moe.py). It is kept
-because it wins at least 5% of a whole training step on some preset, or because a GPU needs it to
-train deterministically without waiting for single rows.
+Each form equals a plain definition in values and gradients (tests/model: test_experts, test_moe).
+It is kept because it wins at least 5% of a whole training step on some preset, or because a GPU
+needs it to train deterministically without waiting for single rows.
 """
 from __future__ import annotations
 
