@@ -14,8 +14,8 @@ from typing import Any
 
 from fira.config import load_preset
 from fira.report.read import Run, numbers, read_run
+from fira.stages.config import configure
 from fira.stages.pretrain import PRETRAIN
-from fira.stages.run import configure
 
 DONE = "done.json"
 ROUTING_CELLS = ("Imbalance: CV of expert load after the first tenth, mean and worst twentieth of "

@@ -6,9 +6,11 @@ run that trains an adapter saves the trained tensors only, and the checksum of t
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fira import files
+from fira.convert.files import find_whole
 from fira.files import find_damage, sha256, sync, write_json, write_manifest
 from fira.model import build_meta
 from fira.model.files import ADAPTER, CONFIG, WEIGHTS, find_base
@@ -42,11 +46,6 @@ class Checkpoints:
         self.run, self.tokenizer_folder, self.mesh = run, tokenizer_folder, mesh or Mesh()
         self.base = None if base is None else describe_base(base)
         self._writer = Writer(self.mesh) if self.mesh.size > 1 else None
-        if self.mesh.rank == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            for leftover in run.glob(".step-*"):  # of a save that a kill cut short
-                shutil.rmtree(leftover)
-        self.mesh.wait()
 
     def save(self, step: int, layout: Layout, optimizer: torch.optim.Optimizer,
              state: dict[str, Any]) -> Path:
@@ -65,7 +64,7 @@ class Checkpoints:
         layout.model.base = self.base
 
         def begin() -> None:
-            partial.mkdir(exist_ok=True)
+            partial.mkdir(parents=True, exist_ok=True)
             write_json(partial / CONFIG, layout.model.config())
             for name in TOKENIZER_FILES:
                 shutil.copyfile(self.tokenizer_folder / name, partial / name)
@@ -107,27 +106,42 @@ class Checkpoints:
         return sorted((path for path in self.run.glob("step-*") if path.name[5:].isdecimal()),
                       key=step_number)
 
-    def newest_whole(self, say: Any) -> Path | None:
-        """The newest undamaged step folder; damaged ones are renamed and reported through `say`."""
-        number = -1
-        for folder in reversed(self.steps()) if self.mesh.rank == 0 else ():
-            fault = find_damage(folder)
+    def newest_whole(self, say: Callable[[str], None]) -> Path | None:
+        """The newest undamaged step folder; None if there is none, damaged ones included. For the
+        first rank, after the run is claimed: damaged newer ones are renamed and reported through
+        `say`. If all are damaged it raises ValueError and renames nothing."""
+        required = (CONFIG, WEIGHTS if self.base is None else ADAPTER, OPTIMIZER, STATE)
+        faults, whole = dict[Path, str](), None
+        for step in reversed(self.steps()):
+            fault = find_damage(step, required=required)
             if fault is None:
-                number = step_number(folder)
+                whole = step
                 break
-            aside = folder.with_name(folder.name + ".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            say(f"checkpoint {folder.name} is damaged ({fault}); it is now {aside.name}, "
-                "and the one before is used")
-        number = int(self.mesh.agree(number)[0])
-        return None if number < 0 else self.run / f"step-{number:06d}"
+            faults[step] = fault
+        if whole is None and (steps := sorted(self.run.glob("step-*"), reverse=True)):
+            found = ", ".join(f"{step.name}: {faults.get(step, 'set aside')}" for step in steps)
+            raise ValueError(f"{self.run} has no whole checkpoint ({found}); {_remedy(steps)}")
+        for step, fault in faults.items():
+            aside = step.rename(files.free_name(step))
+            say(f"checkpoint {step.name} is damaged ({fault}); it is now {aside.name}, and "
+                f"{whole and whole.name} is used")
+        for leftover in self.run.glob(".step-*"):  # of a save that a kill cut short
+            files.remove(leftover)
+        return whole
 
     def prune(self, best_step: int | None) -> None:
         """Delete all but the newest KEEP steps and the best; one still being written stays."""
         for folder in self.steps()[:-KEEP]:
             if self.mesh.rank == 0 and step_number(folder) != best_step:
                 shutil.rmtree(folder)
+
+
+def _remedy(steps: list[Path]) -> str:
+    """What helps if none of `steps` can be resumed: its weights alone may be whole."""
+    for step in steps:
+        with contextlib.suppress(ValueError):
+            return f"start a new run from its weights with --from {find_whole(step)} --run FOLDER"
+    return "put the files back from a copy, or start a new run in another --run folder"
 
 
 def step_number(folder: Path) -> int:
@@ -150,15 +164,7 @@ def _weight_files(folder: Path, layout: Layout) -> list[Path]:
     base = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base")
     if base is None:
         return [folder / WEIGHTS]
-    fault = None
-    try:
-        if layout.mesh.rank == 0:  # one rank reads all of it; the others receive the result
-            find_base(folder, base)
-    except ValueError as error:
-        fault = str(error)
-    if fault := layout.mesh.gather(fault)[0]:
-        raise ValueError(fault)
-    return [Path(base["path"]) / WEIGHTS, folder / ADAPTER]
+    return [layout.mesh.first(lambda: find_base(folder, base)), folder / ADAPTER]
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

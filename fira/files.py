@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,23 +111,37 @@ def write_manifest(folder: Path) -> None:
     _sync_tree(folder)
 
 
-def find_damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
-    """What is wrong with `folder` by its manifest (or only with files `names`); None if nothing."""
+def find_damage(folder: Path, names: tuple[str, ...] | None = None,
+                required: Iterable[str] = ()) -> str | None:
+    """What is wrong with `folder` by its manifest (or only with files `names`); None if nothing.
+    A manifest that does not list the `required` files is damaged itself."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        listed = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
-    for name, facts in manifest.items():
+    if lacking := sorted(set(required) - listed.keys()):
+        return f"{MANIFEST} does not list {lacking[0]}"
+    for name, (size, digest) in listed.items():
         if names is not None and name not in names:
             continue
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
-        if sha256(path) != facts["sha256"]:
-            return f"{name} was altered"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        try:
+            if sha256(path) != digest:
+                return f"{name} was altered"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def free_name(path: Path) -> Path:
+    """`path` with .damaged behind its name, and a number if that is taken."""
+    names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
+    return next(one for one in map(path.with_name, names) if not os.path.lexists(one))
 
 
 def sha256(path: Path) -> str:

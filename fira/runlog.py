@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,23 @@ class RunLog:
         self._rewrite_table()
 
     @classmethod
-    def resume(cls, folder: Path, step: int, **options: Any) -> RunLog:
+    def resume(cls, folder: Path, step: int, say: Callable[[str], None] = print,
+               **options: Any) -> RunLog:
         """Continue the record of a run whose checkpoint is `step`: later rows are dropped.
 
         Rows written after that checkpoint was saved (its own evaluation too) are dropped as well,
-        since the resumed run writes them again.
+        since the resumed run writes them again. A record with damaged lines is kept under another
+        name, which `say` reports; it continues without them.
         """
-        kept = [row for row in read_rows(folder)
+        path, faults = folder / METRICS, list[str]()
+        kept = [row for row in read_rows(folder, faults.append)
                 if row["step"] < step or (row["step"] == step
                                           and row["kind"] not in ("validation", "sample"))]
-        files.write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        if faults:
+            shutil.copyfile(path, aside := files.free_name(path))
+            say(f"{faults[0]}{f' and {len(faults) - 1} more' if faults[1:] else ''}; damaged lines "
+                f"are left out, and the record as it was is now {aside}")
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         return cls(folder, **options)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -113,15 +121,36 @@ class NoLog:
     sync = close = write
 
 
-def read_rows(folder: Path) -> Iterator[Row]:
-    """Rows of a run's record, oldest first; a last line torn by a kill is left out."""
+def read_rows(folder: Path, skip: Callable[[str], None] | None = None) -> Iterator[Row]:
+    """Rows of a run's record, oldest first. A last line that is not finished, because the run still
+    writes it or was killed, is left out. Any other line that is no row raises ValueError, one line;
+    with `skip` all of these are left out and reported to it."""
     path = folder / METRICS
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = _parse(line)
+            except (ValueError, TypeError) as error:
+                fault = f"{path} line {number} is damaged ({error})"
+                if skip:
+                    skip(fault)
+                elif line.endswith(b"\n"):
+                    raise ValueError(f"{fault}; remove that line to read the rest") from None
+            else:
+                yield row
+
+
+def _parse(line: bytes) -> Row:
+    """The row in a line. Raises ValueError or TypeError if it is none."""
+    row = dict(json.loads(line))
+    for key, kind in (("kind", str), ("step", int)):
+        if not isinstance(row.get(key), kind):
+            raise ValueError(f"it has no {key}")
+    if not line.endswith(b"\n"):
+        raise ValueError("it has no end")
+    return row
 
 
 def tracker(kind: str, folder: Path) -> tuple[Callable[[Row], None], ...]:

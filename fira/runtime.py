@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+LOCK = ".lock"  # in a folder that a process has claimed
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -77,20 +78,27 @@ def launch() -> Launch:
 def claim(folder: Path) -> Iterator[None]:
     """Keep other processes from writing to `folder`; ends with this process at the latest.
 
-    Raises ValueError if another process has it.
+    What is locked is a file in it, which names its holder: network file systems lock no folders.
+    Raises ValueError, one line, if another process has it or the file system has no locks.
     """
     import fcntl
 
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is writing to {folder}; wait until it has ended, "
-                             "or choose another folder") from None
+            file.seek(0)
+            raise ValueError(f"another process is writing to {folder} ({file.read()}); wait until "
+                             "it has ended, or choose another folder") from None
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be locked against a second writer "
+                             f"({error.strerror}); choose a folder on another file system"
+                             ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        os.fsync(file.fileno())  # a reader on another machine sees it
         yield
-    finally:
-        os.close(descriptor)
 
 
 def workers() -> int:

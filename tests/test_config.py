@@ -2,8 +2,8 @@
 import pytest
 
 from fira.config import ConfigError, flatten, load_preset, override, preset_names
+from fira.stages.config import configure
 from fira.stages.pretrain import PRETRAIN
-from fira.stages.run import configure
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from fira.cli import fira
 from fira.config import ConfigError, load_preset
+from fira.stages.config import configure
 from fira.stages.pretrain import PRETRAIN, pretrain
-from fira.stages.run import configure
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -99,33 +99,38 @@ def quickstart(out: Path, settings: tuple[str, ...]) -> None:
 
 @click.command(epilog=example(
     "fira train tiny data.folder=out/quickstart/data train.steps=500 optim.lr=1e-3", PRESETS))
-@click.argument("preset")
+@click.argument("preset", required=False)
 @settings_argument
 @click.option("--run", "--run-folder", "run", type=NEW_FOLDER, show_default="out/PRESET",
               help="Run folder. Under torchrun use --run-folder, because torchrun has an option "
                    "--run of its own.")
-@click.option("--resume", is_flag=True, help="Continue from the run's newest checkpoint.")
+@click.option("--resume", is_flag=True,
+              help="Continue from the run's newest checkpoint; PRESET may be left out.")
 @click.option("--from", "source", type=EXISTING, metavar="RUN",
               help="Start with the weights of this run, which was trained or imported, instead of "
                    "random weights.")
 @click.option("--dry-run", is_flag=True,
               help="Only print the settings, and mark those that differ from the preset.")
 @device_option
-def train(preset: str, settings: tuple[str, ...], run: Path | None, resume: bool,
+def train(preset: str | None, settings: tuple[str, ...], run: Path | None, resume: bool,
           source: Path | None, dry_run: bool, device: str) -> None:
     """Train the model of a preset on data that fira data prepared.
 
     PRESET is a name or a .toml file. SECTION.KEY=VALUE changes a setting; --dry-run lists all.
     """
+    if preset and "=" in preset:  # a setting: there is no preset
+        settings, preset = (preset, *settings), None
+    if preset is None and (dry_run or not resume or run is None):
+        raise click.UsageError("PRESET is missing; only --resume with --run FOLDER goes without it")
+    from fira.stages.config import describe
     from fira.stages.pretrain import PRETRAIN, pretrain
-    from fira.stages.run import describe
 
-    if dry_run:
+    if dry_run and preset:
         click.echo(describe(PRETRAIN, preset, settings, source))
         return
     from fira.runlog import console
 
-    run = run or Path("out") / Path(preset).stem
+    run = run or Path("out") / Path(preset or "").stem
     run_training(lambda: pretrain(preset, settings, run, device, resume, console(), source), run)
 
 
@@ -150,8 +155,8 @@ def plan(preset: str, settings: tuple[str, ...], **options: Any) -> None:
     """
     from fira.config import load_preset
     from fira.parallel.plan import show_plan
+    from fira.stages.config import configure
     from fira.stages.pretrain import PRETRAIN
-    from fira.stages.run import configure
 
     show_plan(preset, configure(PRETRAIN, load_preset(preset), settings), **options)
 

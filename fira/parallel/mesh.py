@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -86,16 +86,25 @@ class Mesh:
             dist.all_gather_object(values, value, group=group)
         return values
 
+    def first(self, task: Callable[[], Any]) -> Any:
+        """What `task` returns on the first rank, which alone runs it; all raise its error."""
+        found = fault = None
+        if self.rank == 0:
+            try:
+                found = task()
+            except (ValueError, OSError) as error:
+                fault = error
+        found, fault = self.gather((found, fault))[0]
+        if fault is not None:
+            raise fault
+        return found
+
     def agree(self, *values: float) -> list[float]:
         """The largest of each value over all ranks."""
         largest = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
-
-    def wait(self) -> None:
-        """Wait until every rank has called this."""
-        self.agree(0.0)
 
 
 LOST = ("onnection closed", "onnection reset", "Timed out", "timed out", "imeout", "roken pipe",

@@ -69,16 +69,11 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     _check_folder(folder)
     about = read_json(folder / CONFIG, "restore it from a backup or train the run again")
-    rows: list[Row] = []
-    try:
-        for row in read_rows(folder):
-            needed = NEEDED.get(row.get("kind", ""), ("kind",))
-            if missing := [key for key in needed if key not in row]:
-                raise ValueError(f"it has no {missing[0]}")
-            rows.append(row)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / METRICS} line {len(rows) + 1} is damaged ({error}); remove "
-                         "that line to read the rest") from None
+    rows = list(read_rows(folder))
+    for number, row in enumerate(rows, 1):
+        if missing := [key for key in NEEDED.get(row["kind"], ()) if key not in row]:
+            raise ValueError(f"{folder / METRICS} line {number} is damaged (it has no "
+                             f"{missing[0]}); remove that line to read the rest")
     return Run(folder, about, *([row for row in rows if row["kind"] == kind] for kind in NEEDED))
 
 

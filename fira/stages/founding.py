@@ -16,8 +16,9 @@ from fira.data.shards import read_manifest
 from fira.data.sources import SUPPORTED, text_files
 from fira.data.tokenizer import Tokenizer
 from fira.files import MANIFEST
+from fira.stages.config import configure
 from fira.stages.pretrain import PRETRAIN
-from fira.stages.run import check_vocabulary, configure
+from fira.stages.run import check_vocabulary
 
 NO_TEXT = ("merges.txt", "vocab.txt", "readme.md", "license.txt", "license.md")  # in lower case
 LEARN_BYTES = 1_000_000_000

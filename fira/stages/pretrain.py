@@ -1,12 +1,13 @@
 """Pre-training: the next token of prepared text."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from rich.console import Console
 
 from fira.config import Config, ConfigError
@@ -14,14 +15,16 @@ from fira.data.batches import Batch, Batches, Shards, sequential
 from fira.data.tokenizer import Tokenizer
 from fira.loss.head import next_token_loss
 from fira.parallel.layout import Layout
-from fira.stages.run import Opened, RunConfig, Stage, train_run
+from fira.stages.config import Opened, RunConfig, Stage
+from fira.stages.run import train_run
 from fira.train.config import TrainConfig
 from fira.train.loop import LoopState, Recipe, Score
 from fira.train.validate import validate
 
 
 class DataConfig(Config):
-    folder: str | None = Field(None, description="folder that `fira data` wrote")
+    folder: Annotated[str, AfterValidator(os.path.abspath)] | None = Field(
+        None, description="folder that `fira data` wrote")  # absolute: a run resumes from anywhere
 
 
 class PretrainConfig(RunConfig):
@@ -55,6 +58,9 @@ def open_data(config: PretrainConfig) -> Opened:
         raise ConfigError("data.folder is not set; prepare text with `fira data SOURCE "
                           "--tokenizer DIR --out DIR` and give data.folder=DIR")
     folder = Path(config.data.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"data.folder={folder} does not exist; give data.folder=DIR, where the "
+                          "data is now, or prepare it with fira data SOURCE --out DIR")
     train, validation = (Shards(folder, split) for split in ("train", "validation"))
     train.verify()
     validation.verify()
@@ -85,7 +91,7 @@ def recipe(config: PretrainConfig, data: Any, tokenizer: Tokenizer, layout: Layo
 PRETRAIN = Stage("pretrain", PretrainConfig, open_data, recipe)
 
 
-def pretrain(preset: str, settings: Iterable[str], run: Path, device: str, resume: bool,
+def pretrain(preset: str | None, settings: Iterable[str], run: Path, device: str, resume: bool,
              screen: Console, source: Path | None = None) -> LoopState:
     """`fira train`: see `fira.stages.run.train_run`."""
     return train_run(PRETRAIN, preset, settings, run, device, resume, screen, source)

@@ -13,8 +13,8 @@ from fira.infer.load import load
 from fira.infer.request import SamplingParams
 from fira.infer.text import complete
 from fira.runlog import RunLog
+from fira.stages.config import configure
 from fira.stages.pretrain import PRETRAIN, pretrain
-from fira.stages.run import configure
 
 CORPUS = "sotu"
 PROMPTS = ("The state of the Union is", "Fellow citizens, our trade with foreign nations",

@@ -12,8 +12,8 @@ from fira.config import load_preset
 from fira.model import build_meta
 from fira.model.files import CONFIG, find_model, read_config
 from fira.model.transformer import count_parameters
+from fira.stages.config import configure
 from fira.stages.pretrain import PRETRAIN
-from fira.stages.run import configure
 
 
 def show(what: str, settings: Iterable[str]) -> None:

@@ -112,7 +112,7 @@ def tune(rank, base, run, layouts):
         losses = train(layout, optimizer, range(2))
         checkpoints.save(2, layout, optimizer, {"step": 2})
         checkpoints.wait()
-        layout.mesh.wait()
+        layout.mesh.agree(0.0)
         losses += train(layout, optimizer, range(2, 4))
         again = make(rank, sizes)
         assert restore(folder / "step-000002", *again) == {"step": 2}

@@ -23,8 +23,8 @@ from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import AXES, Mesh
 from fira.parallel.plan import Work, activations_per_token, count_elements, memory_of, sent_by
+from fira.stages.config import configure
 from fira.stages.pretrain import PRETRAIN
-from fira.stages.run import configure
 from fira.train.optim import OptimConfig, make_optimizer, update
 from tests.parallel.ranks import mesh_of, on_ranks
 from tests.parallel.test_parity import cut

@@ -23,8 +23,8 @@ from fira.files import find_damage
 from fira.loss.head import next_token_loss
 from fira.model import load_pretrained
 from fira.runlog import read_rows
+from fira.stages.config import modernize
 from fira.stages.pretrain import TextBatches, pretrain
-from fira.stages.run import modernize
 from fira.train.loop import Loop, Stopped
 
 QUIET = Console(quiet=True)
@@ -224,7 +224,7 @@ def test_what_is_no_place_for_a_run_is_one_line(preset, data_folder, undisturbed
         run_micro(preset, data_folder, undisturbed / "config.json" / "run")
     with runtime.claim(undisturbed), pytest.raises(ValueError, match="another process is writing"):
         run_micro(preset, data_folder, undisturbed, resume=True)
-    with pytest.raises(ValueError, match=r"model\.d_ff cannot change"):
+    with pytest.raises(ValueError, match=r"model\.d_ff=64 cannot change"):
         run_micro(preset, data_folder, undisturbed, "model.d_ff=64", resume=True)
 
 

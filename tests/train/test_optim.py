@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from fira.model import build
 from fira.model.spec import FIRA2Spec
+from fira.stages.config import configure
 from fira.stages.pretrain import PRETRAIN
-from fira.stages.run import configure
 from fira.train import optim
 from fira.train.optim import MuonAdamW, OptimConfig, make_optimizer, orthogonalize, set_rates
 
