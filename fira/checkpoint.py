@@ -27,6 +27,7 @@ from fira.model.files import ADAPTER, CONFIG, WEIGHTS, find_base
 from fira.parallel.files import Writer, read_slice
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
+from fira.runlog import read_rows
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -107,9 +108,9 @@ class Checkpoints:
                       key=step_number)
 
     def newest_whole(self, say: Callable[[str], None]) -> Path | None:
-        """The newest undamaged step folder; None if there is none, damaged ones included. For the
-        first rank, after the run is claimed: damaged newer ones are renamed and reported through
-        `say`. If all are damaged it raises ValueError and renames nothing."""
+        """The newest undamaged step folder; None if nothing was saved yet. For the first rank, with
+        the run claimed. Damaged newer ones are renamed and reported through `say`; if all that
+        was saved is damaged or gone, this raises ValueError and renames nothing."""
         required = (CONFIG, WEIGHTS if self.base is None else ADAPTER, OPTIMIZER, STATE)
         faults, whole = dict[Path, str](), None
         for step in reversed(self.steps()):
@@ -118,9 +119,8 @@ class Checkpoints:
                 whole = step
                 break
             faults[step] = fault
-        if whole is None and (steps := sorted(self.run.glob("step-*"), reverse=True)):
-            found = ", ".join(f"{step.name}: {faults.get(step, 'set aside')}" for step in steps)
-            raise ValueError(f"{self.run} has no whole checkpoint ({found}); {_remedy(steps)}")
+        if whole is None and (any(self.run.glob("step-*")) or _was_validated(self.run)):
+            raise self._nothing_whole(faults)
         for step, fault in faults.items():
             aside = step.rename(files.free_name(step))
             say(f"checkpoint {step.name} is damaged ({fault}); it is now {aside.name}, and "
@@ -129,6 +129,15 @@ class Checkpoints:
             files.remove(leftover)
         return whole
 
+    def _nothing_whole(self, faults: dict[Path, str]) -> ValueError:
+        remedy, found = "put the files back from a copy, or start a new run in another folder", []
+        for step in sorted(self.run.glob("step-*")):
+            found.append(f"{step.name}: {faults.get(step, 'set aside')}")
+            with contextlib.suppress(ValueError):
+                remedy = f"start a new run from its weights with --from {find_whole(step)}"
+        return ValueError(f"{self.run} has no whole checkpoint to resume "
+                          f"({', '.join(found) or 'no step folder'}); {remedy}")
+
     def prune(self, best_step: int | None) -> None:
         """Delete all but the newest KEEP steps and the best; one still being written stays."""
         for folder in self.steps()[:-KEEP]:
@@ -136,12 +145,9 @@ class Checkpoints:
                 shutil.rmtree(folder)
 
 
-def _remedy(steps: list[Path]) -> str:
-    """What helps if none of `steps` can be resumed: its weights alone may be whole."""
-    for step in steps:
-        with contextlib.suppress(ValueError):
-            return f"start a new run from its weights with --from {find_whole(step)} --run FOLDER"
-    return "put the files back from a copy, or start a new run in another --run folder"
+def _was_validated(run: Path) -> bool:
+    """Whether the record of a run has a validation, which follows a save."""
+    return any(row["kind"] == "validation" for row in read_rows(run, lambda fault: None))
 
 
 def step_number(folder: Path) -> int:

@@ -89,11 +89,6 @@ def override(data: dict[str, Any], settings: typing.Iterable[str]) -> dict[str, 
     return result
 
 
-def resolve(schema: type[Config], preset: str, settings: typing.Iterable[str] = ()) -> Any:
-    """The checked configuration of `preset` with `settings` laid over it."""
-    return parse(schema, override(load_preset(preset), settings))
-
-
 def flatten(config: Config) -> dict[str, Any]:
     """Dotted key -> value, in declaration order."""
     rows: dict[str, Any] = {}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -130,18 +129,16 @@ def find_damage(folder: Path, names: tuple[str, ...] | None = None,
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
-        try:
-            if sha256(path) != digest:
-                return f"{name} was altered"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+        if sha256(path) != digest:
+            return f"{name} was altered"
     return None
 
 
 def free_name(path: Path) -> Path:
-    """`path` with .damaged behind its name, and a number if that is taken."""
-    names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
-    return next(one for one in map(path.with_name, names) if not os.path.lexists(one))
+    """`path` with .damaged behind its name, as often as it takes to be a name that is free."""
+    while os.path.lexists(path := path.with_name(f"{path.name}.damaged")):
+        pass
+    return path
 
 
 def sha256(path: Path) -> str:

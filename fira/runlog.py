@@ -130,27 +130,20 @@ def read_rows(folder: Path, skip: Callable[[str], None] | None = None) -> Iterat
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            whole, faults = line.endswith(b"\n"), []
             try:
-                row = _parse(line)
+                row = dict(json.loads(line))
+                faults = [f"it has no {key}" for key, kind in (("kind", str), ("step", int))
+                          if not isinstance(row.get(key), kind)]
             except (ValueError, TypeError) as error:
-                fault = f"{path} line {number} is damaged ({error})"
-                if skip:
-                    skip(fault)
-                elif line.endswith(b"\n"):
-                    raise ValueError(f"{fault}; remove that line to read the rest") from None
-            else:
+                faults = [str(error)]
+            fault = f"{path} line {number} is damaged ({(faults or ['it has no end'])[0]})"
+            if whole and not faults:
                 yield row
-
-
-def _parse(line: bytes) -> Row:
-    """The row in a line. Raises ValueError or TypeError if it is none."""
-    row = dict(json.loads(line))
-    for key, kind in (("kind", str), ("step", int)):
-        if not isinstance(row.get(key), kind):
-            raise ValueError(f"it has no {key}")
-    if not line.endswith(b"\n"):
-        raise ValueError("it has no end")
-    return row
+            elif skip:
+                skip(fault)
+            elif whole:
+                raise ValueError(f"{fault}; remove that line to read the rest")
 
 
 def tracker(kind: str, folder: Path) -> tuple[Callable[[Row], None], ...]:

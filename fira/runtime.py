@@ -79,7 +79,7 @@ def claim(folder: Path) -> Iterator[None]:
     """Keep other processes from writing to `folder`; ends with this process at the latest.
 
     What is locked is a file in it, which names its holder: network file systems lock no folders.
-    Raises ValueError, one line, if another process has it or the file system has no locks.
+    Raises ValueError, one line, if another process has it.
     """
     import fcntl
 
@@ -90,10 +90,8 @@ def claim(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise ValueError(f"another process is writing to {folder} ({file.read()}); wait until "
                              "it has ended, or choose another folder") from None
-        except OSError as error:
-            raise ValueError(f"{folder} cannot be locked against a second writer "
-                             f"({error.strerror}); choose a folder on another file system"
-                             ) from None
+        except OSError as error:  # a file system without locks
+            raise OSError(error.errno, error.strerror, file.name) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

@@ -193,15 +193,6 @@ def test_the_other_architectures_class_refuses_the_checkpoint(run):
         FIRA.from_pretrained(run)
 
 
-def test_another_architecture_or_preset_cannot_resume_the_run(run, preset, refused):
-    before = content(run)
-    line = refused("train", preset, "model.architecture=fira", "--run", run, "--resume", code=2)
-    assert "model." in line
-    assert f"was started from preset {preset}" in refused("train", "tiny", "--run", run,
-                                                          "--resume", code=2)
-    assert content(run) == before
-
-
 def test_an_unusable_prompt_context_or_device_is_one_line(run, text_file, refused):
     assert "the prompt is empty; give the text to continue" in refused("generate", run, "")
     line = refused("eval", run, "--text", text_file, "--context", 65)

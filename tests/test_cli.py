@@ -52,7 +52,7 @@ def test_text_becomes_tokenizer_data_and_a_run(corpus, preset, fira, tmp_path):
                   tmp_path / "run")
     assert answer.code == 0, answer.err
     assert {"training_log.csv", "training_progress.png", "metrics.jsonl", "config.json",
-            "step-000002"} == {path.name for path in (tmp_path / "run").iterdir()}
+            "step-000002", ".lock"} == {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_generate_starts_with_the_prompt_and_repeats_if_seeded_or_greedy(run, fira):

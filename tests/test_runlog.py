@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fira.runlog import METRICS, TABLE, RunLog, read_rows, tracker
+from fira.runlog import TABLE, RunLog, read_rows, tracker
 
 
 def write_steps(log, first, last):
@@ -26,15 +26,6 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     kinds = [(row["kind"], row["step"]) for row in read_rows(tmp_path)]
     assert kinds == [("step", s) for s in (1, 2, 3, 4)] + [("validation", 4)] + [
         ("step", s) for s in (5, 6, 7)]
-
-
-def test_a_torn_last_row_is_left_out(tmp_path):
-    log = RunLog(tmp_path)
-    write_steps(log, 1, 3)
-    log.close()
-    path = tmp_path / METRICS
-    path.write_text(path.read_text() + '{"kind": "step", "st')
-    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
 
 
 def test_the_table_joins_a_validation_to_its_step(tmp_path):

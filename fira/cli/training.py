@@ -121,7 +121,7 @@ def train(preset: str | None, settings: tuple[str, ...], run: Path | None, resum
     if preset and "=" in preset:  # a setting: there is no preset
         settings, preset = (preset, *settings), None
     if preset is None and (dry_run or not resume or run is None):
-        raise click.UsageError("PRESET is missing; only --resume with --run FOLDER goes without it")
+        raise click.UsageError("Missing argument 'PRESET': only --resume --run FOLDER needs none")
     from fira.stages.config import describe
     from fira.stages.pretrain import PRETRAIN, pretrain
 

@@ -27,7 +27,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not file.is_file():
         begun = (Path(folder) / "journal.json").is_file()
         remedy = ("its preparation is not finished; run the same fira data command again" if begun
-                  else f"make it with: fira data SOURCE --tokenizer FOLDER --out {folder}")
+                  else "give data.folder=DIR, where it is now, or make it with: fira data SOURCE "
+                       f"--tokenizer FOLDER --out {folder}")
         raise ValueError(f"{folder} is not a data folder (no {MANIFEST}); {remedy}")
     manifest = read_json(file, f"delete {folder} and prepare the data again")
     if missing := {"splits", "dtype", "tokenizer_hash"} - manifest.keys():

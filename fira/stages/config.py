@@ -33,7 +33,6 @@ WITHDRAWN = {"model.z_weight": 0.001, "model.init_std": 0.02, "optim.weight_deca
 RENAMED = {"optim.turns": "optim.expert_interval"}
 # Settings that a checkpoint depends on: its tensors, the optimizer's state, the order of the data.
 FIXED = ("model.", "optim.rule", "train.seed")
-REMEDY = "restore it from a backup, or start a new run from the weights with --from RUN"
 # What a run writes, or a model or data folder holds: a new run does not begin beside them.
 TAKEN = (METRICS, TABLE, "training_progress.*", "step-*", "*.safetensors", "tokenizer.json")
 
@@ -121,13 +120,12 @@ def configure(stage: Stage, preset: dict[str, Any], settings: Iterable[str],
 def describe(stage: Stage, preset: str, settings: Iterable[str],
              source: Path | None = None) -> str:
     """The resolved configuration, one setting per line; what differs from the preset is marked."""
-    base = flatten(configure(stage, load_preset(preset), ()))
     start = open_start(source) if source else None
-    lines = []
-    for key, value in flatten(configure(stage, load_preset(preset), settings, start)).items():
-        changed = f"   # preset: {json.dumps(base.get(key))}" if value != base.get(key) else ""
-        lines.append(f"{key} = {json.dumps(value)}{changed}")
-    return "\n".join(lines)
+    base, now = (flatten(configure(stage, load_preset(preset), *given))
+                 for given in (((),), (settings, start)))
+    return "\n".join(f"{key} = {json.dumps(value)}" + (
+        f"   # preset: {json.dumps(base.get(key))}" if value != base.get(key) else "")
+        for key, value in now.items())
 
 
 def make_plan(stage: Stage, preset: str | None, settings: Iterable[str], run: Path, resume: bool,
@@ -150,7 +148,8 @@ def make_plan(stage: Stage, preset: str | None, settings: Iterable[str], run: Pa
 def _continued(stage: Stage, preset: str | None, settings: Iterable[str], run: Path, resume: bool,
                source: Path | None) -> Plan:
     path = run / CONFIG
-    saved = files.read_json(path, REMEDY)
+    remedy = f"restore it from a backup, or start a new run from its weights with --from {run}"
+    saved = files.read_json(path, remedy)
     begun = saved.get("preset")
     if not isinstance(begun, str):
         raise ValueError(f"{path} is not the record of a run: it has no preset; choose another "
@@ -169,7 +168,7 @@ def _continued(stage: Stage, preset: str | None, settings: Iterable[str], run: P
         kept = modernize(saved["config"])
         before = configure(stage, kept, ())
     except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: {error}; {REMEDY}") from None
+        raise ConfigError(f"{path}: {error}; {remedy}") from None
     now, old = configure(stage, kept, settings), flatten(before)
     for key, value in flatten(now).items():
         if key.startswith(FIXED) and value != old.get(key):

@@ -58,9 +58,6 @@ def open_data(config: PretrainConfig) -> Opened:
         raise ConfigError("data.folder is not set; prepare text with `fira data SOURCE "
                           "--tokenizer DIR --out DIR` and give data.folder=DIR")
     folder = Path(config.data.folder)
-    if not folder.is_dir():
-        raise ConfigError(f"data.folder={folder} does not exist; give data.folder=DIR, where the "
-                          "data is now, or prepare it with fira data SOURCE --out DIR")
     train, validation = (Shards(folder, split) for split in ("train", "validation"))
     train.verify()
     validation.verify()

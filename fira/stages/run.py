@@ -7,7 +7,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fira.model.moe import grouping_obstacle
 from fira.model.transformer import count_parameters
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh, check_fit, joined
-from fira.runlog import NoLog, RunLog, read_rows, tracker
+from fira.runlog import NoLog, RunLog, tracker
 from fira.stages.config import Opened, Plan, Stage, Start, make_plan
 from fira.train.loop import Loop, LoopState, fraction_done
 from fira.train.optim import make_optimizer, rate_factor
@@ -40,7 +41,6 @@ def train_run(stage: Stage, preset: str | None, settings: Iterable[str], run: Pa
     writes.
     """
     resume = resume or runtime.launch().restarts > 0
-    record = _record(run)
     plan = make_plan(stage, preset, settings, run, resume, source, screen)
     config = plan.config
     if config.parallel.shard == 1:  # sharded layers come and go: kept memory would be twice as much
@@ -55,9 +55,8 @@ def train_run(stage: Stage, preset: str | None, settings: Iterable[str], run: Pa
         def claim() -> None:
             run.mkdir(parents=True, exist_ok=True)
             held.enter_context(runtime.claim(run))
-            if _record(run) != record:
-                raise ValueError(f"another process trained in {run} just now; give the command "
-                                 "again")
+            if plan.before is None and (run / CONFIG).exists():
+                raise ValueError(f"another process has just begun a run in {run}; try again")
 
         mesh.first(claim)
         loop = _open(stage, plan, run, mesh, opened, screen)
@@ -65,19 +64,13 @@ def train_run(stage: Stage, preset: str | None, settings: Iterable[str], run: Pa
         return loop.run()
 
 
-def _record(run: Path) -> bytes | None:
-    return (run / CONFIG).read_bytes() if (run / CONFIG).is_file() else None
-
-
 def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
           screen: Console) -> Loop:
     """The loop of a run that this process has claimed, at its newest checkpoint."""
-    def say(text: str) -> None:
-        screen.print(text, soft_wrap=True)
-
+    say = partial(screen.print, soft_wrap=True)
     config, start, folder = plan.config, plan.start, opened[0]
     tokenizer, checkpoints = Tokenizer.load(folder), Checkpoints(run, folder, mesh)
-    newest = mesh.first(lambda: _newest(run, checkpoints, say))
+    newest = mesh.first(lambda: checkpoints.newest_whole(say))
     origin = newest or (start.folder if start else None)
     if origin is not None:
         _check_same_tokenizer(origin, tokenizer, folder)
@@ -99,18 +92,6 @@ def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
     _introduce(config, state, start, mesh, screen)
     return Loop(layout, optimizer, config.train, config.schedule, recipe, log, checkpoints, screen,
                 state)
-
-
-def _newest(run: Path, checkpoints: Checkpoints, say: Callable[[str], None]) -> Path | None:
-    """The step folder where a run continues; None at its beginning. Raises ValueError where it
-    would begin again over existing work."""
-    newest = checkpoints.newest_whole(say)
-    for row in read_rows(run, lambda fault: None) if newest is None else ():
-        if row["kind"] == "validation":  # follows a save
-            raise ValueError(f"{run} has no step folder, but its record has a validation at step "
-                             f"{row['step']}; put a step folder back, or start a new run in "
-                             "another --run folder")
-    return newest
 
 
 def _check_length(plan: Plan, state: LoopState) -> None:

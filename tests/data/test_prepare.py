@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {file.name: sha256(file) for file in sorted(folder.iterdir())}
+    return {file.name: sha256(file) for file in sorted(folder.glob("[!.]*"))}
 
 
 def stream(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
