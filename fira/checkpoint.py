@@ -114,12 +114,12 @@ class Checkpoints:
         required = (CONFIG, WEIGHTS if self.base is None else ADAPTER, OPTIMIZER, STATE)
         faults, whole = dict[Path, str](), None
         for step in reversed(self.steps()):
-            fault = find_damage(step, required=required)
-            if fault is None:
+            if (fault := find_damage(step, required=required)) is None:
                 whole = step
                 break
             faults[step] = fault
-        if whole is None and (any(self.run.glob("step-*")) or _was_validated(self.run)):
+        validated = any(row["kind"] == "validation" for row in read_rows(self.run, lambda _: None))
+        if whole is None and (validated or any(self.run.glob("step-*"))):  # a save comes before
             raise self._nothing_whole(faults)
         for step, fault in faults.items():
             aside = step.rename(files.free_name(step))
@@ -143,11 +143,6 @@ class Checkpoints:
         for folder in self.steps()[:-KEEP]:
             if self.mesh.rank == 0 and step_number(folder) != best_step:
                 shutil.rmtree(folder)
-
-
-def _was_validated(run: Path) -> bool:
-    """Whether the record of a run has a validation, which follows a save."""
-    return any(row["kind"] == "validation" for row in read_rows(run, lambda fault: None))
 
 
 def step_number(folder: Path) -> int:

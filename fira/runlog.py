@@ -39,8 +39,7 @@ class RunLog:
         self._rewrite_table()
 
     @classmethod
-    def resume(cls, folder: Path, step: int, say: Callable[[str], None] = print,
-               **options: Any) -> RunLog:
+    def resume(cls, folder: Path, step: int, say: Any = print, **options: Any) -> RunLog:
         """Continue the record of a run whose checkpoint is `step`: later rows are dropped.
 
         Rows written after that checkpoint was saved (its own evaluation too) are dropped as well,

@@ -18,7 +18,7 @@ def step(run, tmp_path):
 
 
 def content(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 def broken_sources(folder):

@@ -133,7 +133,7 @@ def make_plan(stage: Stage, preset: str | None, settings: Iterable[str], run: Pa
     """As asked, or when resuming as the run was begun with `settings` laid over that."""
     if (run / CONFIG).exists():
         return _continued(stage, preset, settings, run, resume, source)
-    if taken := sorted(one.name for pattern in TAKEN for one in run.glob(pattern)):
+    if taken := [path.name for pattern in TAKEN for path in run.glob(pattern)]:
         raise ValueError(f"{run} holds {taken[0]} but no {CONFIG} of a run; choose another --run "
                          f"folder, or put {CONFIG} back if this was a run")
     if preset is None:
@@ -155,9 +155,8 @@ def _continued(stage: Stage, preset: str | None, settings: Iterable[str], run: P
         raise ValueError(f"{path} is not the record of a run: it has no preset; choose another "
                          "--run folder, or restore the file from a backup")
     if "config" not in saved:
-        raise ConfigError(f"{run} was written by fira import or export, so there is no training to "
-                          f"resume; tune it with fira train {preset or 'PRESET'} --from {run} "
-                          "--run FOLDER")
+        raise ConfigError(f"{run} was imported or exported: there is no training to resume; tune it "
+                          f"with fira train {preset or 'PRESET'} --from {run} --run FOLDER")
     if not resume:
         raise ValueError(f"{run} already holds a run; --resume continues it, "
                          "or choose another folder for a new one")

@@ -36,9 +36,8 @@ def train_run(stage: Stage, preset: str | None, settings: Iterable[str], run: Pa
               source: Path | None = None) -> LoopState:
     """Train into the folder `run`, or continue there. Raises ValueError on bad input.
 
-    With `source`, a run or step folder, the model and its first weights are taken from there. A run
-    that is resumed knows its preset. Every rank that a launcher started calls this; the first one
-    writes.
+    With `source`, a run or step folder, the model and its first weights are taken from there. To
+    resume no preset is needed. Every rank that a launcher started calls this; the first writes.
     """
     resume = resume or runtime.launch().restarts > 0
     plan = make_plan(stage, preset, settings, run, resume, source, screen)

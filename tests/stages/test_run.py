@@ -203,11 +203,6 @@ def test_non_finite_steps_are_counted_and_several_end_the_run(preset, data_folde
     assert len(events) == 5 and all("skipped" in text for text in events)
 
 
-def test_what_is_no_place_for_a_run_is_one_line(preset, data_folder, undisturbed):
-    with pytest.raises(OSError, match=r"config\.json"):
-        run_micro(preset, data_folder, undisturbed / "config.json" / "run")
-
-
 def test_data_of_another_tokenizer_of_equal_size_is_refused(preset, data_folder, corpus,
                                                             undisturbed, tmp_path):
     other = train_tokenizer((text[::-1] for text in texts([str(corpus)])), 600)
