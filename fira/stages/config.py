@@ -130,7 +130,7 @@ def describe(stage: Stage, preset: str, settings: Iterable[str],
 
 def make_plan(stage: Stage, preset: str | None, settings: Iterable[str], run: Path, resume: bool,
               source: Path | None, screen: Console) -> Plan:
-    """As asked, or when resuming as the run was begun with `settings` laid over that."""
+    """A new run as asked, or the run in the folder as it was begun, with `settings` over that."""
     if (run / CONFIG).exists():
         return _continued(stage, preset, settings, run, resume, source)
     if taken := [path.name for pattern in TAKEN for path in run.glob(pattern)]:
@@ -155,8 +155,8 @@ def _continued(stage: Stage, preset: str | None, settings: Iterable[str], run: P
         raise ValueError(f"{path} is not the record of a run: it has no preset; choose another "
                          "--run folder, or restore the file from a backup")
     if "config" not in saved:
-        raise ConfigError(f"{run} was imported or exported: there is no training to resume; tune it "
-                          f"with fira train {preset or 'PRESET'} --from {run} --run FOLDER")
+        raise ConfigError(f"{run} is an import or export, with no training to resume; tune it with "
+                          f"fira train {preset or 'PRESET'} --from {run} --run FOLDER")
     if not resume:
         raise ValueError(f"{run} already holds a run; --resume continues it, "
                          "or choose another folder for a new one")

@@ -108,8 +108,7 @@ MENDED = [  # the words that are said, what is changed, how
     ("resuming after step 10: 83%", "n", lambda run: (run / ".step-12").symlink_to(run.parent)),
     ("line 2 is damaged .* as it was is now", METRICS := "metrics.jsonl", swap("\n{", "\n{{")),
     (r"line \d+ is damaged", METRICS, lambda path: path.write_bytes(path.read_bytes() + b"\0\0")),
-    (r"line 1 is damaged", METRICS, zero),
-]
+    (r"line 1 is damaged", METRICS, zero)]
 
 
 @pytest.mark.parametrize("words, pattern, change", MENDED)
