@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,15 @@ from fira.cli.command import (
     example,
     settings_argument,
 )
+from fira.data.sources import Reading
 
 
 def reading_options(command: Any) -> Any:
-    """The options of every verb that reads text for training: the fields of formats.Reading."""
-    for option in reversed([
-        click.option("--text-key", default="text", show_default=True,
-                     help="Key or column of the text; meta.text is text inside meta."),
-        click.option("--encoding", default="utf-8", show_default=True,
-                     help="Encoding of files without a byte order mark, like latin-1."),
-        click.option("--separator", default="", show_default="<|endoftext|> at the end of a line",
-                     help="What ends a document in a .txt file."),
-        click.option("--skip-bad", is_flag=True,
-                     help="Leave out and count what cannot be read, instead of stopping there."),
-        click.option("--deduplicate", is_flag=True,
-                     help="Leave out documents that are equal to an earlier one."),
-        click.option("--min-chars", type=click.IntRange(0), default=0, show_default=True,
-                     help="Leave out documents of fewer characters."),
-        click.option("--quality", is_flag=True,
-                     help="Leave out documents of which over 40% are symbols and digits, or over "
-                          "20% lines that the document has already."),
-    ]):
-        command = option(command)
+    """The options of every verb that reads text for training."""
+    for field in reversed(fields(Reading)):
+        command = click.option("--" + field.name.replace("_", "-"), default=field.default,
+                               is_flag=field.default is False, show_default=bool(field.default),
+                               help=field.metadata["help"])(command)
     return command
 
 
@@ -58,7 +46,6 @@ def tokenizer() -> None:
 def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_bytes: int,
                     **reading: Any) -> None:
     """Learn a byte-level BPE vocabulary from SOURCES, which are given as for fira data."""
-    from fira.data.formats import Reading
     from fira.data.prepare import learn_tokenizer
     from fira.runlog import console
 
@@ -91,7 +78,6 @@ def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_e
 
     If the command is interrupted, the same command continues it.
     """
-    from fira.data.formats import Reading
     from fira.data.prepare import prepare
     from fira.data.tokenizer import Tokenizer
     from fira.runlog import console

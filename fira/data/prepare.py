@@ -27,10 +27,9 @@ import numpy as np
 from rich.console import Console
 
 from fira import runtime
-from fira.data.formats import Item, Reading
 from fira.data.shards import SPLITS, ShardWriter, dtype_for, read_manifest
-from fira.data.sources import Input, Tally, find, listed, note
-from fira.data.text import AS_THEY_ARE, group, read, total_bytes
+from fira.data.sources import DEFAULT, Input, Reading, Tally, find, listed, note
+from fira.data.text import Item, group, read, total_bytes
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.files import MANIFEST, read_json, remove, write_json
 from fira.runlog import ProgressLine
@@ -43,13 +42,13 @@ Encoded = list[tuple[np.ndarray, int]]  # ids and number of UTF-8 bytes of each 
 
 
 def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_bytes: int,
-                    screen: Console, reading: Reading = AS_THEY_ARE) -> Tokenizer:
+                    screen: Console, reading: Reading = DEFAULT) -> Tokenizer:
     """Learn a vocabulary from the first `max_bytes` of `sources` and save it in `folder`.
 
     Raises ValueError, before the long work, for bad sources or a folder that cannot be written.
     """
     train, _, passed_over = find(sources)
-    _say("passed over", passed_over, screen)
+    _say("not read for training", passed_over, screen)
     with _one_line_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -65,7 +64,7 @@ def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_b
 def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
             validation_every: int = 20, validation_sources: Sequence[str] = (),
             shard_tokens: int = 1 << 27, workers: int | None = None,
-            reading: Reading = AS_THEY_ARE, screen: Console | None = None) -> dict[str, Any]:
+            reading: Reading = DEFAULT, screen: Console | None = None) -> dict[str, Any]:
     """Tokenize `sources` into `folder` and return its manifest; at once if that is done already.
 
     Every `validation_every`-th document is used for validation (0: none), or, if there are too few,
@@ -78,7 +77,7 @@ def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
     recipe = _recipe(given, len(train), 0 if held_out else validation_every, shard_tokens,
                      tokenizer, reading)
     folder, screen = Path(folder), screen or Console(quiet=True)
-    _say("passed over", passed_over, screen)
+    _say("not read for training", passed_over, screen)
     with _one_line_errors(folder):
         if (folder / MANIFEST).exists():
             _check_same(folder, read_manifest(folder), recipe)
@@ -92,8 +91,7 @@ def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
                 every = recipe["validation_every"]
                 recipe["held_out_from"] = _held_out_from(train, every, reading, screen)
                 with _shown("data", given, screen) as progress:
-                    _Job(folder, recipe, given, tokenizer, reading).run(
-                        _workers(workers, given), progress)
+                    _Job(folder, recipe, given, tokenizer).run(_workers(workers, given), progress)
     manifest = read_manifest(folder)
     for split, facts in manifest["splits"].items():
         screen.print(f"{split}: {facts['documents']:,} documents, {facts['bytes'] / 1e6:.1f} MB, "
@@ -130,7 +128,7 @@ def _counted(title: str, given: list[Input], reading: Reading, left_out: Tally,
 
 def _held_out_from(train: list[Input], every: int, reading: Reading,
                    screen: Console) -> int | None:
-    """The character of the text where validation begins if there are less than `every` documents.
+    """Where validation begins, in characters, if there are fewer than `every` documents of text.
 
     They are counted before the long work, except those of a hub data set, which has many.
     """
@@ -145,8 +143,8 @@ def _held_out_from(train: list[Input], every: int, reading: Reading,
         _say("left out", left_out, screen)
         raise ValueError(f"the sources hold {documents} documents with text, {chars} characters; "
                          "give files with more text")
-    screen.print(f"validation: the last {chars // every:,} characters of the text, because there "
-                 f"are fewer documents ({documents}) than {every}", soft_wrap=True)
+    screen.print(f"validation: the last {chars // every:,} characters, because there are fewer "
+                 f"documents ({documents}) than {every}", soft_wrap=True)
     return chars - chars // every
 
 
@@ -202,9 +200,8 @@ class _Job:
     """A preparation in progress: its shards and how far they go."""
 
     def __init__(self, folder: Path, recipe: dict[str, Any], given: list[Input],
-                 tokenizer: Tokenizer, reading: Reading):
+                 tokenizer: Tokenizer):
         self.folder, self.recipe, self.given, self.tokenizer = folder, recipe, given, tokenizer
-        self.reading = reading
         journal = _read_journal(folder, recipe)
         self.place: list[int] = journal["place"]   # input, number of its items that are done
         self.documents: int = journal["documents"]  # done so far, both splits
@@ -217,7 +214,8 @@ class _Job:
 
     def run(self, workers: int, progress: Callable[[int], None]) -> None:
         saved, (file, number) = time.monotonic(), self.place
-        items = read(self.given, self.reading, (file, number), self.recipe["held_out_from"])
+        items = read(self.given, Reading(**self.recipe["reading"]), (file, number),
+                     self.recipe["held_out_from"])
         batches = group(items, BATCH_CHARS, lambda item: len(item.text) + 1)
         with contextlib.closing(_encoded(batches, self.folder, self.tokenizer, workers)) as done:
             for batch, encoded in done:
@@ -246,11 +244,11 @@ class _Job:
                                            "left_out": self.left_out})
 
     def _finish(self) -> None:
-        every = self.recipe["validation_every"]
-        empty = [split for split, writer in self.writers.items() if not writer.documents]
-        if "train" in empty or empty and (every or len(self.given) > self.recipe["train_inputs"]):
-            raise ValueError(f"no document with text for {empty[0]}; delete {self.folder}, and "
-                             "give more text, or other text with --validation")
+        validated = self.recipe["validation_every"] or len(self.given) > self.recipe["train_inputs"]
+        for split in ("train", "validation")[:1 + bool(validated)]:
+            if not self.writers[split].documents:
+                raise ValueError(f"there is no document for {split}; delete {self.folder} and give "
+                                 "more text, or other text with --validation")
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         write_json(self.folder / MANIFEST, {**self.recipe, "splits": splits,
                                             "left_out": self.left_out})

@@ -6,6 +6,7 @@ sources therefore give the same documents in the same order on every machine.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import glob
 import importlib.util
@@ -28,9 +29,31 @@ ENDINGS = (*(form + packed for form in (*PROSE, *CODE, *LINES, *TABLES)
              for packed in ("", ".gz", ".bz2", ".xz", ".zst")), ".parquet")
 SUPPORTED = (".txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or of source code (also with .gz, "
              ".bz2, .xz or .zst), or .parquet")
-HELD_OUT = {"validation", "valid", "val", "dev"}
-_SPLIT = re.compile(rf"(?<![a-z])(train|test|{'|'.join(sorted(HELD_OUT))})(?![a-z])")
+HELD_OUT = ("validation", "valid", "val", "dev")
+_SPLIT = re.compile(rf"(?<![a-z])(train|test|{'|'.join(HELD_OUT)})(?![a-z])")
 Tally = dict[str, dict[str, Any]]  # what is left out: reason -> count, and the first places
+
+
+def _option(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How sources are read, which decides what documents there are. Each field is an option."""
+
+    text_key: str = _option("text", "Key or column of the text; meta.text is text inside meta.")
+    encoding: str = _option("utf-8", "Encoding of files without a byte order mark, like latin-1.")
+    separator: str = _option("", "What ends a document in a .txt file, in place of <|endoftext|> at "
+                                 "the end of a line.")
+    skip_bad: bool = _option(False, "Leave out what cannot be read, and count it.")
+    deduplicate: bool = _option(False, "Leave out documents that are equal to an earlier one.")
+    min_chars: int = _option(0, "Leave out documents of fewer characters.")
+    skip_repetitive: bool = _option(False, "Leave out documents that zlib packs into less than a "
+                                           "fifth; prose needs twice that.")
+
+
+DEFAULT = Reading()
 
 
 class Input(NamedTuple):
@@ -62,29 +85,20 @@ def inputs(sources: Sequence[str]) -> list[Input]:
 
 def find(sources: Sequence[str],
          validation: Sequence[str] = ()) -> tuple[list[Input], list[Input], Tally]:
-    """Inputs for training and for validation, and the files of folders that are passed over.
+    """Inputs for training and for validation, and the files that are passed over.
 
-    A file that is named twice is read once, for validation if it is named there. Without
-    `validation`, files whose names differ only in train and validation (or valid, val, dev, test)
-    are the splits that they name. Raises ValueError for the first source that is missing,
-    unreadable or of an unsupported kind.
+    A file is read once, for validation if it is named there. Without `validation`, files whose
+    names differ only in train and validation (or valid, val, dev, test) are those splits. Raises
+    ValueError for the first source that is missing, unreadable or of an unsupported kind.
     """
-    passed_over: Tally = {}
-    found: dict[str, tuple[Input, bool]] = {}
-    for source, held_out in [*((name, True) for name in validation),
-                             *((name, False) for name in sources)]:
-        for one in _expand(source, passed_over):
-            key = os.path.realpath(one.path) if one.path else one.name
-            if key in found:
-                note(passed_over, "named twice", one.name)
-            found.setdefault(key, (one, held_out))
-    train, held = ([one for one, held_out in found.values() if held_out is split]
-                   for split in (False, True))
+    passed_over, seen = Tally(), set[str]()
+    held_out = _new(validation, seen, passed_over)
+    train = _new(sources, seen, passed_over)
     if not train:
-        raise ValueError("no source for training given; name a file, a folder, a pattern of files, "
-                         "hub:owner/name, - or sotu")
-    return (train, held, passed_over) if validation else (*_by_name(train, passed_over),
-                                                           passed_over)
+        raise ValueError("no source for training; name a file, a folder, hub:owner/name, - or sotu")
+    if not validation:
+        train, held_out = _by_name(train, passed_over)
+    return train, held_out, passed_over
 
 
 def note(tally: Tally, reason: str, place: str) -> None:
@@ -124,20 +138,28 @@ def text_files(folder: Path, passed_over: Tally) -> list[Path]:
     return sorted(found)
 
 
+def _new(sources: Sequence[str], seen: set[str], passed_over: Tally) -> list[Input]:
+    found = {os.path.realpath(one.path) if one.path else one.name: one
+             for source in sources for one in _expand(source, passed_over)}
+    for path in found.keys() & seen:
+        note(passed_over, "for validation", found.pop(path).name)
+    seen |= found.keys()
+    return [*found.values()]
+
+
 def _by_name(found: list[Input], passed_over: Tally) -> tuple[list[Input], list[Input]]:
     """The inputs for training and those for validation, by their names."""
     named = [(one, *_split_of(one)) for one in found]
-    splits: dict[str, set[str]] = {}
-    for _, split, rest in named:
-        splits.setdefault(rest, set()).add(split)
+    have = {(split, rest) for _, split, rest in named}
     train, held_out = [], []
     for one, split, rest in named:
-        if split in ("", "train") or "train" not in splits[rest]:
+        if split in ("", "train") or ("train", rest) not in have:
             train.append(one)
-        elif split == "test" and splits[rest] & HELD_OUT:
+        elif split == "test" and any((other, rest) in have for other in HELD_OUT):
             note(passed_over, "test split", one.name)
         else:
             held_out.append(one)
+            note(passed_over, "for validation", one.name)
     return train, held_out
 
 
@@ -202,10 +224,7 @@ def _hub(source: str) -> Input:
 
 @functools.cache
 def _standard_input() -> Input:
-    """A copy of standard input, removed at exit: JSON lines if it begins with an object, or text.
-
-    Text is read more than once.
-    """
+    """A copy, because text is read twice: JSON lines if it begins with an object, else text."""
     with tempfile.NamedTemporaryFile(prefix="fira-", delete=False) as copy:
         atexit.register(os.unlink, copy.name)
         shutil.copyfileobj(sys.stdin.buffer, copy)

@@ -1,26 +1,61 @@
 """Inputs become documents, streamed, so that memory does not grow with the corpus.
 
+Each row of a .jsonl, .csv or .parquet file is a document; any other file is one document, or, if
+.txt, one for each separator. A long text is read in parts, cut where every supported pre-tokenizer
+splits anyway (tests/data/test_text.py proves it), so that the parts give the same tokens as the
+whole; only where there is no such place for 2 CHUNK characters, it is cut anywhere.
+
 What is left out (null texts, rows that cannot be read, duplicates, what the filters refuse) passes
 through the stream as items without text, so that it is counted once, also when an interrupted
 preparation is continued.
 """
 from __future__ import annotations
 
-import collections
+import bz2
+import codecs
+import contextlib
+import csv
+import gzip
 import hashlib
+import io
+import itertools
+import json
+import lzma
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
-from fira.data.encoder import chunks, safe_cut
-from fira.data.formats import Item, Reading, read_file
-from fira.data.sources import Input, inputs
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
 
-AS_THEY_ARE = Reading()
-MOST_SYMBOLS = 0.4   # of the characters that are not blank: digits, ASCII punctuation, symbols
-MOST_REPEATED = 0.2  # of the characters, in lines that were there before (Rae et al. 2021, A1)
-_SYMBOL = re.compile(r"[!-@\[-`{-~\u2010-\u2bff]")
+from fira.data import encoder
+from fira.data.encoder import chunks, safe_cut, to_utf8
+from fira.data.sources import DEFAULT, LINES, TABLES, Input, Reading, inputs
+
+LONGEST = 1 << 25  # characters of a row
+PACKED = 0.2       # of its bytes that a repetitive text has left; English prose has 0.4 to 0.5
+END_OF_TEXT_LINE = r"<\|endoftext\|>[ \t\r]*(?:\n|\Z)"  # at the end of a line
+BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+        codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_BAD = re.compile("[\0\udc80-\udcff]")  # NUL, and what the handler `surrogateescape` makes of bytes
+_BAD_LINE = re.compile(f"^[^\n]*{_BAD.pattern}[^\n]*\n?", re.MULTILINE)
+Rows = Iterator[tuple[int, int, Any]]  # number, bytes read so far, and the row: an object or JSON
+
+
+class Item(NamedTuple):
+    """A document, a part of one, or (without text, and ending none) something left out."""
+
+    text: str
+    ends: bool = True       # whether this is the document's last part
+    file: int = 0           # index of the input it comes from
+    number: int = 0         # its index among the items of that input, where reading can resume
+    done: int = 0           # bytes of all inputs read so far, for progress
+    where: str = ""         # file and line
+    left_out: str = ""      # why there is no text
+    held_out: bool = False  # whether it is after the place where validation begins
 
 
 def texts(sources: Sequence[str]) -> Iterator[str]:
@@ -33,7 +68,7 @@ def items(given: list[Input], file: int = 0, number: int = 0) -> Iterator[Item]:
     return (item for item in read(given, start=(file, number)) if not item.left_out)
 
 
-def read(given: list[Input], how: Reading = AS_THEY_ARE, start: tuple[int, int] = (0, 0),
+def read(given: list[Input], how: Reading = DEFAULT, start: tuple[int, int] = (0, 0),
          held_out_from: int | None = None) -> Iterator[Item]:
     """Stream `given` from item start[1] of input start[0] on, with what is left out.
 
@@ -41,15 +76,20 @@ def read(given: list[Input], how: Reading = AS_THEY_ARE, start: tuple[int, int] 
     two. Raises ValueError, one line with file and place, for text that is damaged or in another
     encoding.
     """
-    selection = _Selection(how, held_out_from)
-    first = 0 if selection.depends else start[0]
+    depends = how.deduplicate or held_out_from is not None  # on all before, which is read again
+    seen: set[bytes] = set()
+    left = sys.maxsize if held_out_from is None else held_out_from
+    first = 0 if depends else start[0]
     before = sum(one.size or 0 for one in given[:first])
     for file in range(first, len(given)):
-        done = 0
-        for number, item in enumerate(selection.items(given[file])):
+        number = done = 0
+        for item in _chosen(given[file], how, seen):
             done = item.done
-            if (file, number) >= start:
-                yield item._replace(file=file, number=number, done=before + done)
+            for part in _split(item, left):
+                if (file, number) >= start:
+                    yield part._replace(file=file, number=number, done=before + done)
+                number += 1
+            left -= len(item.text)
         before += given[file].size or done
 
 
@@ -73,63 +113,235 @@ def total_bytes(given: list[Input]) -> int | None:
     return None if None in sizes else sum(size for size in sizes if size)
 
 
-def unfit(text: str, how: Reading, seen: set[int]) -> str:
-    """Why a document is to be left out, or ""; `seen` are hashes of the documents before.
+def _split(item: Item, left: int) -> list[Item]:
+    """The item, or its parts before and after character `left`, where validation begins."""
+    if not 0 < left <= len(item.text):
+        return [item._replace(held_out=left <= 0)]
+    cut = safe_cut(item.text[:left]) or left
+    return [item._replace(text=item.text[:cut], ends=True),
+            item._replace(text=item.text[cut:], held_out=True)]
 
-    The rules of `how.quality` need no language: the share of symbols and of repeated lines.
-    """
+
+def _chosen(place: Input, how: Reading, seen: set[bytes]) -> Iterator[Item]:
+    """The items of one input. A document that is read in parts is neither compared nor judged."""
+    begun = False  # a part of a document was read, but not yet its last part
+    try:
+        for item in _read_file(place, how):
+            if not begun and item.ends and item.text and (why := _unfit(item.text, how, seen)):
+                yield item._replace(text="", ends=False, where=item.where or place.name,
+                                    left_out=why)
+            elif item.text or item.left_out or begun:
+                *parts, last = chunks(item.text)
+                yield from (item._replace(text=part, ends=False) for part in parts)
+                yield item._replace(text=last)
+                begun = begun and bool(item.left_out) or not (item.ends or item.left_out)
+    except ValueError:
+        if not how.skip_bad:
+            raise
+        yield Item("", False, where=place.name, left_out="unreadable")
+    if begun:
+        yield Item("")
+
+
+def _unfit(text: str, how: Reading, seen: set[bytes]) -> str:
+    """Why a document is left out, or ""; `seen` are hashes of the documents before."""
     if len(text) < how.min_chars:
         return f"shorter than {how.min_chars} characters"
-    if how.quality:
-        if len(_SYMBOL.findall(text)) > MOST_SYMBOLS * len("".join(text.split())):
-            return "mostly symbols"
-        lines = collections.Counter(map(str.strip, text.split("\n")))
-        repeated = sum(len(line) * (count - 1) for line, count in lines.items())
-        if repeated > MOST_REPEATED * len(text):
-            return "with repeated lines"
+    data = text.encode() if how.skip_repetitive or how.deduplicate else b""
+    if how.skip_repetitive and len(zlib.compress(data)) < PACKED * len(data):
+        return "repetitive"
     if how.deduplicate:
-        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+        key = hashlib.blake2b(data, digest_size=8).digest()
         if key in seen:
             return "duplicate"
         seen.add(key)
     return ""
 
 
-class _Selection:
-    """What is taken of the inputs and what is held out, given all that came before."""
+def _read_file(place: Input, how: Reading) -> Iterator[Item]:
+    """The items of one input. Raises ValueError, one line, if it is damaged as a whole."""
+    form = place.ending
+    try:
+        if form in ("hub", ".parquet"):
+            yield from _of_rows((_hub if form == "hub" else _parquet)(place, how), place, how)
+            return
+        with _opened(place, how.encoding) as (stream, position):
+            if form.startswith(LINES):
+                yield from _of_rows(
+                    (row for row in _lines(stream, position) if row[2].strip()), place, how)
+            elif form.startswith(TABLES):
+                yield from _of_rows(_table(stream, position, form), place, how)
+            else:
+                yield from _text(stream, position, place, how)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place.name} is not {error.encoding} text ({error.reason}); check the "
+                         "file or give another --encoding") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error,
+            pyarrow.ArrowException) as error:
+        line = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{place.name} cannot be read to its end as {form} ({line}); check the "
+                         "file or fetch it again") from None
 
-    def __init__(self, how: Reading, held_out_from: int | None):
-        self.how, self.seen = how, set[int]()
-        self.left = sys.maxsize if held_out_from is None else held_out_from  # characters
-        self.depends = how.deduplicate or held_out_from is not None  # on the inputs before
 
-    def items(self, place: Input) -> Iterator[Item]:
-        """Of one input. A document that is read in parts is neither compared nor judged."""
-        begun = False  # a part of a document was read, but not yet its last part
+@contextlib.contextmanager
+def _opened(place: Input, encoding: str) -> Iterator[tuple[TextIO, Callable[[], int]]]:
+    """The characters of a file without a byte order mark, and how much of it was read."""
+    with open(place.path, "rb", buffering=0) as file:
+        unpack = UNPACK.get(place.ending.rpartition(".")[2], lambda plain: plain)
+        stream = io.BufferedReader(unpack(io.BufferedReader(file, encoder.CHUNK)), encoder.CHUNK)
+        head = stream.peek(4)
+        named = next((name for mark, name in BOMS.items() if head.startswith(mark)), encoding)
+        yield io.TextIOWrapper(stream, named, "surrogateescape", newline="\n"), file.tell
+
+
+def _text(stream: TextIO, position: Callable[[], int], place: Input,
+          how: Reading) -> Iterator[Item]:
+    """A text file as one document, or one for each separator; long ones in parts."""
+    separable = place.ending.startswith((".txt", ".text"))
+    separator = re.compile(re.escape(how.separator) or END_OF_TEXT_LINE)
+    text, line, begins = "", 1, False  # begins: `text` is the start of what follows a separator
+    while block := stream.read(encoder.CHUNK):
+        block += stream.readline(encoder.CHUNK)  # so that no separator is seen in half
+        number, line = line, line + block.count("\n")
+        if _BAD.search(block):
+            yield from _of_rows(((number + block[:bad.start()].count("\n"), position(), bad[0])
+                                 for bad in _BAD_LINE.finditer(block)), place, how)
+            block = _BAD_LINE.sub("", block)
+        *whole, text = separator.split(text + block) if separable else [text + block]
+        yield from (Item(document.strip("\r\n"), done=position()) for document in whole)
+        begins = begins or bool(whole)
+        text = text.lstrip("\r\n") if begins else text
+        if len(text) >= encoder.CHUNK:
+            head = text[:len(text) - len(how.separator)]
+            if cut := safe_cut(head) or (len(text) >= 2 * encoder.CHUNK) * len(head):
+                yield Item(text[:cut], False, done=position())
+                text, begins = text[cut:], False
+    yield Item(text, done=position())
+
+
+def _lines(stream: TextIO, position: Callable[[], int]) -> Rows:
+    """Lines; LONGEST characters of one that is longer, which is then refused."""
+    for number in itertools.count(1):
+        line = rest = stream.readline(LONGEST)
+        while len(rest) == LONGEST and rest[-1] != "\n":
+            rest = stream.readline(LONGEST)
+        if not line:
+            return
+        yield number, position(), line
+
+
+def _table(stream: TextIO, position: Callable[[], int], form: str) -> Rows:
+    """Rows of values with commas, semicolons or tabs between, below a line of names."""
+    csv.field_size_limit(LONGEST)
+    lines = (line for *_, line in _lines(stream, position))
+    first = next(lines, "")
+    mark = "\t" if form.startswith(".tsv") else max(",;", key=first.count)
+    table = csv.DictReader(itertools.chain([first], lines), delimiter=mark)
+    for row in table:
+        yield table.line_num, position(), row
+
+
+def _parquet(place: Input, how: Reading) -> Rows:
+    """Rows with only the column of the text, which may lie in a struct. A text that rows share is
+    in memory once, and few rows are decoded at a time, since they may be long."""
+    key = how.text_key
+    with pyarrow.parquet.ParquetFile(place.path, read_dictionary=[key]) as file:
+        number, names = 0, [file.schema.column(index).path for index in range(len(file.schema))]
+        if key not in names:
+            yield 0, 0, dict.fromkeys(names)
+            return
+        for batch in file.iter_batches(16, columns=[key], use_threads=False):
+            column = batch.column(0)
+            if pyarrow.types.is_struct(column.type):
+                column = pyarrow.compute.struct_field(column, key.split(".")[1:])
+            for value in column:
+                number += 1
+                done = (place.size or 0) * number // file.metadata.num_rows
+                yield number, done, {key: value.as_py()}
+
+
+def _hub(place: Input, how: Reading) -> Rows:
+    """A split of a Hugging Face data set, streamed without storing it."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{place.name} needs the datasets library; "
+                         "run: pip install 'fira-moe[hub]'") from None
+    address, config, split, *_ = f"{place.name.removeprefix('hub:')}::".split(":")
+    name, _, revision = address.partition("@")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True,
+                                     revision=revision or None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{place.name} cannot be opened ({error}); check the name, the config, "
+                         "the split and the network") from error
+    done = 0
+    for number, row in enumerate(rows):
+        done += len(json.dumps(row, default=str))
+        yield number, done, row
+
+
+def _of_rows(rows: Rows, place: Input, how: Reading) -> Iterator[Item]:
+    for number, done, row in rows:
+        where = f"{place.name}:{number}"
         try:
-            for item in read_file(place, self.how):
-                if item.problem and not self.how.skip_bad:
-                    raise ValueError(item.problem)
-                whole = item.text and item.ends and not begun
-                if whole and (reason := unfit(item.text, self.how, self.seen)):
-                    item = Item("", False, done=item.done, where=item.where, left_out=reason)
-                if item.text or item.left_out or begun:
-                    yield from self._parts(item)
-                    begun = not item.ends and (begun or not item.left_out)
-        except ValueError:
-            if not self.how.skip_bad:
-                raise
-            yield Item("", False, where=place.name, left_out="unreadable")
-        if begun:
-            yield Item("")
+            text, why = _text_of(row, how), "null or empty"
+        except ValueError as error:
+            if not how.skip_bad:
+                raise ValueError(f"{where}: {error}") from None
+            text, why = None, "unreadable"
+        yield Item(text or "", bool(text), done=done, where=where, left_out="" if text else why)
 
-    def _parts(self, item: Item) -> Iterator[Item]:
-        """An item in parts that are not too long, and cut where validation begins."""
-        *parts, last = chunks(item.text)
-        for text, ends in [*((part, False) for part in parts), (last, item.ends)]:
-            left, self.left = self.left, self.left - len(text)
-            if self.left <= 0 < left:
-                cut = safe_cut(text[:left]) or left
-                yield item._replace(text=text[:cut], ends=True)
-                text = text[cut:]
-            yield item._replace(text=text, ends=ends, held_out=self.left <= 0)
+
+def _text_of(row: Any, how: Reading) -> str | None:
+    """The text under the key of a row, which may be a line of JSON; None if it is null."""
+    if isinstance(row, str):
+        _check(row, how.encoding)
+        try:
+            row = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not valid JSON ({error}); write one object per line (of an array: "
+                             'jq -c ".[]" FILE > NEW.jsonl)') from None
+    key, value = how.text_key, row
+    for name in [key] if isinstance(row, dict) and key in row else key.split("."):
+        if value is not None:
+            value = value.get(name, ...) if isinstance(value, dict) else ...
+    if isinstance(row, dict) and None in row:
+        raise ValueError("more values than the first line names; put a value that holds the "
+                         "separator in double quotes")
+    if value is not None and not isinstance(value, str):
+        has = ", ".join(list(row)[:12]) or "none" if isinstance(row, dict) else "not an object"
+        raise ValueError(f"no string under the key {key} (keys: {has}); give fira data the right "
+                         "one with --text-key, or rename it to text")
+    if value:
+        _check(value.replace("\0", ""), how.encoding)
+        to_utf8(value)
+    return value
+
+
+def _check(text: str, encoding: str) -> None:
+    """Refuse a text that is too long or that another encoding gave."""
+    if len(text) >= LONGEST:
+        raise ValueError(f"a row of {LONGEST:,} characters or more; cut it into several, or leave "
+                         "it out with --skip-bad")
+    if bad := _BAD.search(text):
+        byte = ord(bad[0]) & 0xff
+        guess = "latin1" if byte else "utf-16le" if bad.start() % 2 else "utf-16be"
+        raise ValueError(f"not {encoding.upper()} text: 0x{byte:02x} at character {bad.start() + 1}"
+                         "; leave the file out if it is no text, else give fira data its encoding, "
+                         f"perhaps --encoding {guess}, or convert it: iconv -f {guess} -t utf-8 "
+                         "FILE > NEW")
+
+
+def _zstd(packed: BinaryIO) -> Any:
+    """pyarrow would refuse windows of more than 128 MB, as `zstd --long=31` makes them."""
+    try:
+        from compression import zstd  # from Python 3.14 on
+    except ImportError:
+        from backports import zstd
+    return zstd.ZstdFile(packed, options={zstd.DecompressionParameter.window_log_max: 31})
+
+
+UNPACK: dict[str, Callable[[BinaryIO], Any]] = {
+    "gz": lambda packed: gzip.GzipFile(fileobj=packed), "bz2": bz2.BZ2File, "xz": lzma.LZMAFile,
+    "zst": _zstd}

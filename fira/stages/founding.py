@@ -43,9 +43,9 @@ def find_tokenizer(search: Path, run: Path) -> Path | None:
 def find_data(search: Path, run: Path) -> list[str]:
     """The run's prepared data, else a data folder below `search`, else the text files there.
 
-    Parquet files are preferred to lines of JSON, those to plain text, and that to tables and code,
-    because plain text beside a data set is seldom part of it. Raises ValueError if there is nothing,
-    or more than one data folder.
+    Parquet files are preferred to lines of JSON, those to plain text and that to the rest, because
+    text beside a data set is seldom part of it. Raises ValueError if there is nothing, or more than
+    one data folder.
     """
     if _is_prepared(run / "data"):
         return [str(run / "data")]
