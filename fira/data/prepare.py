@@ -52,11 +52,9 @@ def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_b
     with _one_line_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    left_out: Tally = {}
-    items = _counted("tokenizer", train, reading, left_out, screen)
+    items = _read("tokenizer", train, reading, screen)
     tokenizer = train_tokenizer((item.text for item in items), vocab_size, max_bytes)
     tokenizer.save(folder)
-    _say("left out", left_out, screen)
     screen.print(f"tokenizer of {tokenizer.vocab_size:,} tokens in {folder}")
     return tokenizer
 
@@ -88,8 +86,10 @@ def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
                 screen.print("tokenizing with the slower reference encoder: "
                              f"{tokenizer.slow_reason}")
             with runtime.claim(folder):
-                every = recipe["validation_every"]
-                recipe["held_out_from"] = _held_out_from(train, every, reading, screen)
+                recipe["held_out_from"] = _held_out_from(
+                    train, recipe["validation_every"], reading, screen)
+                if held_out:
+                    _held_out_from(held_out, 0, reading, screen)
                 with _shown("data", given, screen) as progress:
                     _Job(folder, recipe, given, tokenizer).run(_workers(workers, given), progress)
     manifest = read_manifest(folder)
@@ -114,35 +114,29 @@ def _shown(title: str, given: list[Input], screen: Console) -> Iterator[Callable
                                        time.perf_counter() - began)
 
 
-def _counted(title: str, given: list[Input], reading: Reading, left_out: Tally,
-             screen: Console) -> Iterator[Item]:
-    """The items with text, with a progress line; the others are counted in `left_out`."""
+def _read(title: str, given: list[Input], reading: Reading, screen: Console) -> Iterator[Item]:
+    """The items with text, with a progress line."""
     with _shown(title, given, screen) as progress:
         for item in read(given, reading):
             progress(item.done)
-            if item.left_out:
-                note(left_out, item.left_out, item.where)
-            else:
+            if not item.left_out:
                 yield item
 
 
-def _held_out_from(train: list[Input], every: int, reading: Reading,
+def _held_out_from(given: list[Input], every: int, reading: Reading,
                    screen: Console) -> int | None:
     """Where validation begins, in characters, if there are fewer than `every` documents of text.
 
-    They are counted before the long work, except those of a hub data set, which has many.
+    Raises ValueError if there is too little text. Both are found before the long work.
     """
-    documents, chars, left_out = 0, 0, Tally()
-    if total_bytes(train) is None:
-        return None
-    for item in _counted("documents", train, reading, left_out, screen):
+    documents = chars = 0
+    for item in _read("documents", given, reading, screen):
         documents, chars = documents + item.ends, chars + len(item.text)
         if documents >= max(1, every):
             return None
     if chars < max(1, every):
-        _say("left out", left_out, screen)
-        raise ValueError(f"the sources hold {documents} documents with text, {chars} characters; "
-                         "give files with more text")
+        raise ValueError(f"{given[0].name}{' ...' * (len(given) > 1)}: {documents} documents with "
+                         f"text, {chars} characters; give files with more text")
     screen.print(f"validation: the last {chars // every:,} characters, because there are fewer "
                  f"documents ({documents}) than {every}", soft_wrap=True)
     return chars - chars // every
@@ -244,11 +238,6 @@ class _Job:
                                            "left_out": self.left_out})
 
     def _finish(self) -> None:
-        validated = self.recipe["validation_every"] or len(self.given) > self.recipe["train_inputs"]
-        for split in ("train", "validation")[:1 + bool(validated)]:
-            if not self.writers[split].documents:
-                raise ValueError(f"there is no document for {split}; delete {self.folder} and give "
-                                 "more text, or other text with --validation")
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         write_json(self.folder / MANIFEST, {**self.recipe, "splits": splits,
                                             "left_out": self.left_out})

@@ -43,14 +43,12 @@ class Reading:
     """How sources are read, which decides what documents there are. Each field is an option."""
 
     text_key: str = _option("text", "Key or column of the text; meta.text is text inside meta.")
-    encoding: str = _option("utf-8", "Encoding of files without a byte order mark, like latin-1.")
-    separator: str = _option("", "What ends a document in a .txt file, in place of <|endoftext|> at "
-                                 "the end of a line.")
+    encoding: str = _option("utf-8", "Encoding of files that have no byte order mark.")
+    separator: str = _option("", "End of a document in .txt, instead of lines with <|endoftext|>.")
     skip_bad: bool = _option(False, "Leave out what cannot be read, and count it.")
     deduplicate: bool = _option(False, "Leave out documents that are equal to an earlier one.")
     min_chars: int = _option(0, "Leave out documents of fewer characters.")
-    skip_repetitive: bool = _option(False, "Leave out documents that zlib packs into less than a "
-                                           "fifth; prose needs twice that.")
+    skip_repetitive: bool = _option(False, "Leave out documents that zlib packs fivefold.")
 
 
 DEFAULT = Reading()
@@ -88,7 +86,7 @@ def find(sources: Sequence[str],
     """Inputs for training and for validation, and the files that are passed over.
 
     A file is read once, for validation if it is named there. Without `validation`, files whose
-    names differ only in train and validation (or valid, val, dev, test) are those splits. Raises
+    paths are equal up to train and validation (or valid, val, dev, test) are those splits. Raises
     ValueError for the first source that is missing, unreadable or of an unsupported kind.
     """
     passed_over, seen = Tally(), set[str]()
@@ -115,10 +113,9 @@ def listed(tally: Tally) -> str:
 
 
 def text_files(folder: Path, passed_over: Tally) -> list[Path]:
-    """Every supported file below a folder and the folders linked there, sorted.
+    """Every supported file below a folder and the folders linked there, sorted; others are counted.
 
-    The others are counted in `passed_over`. So are .json files, which are seldom text unless they
-    are compressed.
+    Of .json files only compressed ones are taken, because others are seldom text.
     """
     found, entered = [], set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: note(
@@ -126,15 +123,15 @@ def text_files(folder: Path, passed_over: Tally) -> list[Path]:
         new = os.path.realpath(root) not in entered  # a link may lead in a circle
         entered.add(os.path.realpath(root))
         folders[:] = [name for name in folders if new and name[0] != "."]
-        for path in sorted(Path(root, name) for name in names if new):
-            reason = ("hidden" if path.name[0] == "." else
-                      "broken link or device" if not path.is_file() else
-                      "empty" if not path.stat().st_size else
-                      path.suffix.lower() if _ending(path.name) in ("", ".json") else None)
-            if reason is None:
-                found.append(path)
+        for path in (Path(root, name) for name in names if new):
+            if reason := ("hidden" if path.name[0] == "." else
+                          "broken link or device" if not path.is_file() else
+                          "empty" if not path.stat().st_size else
+                          "" if _ending(path.name) not in ("", ".json") else
+                          path.suffix.lower() or "without ending"):
+                note(passed_over, reason, path.name)
             else:
-                note(passed_over, reason or "without ending", path.name)
+                found.append(path)
     return sorted(found)
 
 
@@ -148,29 +145,23 @@ def _new(sources: Sequence[str], seen: set[str], passed_over: Tally) -> list[Inp
 
 
 def _by_name(found: list[Input], passed_over: Tally) -> tuple[list[Input], list[Input]]:
-    """The inputs for training and those for validation, by their names."""
-    named = [(one, *_split_of(one)) for one in found]
-    have = {(split, rest) for _, split, rest in named}
+    """The inputs for training and those for validation, by the last split that a path names."""
+    splits = {}
+    for one in found:
+        *_, match = [None, *_SPLIT.finditer(one.path.lower())]
+        if match and not one.ending.endswith((*CODE, ".md")):  # train.py and test.py are code
+            splits[one] = match[1], one.path[:match.start()]
     train, held_out = [], []
-    for one, split, rest in named:
-        if split in ("", "train") or ("train", rest) not in have:
+    for one in found:
+        split, before = splits.get(one, ("", ""))
+        if split in ("", "train") or ("train", before) not in splits.values():
             train.append(one)
-        elif split == "test" and any((other, rest) in have for other in HELD_OUT):
+        elif split == "test" and any((other, before) in splits.values() for other in HELD_OUT):
             note(passed_over, "test split", one.name)
         else:
             held_out.append(one)
             note(passed_over, "for validation", one.name)
     return train, held_out
-
-
-def _split_of(one: Input) -> tuple[str, str]:
-    """The split in a file's name or folder, and the path without it and the numbers after it."""
-    *_, match = [None, *_SPLIT.finditer(one.path.lower())]
-    if match is None or "." + one.ending.split(".")[1] in (*CODE, ".md"):  # train.py and test.py
-        return "", ""
-    rest = one.path[match.end():].removesuffix(one.ending)
-    return match[1], (one.path[:match.start()] + "*"
-                      + (os.sep if os.sep in rest else re.sub(r"\d+", "#", rest)))
 
 
 def _expand(source: str, passed_over: Tally) -> list[Input]:

@@ -173,14 +173,11 @@ def _read_file(place: Input, how: Reading) -> Iterator[Item]:
                 yield from _of_rows(_table(stream, position, form), place, how)
             else:
                 yield from _text(stream, position, place, how)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place.name} is not {error.encoding} text ({error.reason}); check the "
-                         "file or give another --encoding") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error,
-            pyarrow.ArrowException) as error:
+    except (OSError, EOFError, LookupError, UnicodeDecodeError, lzma.LZMAError, zlib.error,
+            csv.Error, pyarrow.ArrowException) as error:
         line = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{place.name} cannot be read to its end as {form} ({line}); check the "
-                         "file or fetch it again") from None
+                         "file and its encoding, or fetch it again") from None
 
 
 @contextlib.contextmanager
@@ -220,11 +217,10 @@ def _text(stream: TextIO, position: Callable[[], int], place: Input,
 
 
 def _lines(stream: TextIO, position: Callable[[], int]) -> Rows:
-    """Lines; LONGEST characters of one that is longer, which is then refused."""
     for number in itertools.count(1):
-        line = rest = stream.readline(LONGEST)
-        while len(rest) == LONGEST and rest[-1] != "\n":
-            rest = stream.readline(LONGEST)
+        line = stream.readline(LONGEST)
+        if len(line) == LONGEST:
+            raise ValueError(f"line {number} has {LONGEST:,} characters or more; cut it in several")
         if not line:
             return
         yield number, position(), line
@@ -269,16 +265,16 @@ def _hub(place: Input, how: Reading) -> Rows:
                          "run: pip install 'fira-moe[hub]'") from None
     address, config, split, *_ = f"{place.name.removeprefix('hub:')}::".split(":")
     name, _, revision = address.partition("@")
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True,
-                                     revision=revision or None)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{place.name} cannot be opened ({error}); check the name, the config, "
-                         "the split and the network") from error
     done = 0
-    for number, row in enumerate(rows):
-        done += len(json.dumps(row, default=str))
-        yield number, done, row
+    try:
+        for number, row in enumerate(datasets.load_dataset(
+                name, config or None, split=split or "train", streaming=True,
+                revision=revision or None)):
+            done += len(json.dumps(row, default=str))
+            yield number, done, row
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{place.name} cannot be read ({error}); check the name, the config, the "
+                         "split and the network") from error
 
 
 def _of_rows(rows: Rows, place: Input, how: Reading) -> Iterator[Item]:
@@ -320,16 +316,12 @@ def _text_of(row: Any, how: Reading) -> str | None:
 
 
 def _check(text: str, encoding: str) -> None:
-    """Refuse a text that is too long or that another encoding gave."""
-    if len(text) >= LONGEST:
-        raise ValueError(f"a row of {LONGEST:,} characters or more; cut it into several, or leave "
-                         "it out with --skip-bad")
     if bad := _BAD.search(text):
         byte = ord(bad[0]) & 0xff
         guess = "latin1" if byte else "utf-16le" if bad.start() % 2 else "utf-16be"
         raise ValueError(f"not {encoding.upper()} text: 0x{byte:02x} at character {bad.start() + 1}"
-                         "; leave the file out if it is no text, else give fira data its encoding, "
-                         f"perhaps --encoding {guess}, or convert it: iconv -f {guess} -t utf-8 "
+                         "; leave out a file that is no text; of others give fira data the "
+                         f"--encoding, perhaps {guess}, or convert them: iconv -f {guess} -t utf-8 "
                          "FILE > NEW")
 
 
