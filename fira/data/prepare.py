@@ -17,7 +17,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -52,7 +52,7 @@ def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_b
     with _one_line_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    items = _read("tokenizer", train, reading, screen)
+    items = _shown("tokenizer", train, read(train, reading), screen)
     tokenizer = train_tokenizer((item.text for item in items), vocab_size, max_bytes)
     tokenizer.save(folder)
     screen.print(f"tokenizer of {tokenizer.vocab_size:,} tokens in {folder}")
@@ -90,8 +90,8 @@ def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
                     train, recipe["validation_every"], reading, screen)
                 if held_out:
                     _held_out_from(held_out, 0, reading, screen)
-                with _shown("data", given, screen) as progress:
-                    _Job(folder, recipe, given, tokenizer).run(_workers(workers, given), progress)
+                job = _Job(folder, recipe, given, tokenizer).run(_workers(workers, given))
+                collections.deque(_shown("data", given, job, screen), maxlen=0)
     manifest = read_manifest(folder)
     for split, facts in manifest["splits"].items():
         screen.print(f"{split}: {facts['documents']:,} documents, {facts['bytes'] / 1e6:.1f} MB, "
@@ -105,22 +105,15 @@ def _say(what: str, tally: Tally, screen: Console) -> None:
         screen.print(f"{what}: {listed(tally)}", soft_wrap=True, highlight=False)
 
 
-@contextlib.contextmanager
-def _shown(title: str, given: list[Input], screen: Console) -> Iterator[Callable[[int], None]]:
-    """A progress line on `screen` that is told how many bytes of the input were read."""
+def _shown(title: str, given: list[Input], items: Iterator[Item],
+           screen: Console) -> Iterator[Item]:
+    """The items, with a progress line that says how much of the input was read."""
     began, total = time.perf_counter(), total_bytes(given)
     with ProgressLine(title, screen) as line:
-        yield lambda done: line.update(done / total if total else 0.0, f"{done / 1e6:.1f} MB",
-                                       time.perf_counter() - began)
-
-
-def _read(title: str, given: list[Input], reading: Reading, screen: Console) -> Iterator[Item]:
-    """The items with text, with a progress line."""
-    with _shown(title, given, screen) as progress:
-        for item in read(given, reading):
-            progress(item.done)
-            if not item.left_out:
-                yield item
+        for item in items:
+            yield item
+            line.update(item.done / total if total else 0.0, f"{item.done / 1e6:.1f} MB",
+                        time.perf_counter() - began)
 
 
 def _held_out_from(given: list[Input], every: int, reading: Reading,
@@ -130,7 +123,7 @@ def _held_out_from(given: list[Input], every: int, reading: Reading,
     Raises ValueError if there is too little text. Both are found before the long work.
     """
     documents = chars = 0
-    for item in _read("documents", given, reading, screen):
+    for item in _shown("documents", given, read(given, reading), screen):
         documents, chars = documents + item.ends, chars + len(item.text)
         if documents >= max(1, every):
             return None
@@ -183,8 +176,6 @@ def _check_ours(folder: Path, tokenizer: Tokenizer) -> None:
 
 def _workers(workers: int | None, given: list[Input]) -> int:
     if workers is not None:
-        if workers < 1:
-            raise ValueError(f"workers={workers} must be at least 1; the default is all cores")
         return workers
     cores, size = runtime.workers(), total_bytes(given)
     return cores if size is None else max(1, min(cores, size // WORKER_BYTES))
@@ -206,18 +197,19 @@ class _Job:
         self.writers = {split: ShardWriter(folder, split, recipe["dtype"], recipe["shard_tokens"],
                                            journal["splits"].get(split)) for split in SPLITS}
 
-    def run(self, workers: int, progress: Callable[[int], None]) -> None:
+    def run(self, workers: int) -> Iterator[Item]:
+        """Do the work; the last item of each batch is returned when it is written."""
         saved, (file, number) = time.monotonic(), self.place
         items = read(self.given, Reading(**self.recipe["reading"]), (file, number),
                      self.recipe["held_out_from"])
-        batches = group(items, BATCH_CHARS, lambda item: len(item.text) + 1)
+        batches = group(items, BATCH_CHARS)
         with contextlib.closing(_encoded(batches, self.folder, self.tokenizer, workers)) as done:
             for batch, encoded in done:
                 self._write(batch, encoded)
                 if time.monotonic() - saved > COMMIT_SECONDS:
                     self._commit()
                     saved = time.monotonic()
-                progress(batch[-1].done)
+                yield batch[-1]
         self._finish()
 
     def _write(self, batch: list[Item], encoded: Encoded) -> None:

@@ -29,8 +29,7 @@ ENDINGS = (*(form + packed for form in (*PROSE, *CODE, *LINES, *TABLES)
              for packed in ("", ".gz", ".bz2", ".xz", ".zst")), ".parquet")
 SUPPORTED = (".txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or of source code (also with .gz, "
              ".bz2, .xz or .zst), or .parquet")
-HELD_OUT = ("validation", "valid", "val", "dev")
-_SPLIT = re.compile(rf"(?<![a-z])(train|test|{'|'.join(HELD_OUT)})(?![a-z])")
+_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
 Tally = dict[str, dict[str, Any]]  # what is left out: reason -> count, and the first places
 
 
@@ -48,7 +47,6 @@ class Reading:
     skip_bad: bool = _option(False, "Leave out what cannot be read, and count it.")
     deduplicate: bool = _option(False, "Leave out documents that are equal to an earlier one.")
     min_chars: int = _option(0, "Leave out documents of fewer characters.")
-    skip_repetitive: bool = _option(False, "Leave out documents that zlib packs fivefold.")
 
 
 DEFAULT = Reading()
@@ -77,8 +75,7 @@ class Input(NamedTuple):
 
 def inputs(sources: Sequence[str]) -> list[Input]:
     """Every input that `sources` name, in reading order; see `find`."""
-    train, validation, _ = find(sources)
-    return train + validation
+    return [*_expanded(sources, {}).values()]
 
 
 def find(sources: Sequence[str],
@@ -89,21 +86,24 @@ def find(sources: Sequence[str],
     paths are equal up to train and validation (or valid, val, dev, test) are those splits. Raises
     ValueError for the first source that is missing, unreadable or of an unsupported kind.
     """
-    passed_over, seen = Tally(), set[str]()
-    held_out = _new(validation, seen, passed_over)
-    train = _new(sources, seen, passed_over)
+    passed_over: Tally = {}
+    held_out = _expanded(validation, passed_over)
+    train = _expanded(sources, passed_over)
+    for path in train.keys() & held_out:
+        note(passed_over, "for validation", train.pop(path).name)
     if not train:
         raise ValueError("no source for training; name a file, a folder, hub:owner/name, - or sotu")
-    if not validation:
-        train, held_out = _by_name(train, passed_over)
-    return train, held_out, passed_over
+    for path in () if validation else _held_out_by_name(train):
+        held_out[path] = train.pop(path)
+        note(passed_over, "for validation", held_out[path].name)
+    return [*train.values()], [*held_out.values()], passed_over
 
 
 def note(tally: Tally, reason: str, place: str) -> None:
     """Count something that is left out."""
     entry = tally.setdefault(reason, {"count": 0, "first": []})
     entry["count"] += 1
-    entry["first"] += [place][:3 - len(entry["first"])]
+    entry["first"] += [place.partition(": ")[0]][:3 - len(entry["first"])]
 
 
 def listed(tally: Tally) -> str:
@@ -135,33 +135,22 @@ def text_files(folder: Path, passed_over: Tally) -> list[Path]:
     return sorted(found)
 
 
-def _new(sources: Sequence[str], seen: set[str], passed_over: Tally) -> list[Input]:
-    found = {os.path.realpath(one.path) if one.path else one.name: one
-             for source in sources for one in _expand(source, passed_over)}
-    for path in found.keys() & seen:
-        note(passed_over, "for validation", found.pop(path).name)
-    seen |= found.keys()
-    return [*found.values()]
-
-
-def _by_name(found: list[Input], passed_over: Tally) -> tuple[list[Input], list[Input]]:
-    """The inputs for training and those for validation, by the last split that a path names."""
+def _held_out_by_name(found: dict[str, Input]) -> list[str]:
+    """The files whose path is another's with a held-out split for train, as far as that word."""
     splits = {}
-    for one in found:
+    for key, one in found.items():
         *_, match = [None, *_SPLIT.finditer(one.path.lower())]
         if match and not one.ending.endswith((*CODE, ".md")):  # train.py and test.py are code
-            splits[one] = match[1], one.path[:match.start()]
-    train, held_out = [], []
-    for one in found:
-        split, before = splits.get(one, ("", ""))
-        if split in ("", "train") or ("train", before) not in splits.values():
-            train.append(one)
-        elif split == "test" and any((other, before) in splits.values() for other in HELD_OUT):
-            note(passed_over, "test split", one.name)
-        else:
-            held_out.append(one)
-            note(passed_over, "for validation", one.name)
-    return train, held_out
+            splits[key] = match[1], one.path[:match.start()]
+    trained = {before for split, before in splits.values() if split == "train"}
+    return [key for key, (split, before) in splits.items()
+            if split != "train" and before in trained]
+
+
+def _expanded(sources: Sequence[str], passed_over: Tally) -> dict[str, Input]:
+    """Each input of `sources` once, by its real path."""
+    return {os.path.realpath(one.path) if one.path else one.name: one
+            for source in sources for one in _expand(source, passed_over)}
 
 
 def _expand(source: str, passed_over: Tally) -> list[Input]:

@@ -5,9 +5,8 @@ Each row of a .jsonl, .csv or .parquet file is a document; any other file is one
 splits anyway (tests/data/test_text.py proves it), so that the parts give the same tokens as the
 whole; only where there is no such place for 2 CHUNK characters, it is cut anywhere.
 
-What is left out (null texts, rows that cannot be read, duplicates, what the filters refuse) passes
-through the stream as items without text, so that it is counted once, also when an interrupted
-preparation is continued.
+What is left out (null texts, unreadable rows, duplicates, short documents) passes through the
+stream as items without text, so that it is counted once even if the work is interrupted.
 """
 from __future__ import annotations
 
@@ -23,7 +22,6 @@ import json
 import lzma
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
@@ -35,8 +33,8 @@ from fira.data import encoder
 from fira.data.encoder import chunks, safe_cut, to_utf8
 from fira.data.sources import DEFAULT, LINES, TABLES, Input, Reading, inputs
 
+EMPTY, UNREADABLE = "null or empty", "unreadable"  # why something is left out
 LONGEST = 1 << 25  # characters of a row
-PACKED = 0.2       # of its bytes that a repetitive text has left; English prose has 0.4 to 0.5
 END_OF_TEXT_LINE = r"<\|endoftext\|>[ \t\r]*(?:\n|\Z)"  # at the end of a line
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -53,7 +51,7 @@ class Item(NamedTuple):
     file: int = 0           # index of the input it comes from
     number: int = 0         # its index among the items of that input, where reading can resume
     done: int = 0           # bytes of all inputs read so far, for progress
-    where: str = ""         # file and line
+    where: str = ""         # file and line, and what cannot be read there
     left_out: str = ""      # why there is no text
     held_out: bool = False  # whether it is after the place where validation begins
 
@@ -73,8 +71,7 @@ def read(given: list[Input], how: Reading = DEFAULT, start: tuple[int, int] = (0
     """Stream `given` from item start[1] of input start[0] on, with what is left out.
 
     Validation begins at character `held_out_from` of the whole text; the document there is cut in
-    two. Raises ValueError, one line with file and place, for text that is damaged or in another
-    encoding.
+    two. Raises ValueError, one line with file and place, for what cannot be read.
     """
     depends = how.deduplicate or held_out_from is not None  # on all before, which is read again
     seen: set[bytes] = set()
@@ -84,6 +81,8 @@ def read(given: list[Input], how: Reading = DEFAULT, start: tuple[int, int] = (0
     for file in range(first, len(given)):
         number = done = 0
         for item in _chosen(given[file], how, seen):
+            if item.left_out == UNREADABLE and not how.skip_bad:
+                raise ValueError(item.where)
             done = item.done
             for part in _split(item, left):
                 if (file, number) >= start:
@@ -93,18 +92,16 @@ def read(given: list[Input], how: Reading = DEFAULT, start: tuple[int, int] = (0
         before += given[file].size or done
 
 
-def group(stream: Iterable[Any], limit: int, size: Callable[[Any], int]) -> Iterator[list[Any]]:
-    """The stream in lists, each ended by the thing that brings its `size` to `limit`."""
-    things: list[Any] = []
+def group(stream: Iterable[Item], limit: int) -> Iterator[list[Item]]:
+    """The stream in lists of about `limit` characters, of which an item has at least one."""
     total = 0
-    for thing in stream:
-        things.append(thing)
-        total += size(thing)
-        if total >= limit:
-            yield things
-            things, total = [], 0
-    if things:
-        yield things
+
+    def number(item: Item) -> int:
+        nonlocal total
+        total += max(1, len(item.text))
+        return total // limit
+
+    return (list(items) for _, items in itertools.groupby(stream, number))
 
 
 def total_bytes(given: list[Input]) -> int | None:
@@ -125,20 +122,16 @@ def _split(item: Item, left: int) -> list[Item]:
 def _chosen(place: Input, how: Reading, seen: set[bytes]) -> Iterator[Item]:
     """The items of one input. A document that is read in parts is neither compared nor judged."""
     begun = False  # a part of a document was read, but not yet its last part
-    try:
-        for item in _read_file(place, how):
-            if not begun and item.ends and item.text and (why := _unfit(item.text, how, seen)):
-                yield item._replace(text="", ends=False, where=item.where or place.name,
-                                    left_out=why)
-            elif item.text or item.left_out or begun:
-                *parts, last = chunks(item.text)
-                yield from (item._replace(text=part, ends=False) for part in parts)
-                yield item._replace(text=last)
-                begun = begun and bool(item.left_out) or not (item.ends or item.left_out)
-    except ValueError:
-        if not how.skip_bad:
-            raise
-        yield Item("", False, where=place.name, left_out="unreadable")
+    for item in _read_file(place, how):
+        if item.text and item.ends and not begun and (why := _unfit(item.text, how, seen)):
+            item = item._replace(text="", ends=False, left_out=why)
+        if item.left_out:
+            yield item
+        elif item.text or begun:
+            *parts, last = chunks(item.text)
+            yield from (item._replace(text=part, ends=False) for part in parts)
+            yield item._replace(text=last)
+            begun = not item.ends
     if begun:
         yield Item("")
 
@@ -147,11 +140,8 @@ def _unfit(text: str, how: Reading, seen: set[bytes]) -> str:
     """Why a document is left out, or ""; `seen` are hashes of the documents before."""
     if len(text) < how.min_chars:
         return f"shorter than {how.min_chars} characters"
-    data = text.encode() if how.skip_repetitive or how.deduplicate else b""
-    if how.skip_repetitive and len(zlib.compress(data)) < PACKED * len(data):
-        return "repetitive"
     if how.deduplicate:
-        key = hashlib.blake2b(data, digest_size=8).digest()
+        key = hashlib.blake2b(text.encode(), digest_size=8).digest()
         if key in seen:
             return "duplicate"
         seen.add(key)
@@ -159,7 +149,6 @@ def _unfit(text: str, how: Reading, seen: set[bytes]) -> str:
 
 
 def _read_file(place: Input, how: Reading) -> Iterator[Item]:
-    """The items of one input. Raises ValueError, one line, if it is damaged as a whole."""
     form = place.ending
     try:
         if form in ("hub", ".parquet"):
@@ -167,17 +156,17 @@ def _read_file(place: Input, how: Reading) -> Iterator[Item]:
             return
         with _opened(place, how.encoding) as (stream, position):
             if form.startswith(LINES):
-                yield from _of_rows(
-                    (row for row in _lines(stream, position) if row[2].strip()), place, how)
+                rows = (row for row in _lines(stream, position) if row[2].strip())
+                yield from _of_rows(rows, place, how)
             elif form.startswith(TABLES):
                 yield from _of_rows(_table(stream, position, form), place, how)
             else:
                 yield from _text(stream, position, place, how)
-    except (OSError, EOFError, LookupError, UnicodeDecodeError, lzma.LZMAError, zlib.error,
-            csv.Error, pyarrow.ArrowException) as error:
+    except Exception as error:  # every format has its own
         line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{place.name} cannot be read to its end as {form} ({line}); check the "
-                         "file and its encoding, or fetch it again") from None
+        yield Item("", False, left_out=UNREADABLE, where=(
+            f"{place.name}: cannot be read to its end as {form} ({line}); check the file and its "
+            "encoding, or fetch it again"))
 
 
 @contextlib.contextmanager
@@ -205,7 +194,8 @@ def _text(stream: TextIO, position: Callable[[], int], place: Input,
                                  for bad in _BAD_LINE.finditer(block)), place, how)
             block = _BAD_LINE.sub("", block)
         *whole, text = separator.split(text + block) if separable else [text + block]
-        yield from (Item(document.strip("\r\n"), done=position()) for document in whole)
+        yield from (Item(document.strip("\r\n"), done=position(), where=place.name)
+                    for document in whole)
         begins = begins or bool(whole)
         text = text.lstrip("\r\n") if begins else text
         if len(text) >= encoder.CHUNK:
@@ -213,7 +203,7 @@ def _text(stream: TextIO, position: Callable[[], int], place: Input,
             if cut := safe_cut(head) or (len(text) >= 2 * encoder.CHUNK) * len(head):
                 yield Item(text[:cut], False, done=position())
                 text, begins = text[cut:], False
-    yield Item(text, done=position())
+    yield Item(text, done=position(), where=place.name)
 
 
 def _lines(stream: TextIO, position: Callable[[], int]) -> Rows:
@@ -261,32 +251,25 @@ def _hub(place: Input, how: Reading) -> Rows:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"{place.name} needs the datasets library; "
-                         "run: pip install 'fira-moe[hub]'") from None
+        raise ValueError("it needs the datasets library: pip install 'fira-moe[hub]'") from None
     address, config, split, *_ = f"{place.name.removeprefix('hub:')}::".split(":")
     name, _, revision = address.partition("@")
+    rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True,
+                                 revision=revision or None)
     done = 0
-    try:
-        for number, row in enumerate(datasets.load_dataset(
-                name, config or None, split=split or "train", streaming=True,
-                revision=revision or None)):
-            done += len(json.dumps(row, default=str))
-            yield number, done, row
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{place.name} cannot be read ({error}); check the name, the config, the "
-                         "split and the network") from error
+    for number, row in enumerate(rows):
+        done += len(json.dumps(row, default=str))
+        yield number, done, row
 
 
 def _of_rows(rows: Rows, place: Input, how: Reading) -> Iterator[Item]:
     for number, done, row in rows:
         where = f"{place.name}:{number}"
         try:
-            text, why = _text_of(row, how), "null or empty"
+            text = _text_of(row, how) or ""
+            yield Item(text, bool(text), done=done, where=where, left_out="" if text else EMPTY)
         except ValueError as error:
-            if not how.skip_bad:
-                raise ValueError(f"{where}: {error}") from None
-            text, why = None, "unreadable"
-        yield Item(text or "", bool(text), done=done, where=where, left_out="" if text else why)
+            yield Item("", False, done=done, where=f"{where}: {error}", left_out=UNREADABLE)
 
 
 def _text_of(row: Any, how: Reading) -> str | None:
@@ -296,8 +279,8 @@ def _text_of(row: Any, how: Reading) -> str | None:
         try:
             row = json.loads(row)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"not valid JSON ({error}); write one object per line (of an array: "
-                             'jq -c ".[]" FILE > NEW.jsonl)') from None
+            raise ValueError(f"not valid JSON ({error}); write one object per line (an array "
+                             'becomes that with: jq -c ".[]" FILE > NEW.jsonl)') from None
     key, value = how.text_key, row
     for name in [key] if isinstance(row, dict) and key in row else key.split("."):
         if value is not None:
