@@ -185,6 +185,7 @@ def _text(stream: TextIO, position: Callable[[], int], place: Input,
     """A text file as one document, or one for each separator; long ones in parts."""
     separable = place.ending.startswith((".txt", ".text"))
     separator = re.compile(re.escape(how.separator) or END_OF_TEXT_LINE)
+    longest = 2 + len(how.separator or END_OF_TEXT_LINE)  # of a separator and the newline before
     text, line, begins = "", 1, False  # begins: `text` is the start of what follows a separator
     while block := stream.read(encoder.CHUNK):
         block += stream.readline(encoder.CHUNK)  # so that no separator is seen in half
@@ -199,7 +200,7 @@ def _text(stream: TextIO, position: Callable[[], int], place: Input,
         begins = begins or bool(whole)
         text = text.lstrip("\r\n") if begins else text
         if len(text) >= encoder.CHUNK:
-            head = text[:len(text) - len(how.separator)]
+            head = text[:max(0, len(text) - longest)]
             if cut := safe_cut(head) or (len(text) >= 2 * encoder.CHUNK) * len(head):
                 yield Item(text[:cut], False, done=position())
                 text, begins = text[cut:], False
@@ -231,11 +232,13 @@ def _parquet(place: Input, how: Reading) -> Rows:
     """Rows with only the column of the text, which may lie in a struct. A text that rows share is
     in memory once, and few rows are decoded at a time, since they may be long."""
     key = how.text_key
+    schema = pyarrow.parquet.read_metadata(place.path).schema
+    names = [schema.column(index).path for index in range(len(schema))]
+    if key not in names:
+        yield 0, 0, dict.fromkeys(names)
+        return
+    number = 0
     with pyarrow.parquet.ParquetFile(place.path, read_dictionary=[key]) as file:
-        number, names = 0, [file.schema.column(index).path for index in range(len(file.schema))]
-        if key not in names:
-            yield 0, 0, dict.fromkeys(names)
-            return
         for batch in file.iter_batches(16, columns=[key], use_threads=False):
             column = batch.column(0)
             if pyarrow.types.is_struct(column.type):
