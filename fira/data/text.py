@@ -1,83 +1,107 @@
 """Inputs become documents, streamed, so that memory does not grow with the corpus.
 
-A .txt or .md file is one document; so is each line of a .jsonl file and each row of a .parquet file
-(key or column `text`). A long text file is read in parts. It is cut only where every supported
-pre-tokenizer splits anyway (tests/data/test_text.py proves it), so that the parts give the same
-tokens as the whole.
+Each row of a .jsonl, .csv or .parquet file is a document; any other file is one document, or, if
+.txt, one for each separator. A long text is read in parts, cut where every supported pre-tokenizer
+splits anyway (tests/data/test_text.py proves it), so that the parts give the same tokens as the
+whole; only where there is no such place for 2 CHUNK characters, it is cut anywhere.
+
+What is left out (null texts, unreadable rows, duplicates, short documents) passes through the
+stream as items without text, so that it is counted once even if the work is interrupted.
 """
 from __future__ import annotations
 
+import bz2
 import codecs
 import contextlib
+import csv
 import gzip
+import hashlib
 import io
+import itertools
 import json
 import lzma
-import zlib
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
 from fira.data import encoder
-from fira.data.encoder import safe_cut, to_utf8
-from fira.data.sources import Input, inputs
+from fira.data.encoder import chunks, safe_cut, to_utf8
+from fira.data.sources import DEFAULT, LINES, TABLES, Input, Reading, inputs
 
-UNPACK: dict[str, Callable[[BinaryIO], Any]] = {
-    "gz": lambda packed: gzip.GzipFile(fileobj=packed), "xz": lzma.LZMAFile,
-    "zst": lambda packed: pyarrow.CompressedInputStream(packed, "zstd")}
-Progress = Callable[[int, "int | None"], None]  # called with bytes of input read, and their total
-Reader = Iterator[tuple[str, bool, int]]  # text, whether it ends its document, bytes of input read
+EMPTY, UNREADABLE = "null or empty", "unreadable"  # why something is left out
+LONGEST = 1 << 25  # characters of a row
+END_OF_TEXT_LINE = r"<\|endoftext\|>[ \t\r]*(?:\n|\Z)"  # at the end of a line
+BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+        codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_BAD = re.compile("[\0\udc80-\udcff]")  # NUL, and what the handler `surrogateescape` makes of bytes
+_BAD_LINE = re.compile(f"^[^\n]*{_BAD.pattern}[^\n]*\n?", re.MULTILINE)
+Rows = Iterator[tuple[int, int, Any]]  # number, bytes read so far, and the row: an object or JSON
 
 
 class Item(NamedTuple):
-    """A document, or a part of one."""
+    """A document, a part of one, or (without text, and ending none) something left out."""
 
     text: str
-    ends: bool = True  # whether this is the document's last part
-    file: int = 0      # index of the input it comes from
-    number: int = 0    # its index among the items of that input, where reading can resume
-    done: int = 0      # bytes of all inputs read so far, for progress
+    ends: bool = True       # whether this is the document's last part
+    file: int = 0           # index of the input it comes from
+    number: int = 0         # its index among the items of that input, where reading can resume
+    done: int = 0           # bytes of all inputs read so far, for progress
+    where: str = ""         # file and line, and what cannot be read there
+    left_out: str = ""      # why there is no text
+    held_out: bool = False  # whether it is after the place where validation begins
 
 
-def texts(sources: Sequence[str], progress: Progress | None = None) -> Iterator[str]:
+def texts(sources: Sequence[str]) -> Iterator[str]:
     """The text of every document of `sources`; a long document comes in parts."""
-    given = inputs(sources)
-    total = total_bytes(given)
-    for item in items(given):
-        yield item.text
-        if progress:
-            progress(item.done, total)
+    return (item.text for item in items(inputs(sources)))
 
 
 def items(given: list[Input], file: int = 0, number: int = 0) -> Iterator[Item]:
-    """Stream `given` from item `number` of input `file` on; empty documents are left out.
+    """The documents of `given`, from item `number` of input `file` on; see `read`."""
+    return (item for item in read(given, start=(file, number)) if not item.left_out)
 
-    Raises ValueError, one line with file and place, for text that is damaged or not UTF-8.
+
+def read(given: list[Input], how: Reading = DEFAULT, start: tuple[int, int] = (0, 0),
+         held_out_from: int | None = None) -> Iterator[Item]:
+    """Stream `given` from item start[1] of input start[0] on, with what is left out.
+
+    Validation begins at character `held_out_from` of the whole text; the document there is cut in
+    two. Raises ValueError, one line with file and place, for what cannot be read.
     """
-    done = sum(one.size or 0 for one in given[:file])
-    for index in range(file, len(given)):
-        begun, read = False, 0  # begun: a part of a document was read, but not yet its last part
-        for count, (text, ends, read) in enumerate(_read(given[index])):
-            if (text or begun) and (index > file or count >= number):
-                yield Item(text, ends, index, count, done + read)
-            begun = not ends
-        done += given[index].size or read
+    depends = how.deduplicate or held_out_from is not None  # on all before, which is read again
+    seen: set[bytes] = set()
+    left = sys.maxsize if held_out_from is None else held_out_from
+    first = 0 if depends else start[0]
+    before = sum(one.size or 0 for one in given[:first])
+    for file in range(first, len(given)):
+        number = done = 0
+        for item in _chosen(given[file], how, seen):
+            if item.left_out == UNREADABLE and not how.skip_bad:
+                raise ValueError(item.where)
+            done = item.done
+            for part in _split(item, left):
+                if (file, number) >= start:
+                    yield part._replace(file=file, number=number, done=before + done)
+                number += 1
+            left -= len(item.text)
+        before += given[file].size or done
 
 
-def group(stream: Iterable[Any], limit: int, size: Callable[[Any], int]) -> Iterator[list[Any]]:
-    """The stream in lists, each ended by the thing that brings its `size` to `limit`."""
-    things: list[Any] = []
+def group(stream: Iterable[Item], limit: int) -> Iterator[list[Item]]:
+    """The stream in lists of about `limit` characters, of which an item has at least one."""
     total = 0
-    for thing in stream:
-        things.append(thing)
-        total += size(thing)
-        if total >= limit:
-            yield things
-            things, total = [], 0
-    if things:
-        yield things
+
+    def number(item: Item) -> int:
+        nonlocal total
+        total += max(1, len(item.text))
+        return total // limit
+
+    return (list(items) for _, items in itertools.groupby(stream, number))
 
 
 def total_bytes(given: list[Input]) -> int | None:
@@ -86,126 +110,216 @@ def total_bytes(given: list[Input]) -> int | None:
     return None if None in sizes else sum(size for size in sizes if size)
 
 
-def _read(place: Input) -> Reader:
-    if place.ending == "hub":
-        return _hub(place)
-    if place.ending == ".parquet":
-        return _parquet(place)
-    return _lines(place) if place.ending.startswith(".jsonl") else _whole(place)
+def _split(item: Item, left: int) -> list[Item]:
+    """The item, or its parts before and after character `left`, where validation begins."""
+    if not 0 < left <= len(item.text):
+        return [item._replace(held_out=left <= 0)]
+    cut = safe_cut(item.text[:left]) or left
+    return [item._replace(text=item.text[:cut], ends=True),
+            item._replace(text=item.text[cut:], held_out=True)]
 
 
-def _whole(place: Input) -> Reader:
-    """A text file as one document, in parts."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    text, seen = "", 0
-    with _opened(place) as (stream, position):
-        while block := stream.read(encoder.CHUNK):
-            text += _decode(place, decoder, block, seen)
-            seen += len(block)
-            if len(text) >= encoder.CHUNK and (cut := safe_cut(text)):
-                yield text[:cut], False, position()
-                text = text[cut:]
-        yield text + _decode(place, decoder, b"", seen), True, position()
+def _chosen(place: Input, how: Reading, seen: set[bytes]) -> Iterator[Item]:
+    """The items of one input. A document that is read in parts is neither compared nor judged."""
+    begun = False  # a part of a document was read, but not yet its last part
+    for item in _read_file(place, how):
+        if item.text and item.ends and not begun and (why := _unfit(item.text, how, seen)):
+            item = item._replace(text="", ends=False, left_out=why)
+        if item.left_out:
+            yield item
+        elif item.text or begun:
+            *parts, last = chunks(item.text)
+            yield from (item._replace(text=part, ends=False) for part in parts)
+            yield item._replace(text=last)
+            begun = not item.ends
+    if begun:
+        yield Item("")
 
 
-def _decode(place: Input, decoder: Any, block: bytes, seen: int) -> str:
-    """The next block as text; an empty one ends the file, `seen` bytes came before it."""
-    kept = len(decoder.getstate()[0])
+def _unfit(text: str, how: Reading, seen: set[bytes]) -> str:
+    """Why a document is left out, or ""; `seen` are hashes of the documents before."""
+    if len(text) < how.min_chars:
+        return f"shorter than {how.min_chars} characters"
+    if how.deduplicate:
+        key = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        if key in seen:
+            return "duplicate"
+        seen.add(key)
+    return ""
+
+
+def _read_file(place: Input, how: Reading) -> Iterator[Item]:
+    form = place.ending
     try:
-        return decoder.decode(block, final=not block)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(place.name, f"byte {seen - kept + error.start:,}", error) from None
-
-
-def _lines(place: Input) -> Reader:
-    """One document per line, under the key `text`."""
-    with _opened(place) as (stream, position):
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield _line(f"{place.name}:{number}", line), True, position()
-
-
-def _line(where: str, line: bytes) -> str:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(where, f"byte {error.start:,} of the line", error) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error}); a .jsonl file holds one object per "
-                         'line, like {"text": "..."}') from None
-    return _text_of(where, row)
-
-
-def _text_of(where: str, row: Any) -> str:
-    """The string under `text` in a row."""
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        has = ", ".join(list(row)[:8]) or "none" if isinstance(row, dict) else "not an object"
-        raise ValueError(f"{where}: no string under the key text (keys: {has}); rename the key "
-                         "that holds the documents to text")
-    to_utf8(row["text"], where)
-    return row["text"]
-
-
-def _parquet(place: Input) -> Reader:
-    """One document per row, from the column `text`; a null counts as an empty document."""
-    try:
-        with pyarrow.parquet.ParquetFile(place.path) as file:
-            names, rows = file.schema_arrow.names, 0
-            if "text" not in names:
-                raise ValueError(f"{place.name} has no column text (columns: {', '.join(names)}); "
-                                 "rename the column that holds the documents to text")
-            for batch in file.iter_batches(batch_size=256, columns=["text"], use_threads=False):
-                rows += batch.num_rows
-                done = (place.size or 0) * rows // max(1, file.metadata.num_rows)
-                for text in batch.column(0).to_pylist():
-                    yield "" if text is None else _text_of(place.name, {"text": text}), True, done
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{place.name} cannot be read as parquet ({_first_line(error)}); "
-                         "fetch or write the file again") from None
-    except UnicodeDecodeError as error:
-        raise _not_utf8(place.name, "a value of column text", error) from None
-
-
-def _hub(place: Input) -> Reader:
-    """The split `train` of a Hugging Face data set, streamed without storing it."""
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"{place.name} needs the datasets library; "
-                         "run: pip install 'fira-moe[hub]'") from None
-    name, _, config = place.name.removeprefix("hub:").partition(":")
-    try:
-        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{place.name} cannot be opened ({_first_line(error)}); check the name, "
-                         "the config and the network") from error
-    done = 0
-    for number, row in enumerate(rows):
-        text = _text_of(f"{place.name} row {number}", row)
-        done += len(text.encode())
-        yield text, True, done
+        if form in ("hub", ".parquet"):
+            yield from _of_rows((_hub if form == "hub" else _parquet)(place, how), place, how)
+            return
+        with _opened(place, how.encoding) as (stream, position):
+            if form.startswith(LINES):
+                rows = (row for row in _lines(stream, position) if row[2].strip())
+                yield from _of_rows(rows, place, how)
+            elif form.startswith(TABLES):
+                yield from _of_rows(_table(stream, position, form), place, how)
+            else:
+                yield from _text(stream, position, place, how)
+    except Exception as error:  # every format has its own
+        line = str(error).strip().split("\n")[0] or type(error).__name__
+        yield Item("", False, left_out=UNREADABLE, where=(
+            f"{place.name}: cannot be read to its end as {form} ({line}); check the file and its "
+            "encoding, or fetch it again"))
 
 
 @contextlib.contextmanager
-def _opened(place: Input) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """The uncompressed bytes of a file without a byte order mark, and how much of it was read."""
+def _opened(place: Input, encoding: str) -> Iterator[tuple[TextIO, Callable[[], int]]]:
+    """The characters of a file without a byte order mark, and how much of it was read."""
+    with open(place.path, "rb", buffering=0) as file:
+        unpack = UNPACK.get(place.ending.rpartition(".")[2], lambda plain: plain)
+        stream = io.BufferedReader(unpack(io.BufferedReader(file, encoder.CHUNK)), encoder.CHUNK)
+        head = stream.peek(4)
+        named = next((name for mark, name in BOMS.items() if head.startswith(mark)), encoding)
+        yield io.TextIOWrapper(stream, named, "surrogateescape", newline="\n"), file.tell
+
+
+def _text(stream: TextIO, position: Callable[[], int], place: Input,
+          how: Reading) -> Iterator[Item]:
+    """A text file as one document, or one for each separator; long ones in parts."""
+    separable = place.ending.startswith((".txt", ".text"))
+    separator = re.compile(re.escape(how.separator) or END_OF_TEXT_LINE)
+    longest = 2 + len(how.separator or END_OF_TEXT_LINE)  # of a separator and the newline before
+    text, line, begins = "", 1, False  # begins: `text` is the start of what follows a separator
+    while block := stream.read(encoder.CHUNK):
+        block += stream.readline(encoder.CHUNK)  # so that no separator is seen in half
+        number, line = line, line + block.count("\n")
+        if _BAD.search(block):
+            yield from _of_rows(((number + block[:bad.start()].count("\n"), position(), bad[0])
+                                 for bad in _BAD_LINE.finditer(block)), place, how)
+            block = _BAD_LINE.sub("", block)
+        *whole, text = separator.split(text + block) if separable else [text + block]
+        yield from (Item(document.strip("\r\n"), done=position(), where=place.name)
+                    for document in whole)
+        begins = begins or bool(whole)
+        text = text.lstrip("\r\n") if begins else text
+        if len(text) >= encoder.CHUNK:
+            head = text[:max(0, len(text) - longest)]
+            if cut := safe_cut(head) or (len(text) >= 2 * encoder.CHUNK) * len(head):
+                yield Item(text[:cut], False, done=position())
+                text, begins = text[cut:], False
+    yield Item(text, done=position(), where=place.name)
+
+
+def _lines(stream: TextIO, position: Callable[[], int]) -> Rows:
+    for number in itertools.count(1):
+        line = stream.readline(LONGEST)
+        if len(line) == LONGEST:
+            raise ValueError(f"line {number} has {LONGEST:,} characters or more; cut it in several")
+        if not line:
+            return
+        yield number, position(), line
+
+
+def _table(stream: TextIO, position: Callable[[], int], form: str) -> Rows:
+    """Rows of values with commas, semicolons or tabs between, below a line of names."""
+    csv.field_size_limit(LONGEST)
+    lines = (line for *_, line in _lines(stream, position))
+    first = next(lines, "")
+    mark = "\t" if form.startswith(".tsv") else max(",;", key=first.count)
+    table = csv.DictReader(itertools.chain([first], lines), delimiter=mark)
+    for row in table:
+        yield table.line_num, position(), row
+
+
+def _parquet(place: Input, how: Reading) -> Rows:
+    """Rows with only the column of the text, which may lie in a struct. A text that rows share is
+    in memory once, and few rows are decoded at a time, since they may be long."""
+    key = how.text_key
+    schema = pyarrow.parquet.read_metadata(place.path).schema
+    names = [schema.column(index).path for index in range(len(schema))]
+    if key not in names:
+        yield 0, 0, dict.fromkeys(names)
+        return
+    number = 0
+    with pyarrow.parquet.ParquetFile(place.path, read_dictionary=[key]) as file:
+        for batch in file.iter_batches(16, columns=[key], use_threads=False):
+            column = batch.column(0)
+            if pyarrow.types.is_struct(column.type):
+                column = pyarrow.compute.struct_field(column, key.split(".")[1:])
+            for value in column:
+                number += 1
+                done = (place.size or 0) * number // file.metadata.num_rows
+                yield number, done, {key: value.as_py()}
+
+
+def _hub(place: Input, how: Reading) -> Rows:
+    """A split of a Hugging Face data set, streamed without storing it."""
     try:
-        with open(place.path, "rb", buffering=0) as file:
-            buffered = io.BufferedReader(file, encoder.CHUNK)
-            unpack = UNPACK.get(place.ending.rpartition(".")[2], lambda plain: plain)
-            stream = io.BufferedReader(unpack(buffered), encoder.CHUNK)
-            if stream.peek(3)[:3] == codecs.BOM_UTF8:
-                stream.read(3)
-            yield stream, file.tell
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{place.name} cannot be read to its end ({_first_line(error)}); "
-                         "check the file or fetch it again") from None
+        import datasets
+    except ImportError:
+        raise ValueError("it needs the datasets library: pip install 'fira-moe[hub]'") from None
+    address, config, split, *_ = f"{place.name.removeprefix('hub:')}::".split(":")
+    name, _, revision = address.partition("@")
+    rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True,
+                                 revision=revision or None)
+    done = 0
+    for number, row in enumerate(rows):
+        done += len(json.dumps(row, default=str))
+        yield number, done, row
 
 
-def _not_utf8(name: str, where: str, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"{name} is not UTF-8 text: 0x{error.object[error.start]:02x} at {where}; "
-                      "convert it first, for example: iconv -f latin1 -t utf-8 FILE > NEW")
+def _of_rows(rows: Rows, place: Input, how: Reading) -> Iterator[Item]:
+    for number, done, row in rows:
+        where = f"{place.name}:{number}"
+        try:
+            text = _text_of(row, how) or ""
+            yield Item(text, bool(text), done=done, where=where, left_out="" if text else EMPTY)
+        except ValueError as error:
+            yield Item("", False, done=done, where=f"{where}: {error}", left_out=UNREADABLE)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _text_of(row: Any, how: Reading) -> str | None:
+    """The text under the key of a row, which may be a line of JSON; None if it is null."""
+    if isinstance(row, str):
+        _check(row, how.encoding)
+        try:
+            row = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not valid JSON ({error}); write one object per line (an array "
+                             'becomes that with: jq -c ".[]" FILE > NEW.jsonl)') from None
+    key, value = how.text_key, row
+    for name in [key] if isinstance(row, dict) and key in row else key.split("."):
+        if value is not None:
+            value = value.get(name, ...) if isinstance(value, dict) else ...
+    if isinstance(row, dict) and None in row:
+        raise ValueError("more values than the first line names; put a value that holds the "
+                         "separator in double quotes")
+    if value is not None and not isinstance(value, str):
+        has = ", ".join(list(row)[:12]) or "none" if isinstance(row, dict) else "not an object"
+        raise ValueError(f"no string under the key {key} (keys: {has}); give fira data the right "
+                         "one with --text-key, or rename it to text")
+    if value:
+        _check(value.replace("\0", ""), how.encoding)
+        to_utf8(value)
+    return value
+
+
+def _check(text: str, encoding: str) -> None:
+    if bad := _BAD.search(text):
+        byte = ord(bad[0]) & 0xff
+        guess = "latin1" if byte else "utf-16le" if bad.start() % 2 else "utf-16be"
+        raise ValueError(f"not {encoding.upper()} text: 0x{byte:02x} at character {bad.start() + 1}"
+                         "; leave out a file that is no text; of others give fira data the "
+                         f"--encoding, perhaps {guess}, or convert them: iconv -f {guess} -t utf-8 "
+                         "FILE > NEW")
+
+
+def _zstd(packed: BinaryIO) -> Any:
+    """pyarrow would refuse windows of more than 128 MB, as `zstd --long=31` makes them."""
+    try:
+        from compression import zstd  # from Python 3.14 on
+    except ImportError:
+        from backports import zstd
+    return zstd.ZstdFile(packed, options={zstd.DecompressionParameter.window_log_max: 31})
+
+
+UNPACK: dict[str, Callable[[BinaryIO], Any]] = {
+    "gz": lambda packed: gzip.GzipFile(fileobj=packed), "bz2": bz2.BZ2File, "xz": lzma.LZMAFile,
+    "zst": _zstd}

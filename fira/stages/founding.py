@@ -13,7 +13,7 @@ from rich.console import Console
 from fira.config import load_preset
 from fira.data.prepare import learn_tokenizer, prepare
 from fira.data.shards import read_manifest
-from fira.data.sources import SUPPORTED, text_files
+from fira.data.sources import LINES, SUPPORTED, text_files
 from fira.data.tokenizer import Tokenizer
 from fira.files import MANIFEST
 from fira.stages.config import configure
@@ -44,9 +44,9 @@ def find_tokenizer(search: Path, run: Path) -> Path | None:
 def find_data(search: Path, run: Path) -> list[str]:
     """The run's prepared data, else a data folder below `search`, else the text files there.
 
-    Parquet files are preferred to jsonl files, and those to plain text, because plain text beside
-    them is seldom part of a data set. Raises ValueError if there is nothing, or more than one data
-    folder.
+    Parquet files are preferred to lines of JSON, those to plain text and that to the rest, because
+    text beside a data set is seldom part of it. Raises ValueError if there is nothing, or more than
+    one data folder.
     """
     if _is_prepared(run / "data"):
         return [str(run / "data")]
@@ -56,9 +56,9 @@ def find_data(search: Path, run: Path) -> list[str]:
                          "choose one with --data FOLDER")
     if prepared:
         return [str(prepared[0])]
-    text = [path for path in text_files(search) if path.name.lower() not in NO_TEXT]
-    for kind in (".parquet", ".jsonl", ""):
-        if chosen := [str(path) for path in text if kind in path.name.lower()]:
+    text = [path for path in text_files(search, {}) if path.name.lower() not in NO_TEXT]
+    for kinds in ((".parquet",), LINES, (".txt", ".md"), ("",)):
+        if chosen := [str(path) for path in text if any(map(path.name.lower().count, kinds))]:
             return chosen
     missing = "" if search.is_dir() else " (there is no such folder)"
     raise ValueError(f"no data in {search}{missing}: looked for files ending in {SUPPORTED}, and "

@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 
 from fira import runtime
 from fira.data import prepare as module
 from fira.data.batches import Shards
 from fira.data.prepare import prepare
 from fira.data.shards import ShardWriter, read_manifest
+from fira.data.sources import Reading
 from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.files import sha256
 
@@ -74,7 +76,7 @@ def test_validation_sources_are_held_out_whole(tokenizer, documents, jsonl, tmp_
     prepare([train], tmp_path / "data", tokenizer, validation_sources=[held_out])
     for split, expected in (("train", documents[:30]), ("validation", documents[30:40])):
         assert Shards(tmp_path / "data", split)[:].tolist() == stream(tokenizer, expected)
-    with pytest.raises(ValueError, match="named twice"):
+    with pytest.raises(ValueError, match="no source for training"):
         prepare([train], tmp_path / "other", tokenizer, validation_sources=[train])
 
 
@@ -120,6 +122,51 @@ def test_a_kill_at_every_single_step_ends_byte_identical(tokenizer, jsonl, tmp_p
     assert digests(tmp_path / "killed") == digests(tmp_path / "calm")
 
 
+@pytest.mark.parametrize("texts", [1, 3])
+def test_of_few_documents_the_end_is_held_out_and_said_before(tokenizer, speeches, tmp_path, texts,
+                                                              monkeypatch, small_commits, capsys):
+    monkeypatch.setattr("fira.data.encoder.CHUNK", 2000)
+    for number in range(texts):
+        (tmp_path / f"{number}.txt").write_text(speeches[number])
+    sources = [str(tmp_path / f"{number}.txt") for number in range(texts)]
+    for every, folder in ((20, "a"), (4, "b")):
+        facts = prepare(sources, tmp_path / folder, tokenizer, validation_every=every,
+                        screen=Console(stderr=True))["splits"]
+        said = capsys.readouterr().err
+        assert said.index("validation: the last") < said.index("\ndata ")
+        assert facts["train"]["bytes"] + facts["validation"]["bytes"] == sum(
+            len(text.encode()) for text in speeches[:texts])
+        share = facts["validation"]["bytes"] / facts["train"]["bytes"]
+        assert share == pytest.approx(1 / (every - 1), rel=0.1)
+        ids = np.concatenate([Shards(tmp_path / folder, split)[:]
+                              for split in ("train", "validation")]).tolist()
+        assert ids.count(tokenizer.end_of_text) == texts + 1
+        assert tokenizer.decode(ids).replace("<|endoftext|>", "") == "".join(speeches[:texts])
+
+
+def test_what_is_left_out_is_counted_once_also_after_an_interruption(tokenizer, tmp_path,
+                                                                     monkeypatch, small_commits):
+    rows = [{"text": f"document {number}" if number % 3 else None} for number in range(90)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)) + "\n{")
+    arguments = ([str(source)], tmp_path / "data", tokenizer)
+
+    def stop(tokenizer, batch):
+        if batch[0].number > 50:
+            raise KeyboardInterrupt
+        return encode(tokenizer, batch)
+
+    encode = module._encode
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_encode", stop)
+        prepare(*arguments, reading=Reading(skip_bad=True))
+    manifest = prepare(*arguments, reading=Reading(skip_bad=True))
+    assert manifest["left_out"] == {
+        "null or empty": {"count": 30, "first": [f"{source}:{line}" for line in (1, 4, 7)]},
+        "unreadable": {"count": 1, "first": [f"{source}:91"]}}
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 60
+
+
 def test_long_text_file_resumes_inside_the_document(tokenizer, speeches, tmp_path, monkeypatch,
                                                     small_commits):
     monkeypatch.setattr("fira.data.encoder.CHUNK", 5000)
@@ -143,7 +190,7 @@ def test_long_text_file_resumes_inside_the_document(tokenizer, speeches, tmp_pat
 
 
 def test_shard_that_lost_synced_ids_is_not_continued(tokenizer, jsonl, tmp_path, small_commits):
-    source = jsonl(["a document " * 50] * 3)
+    source = jsonl(["a document " * 50] * 30)
     Path(source).write_bytes(Path(source).read_bytes() + b"{")
     with pytest.raises(ValueError, match="not valid JSON"):
         prepare([source], tmp_path / "data", tokenizer)
@@ -174,9 +221,9 @@ def test_input_may_be_mended_only_where_it_was_not_read_yet(tokenizer, documents
     for number, text in enumerate(documents[:30]):
         (sources / f"{number:02d}.txt").write_text(text)
     (sources / "25.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"25.txt is not UTF-8"):
+    with pytest.raises(ValueError, match=r"25.txt:1: not UTF-8"):
         prepare([str(sources)], tmp_path / "data", tokenizer)
-    assert json.loads((tmp_path / "data" / "journal.json").read_text())["documents"] == 25
+    assert json.loads((tmp_path / "data" / "journal.json").read_text())["documents"] == 24
     (sources / "25.txt").write_text("café")
     before = (sources / "03.txt").stat()
     os.utime(sources / "03.txt", ns=(0, 0))
@@ -213,14 +260,16 @@ def test_many_ids_need_four_bytes(tokenizer, source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("documents, options, line", [
-    ([], {}, "hold 0 documents with text"),
-    (["", ""], {"validation_every": 0}, "hold 0 documents with text, but one is needed"),
-    (["one", "two"], {}, "hold 2 documents with text, but every 20th is used"),
+    ([], {}, "0 documents with text"),
+    (["", ""], {"validation_every": 0}, "0 documents with text, 0 characters"),
+    (["one", "two"], {}, "2 documents with text, 6 characters; give files with more text"),
+    (["one", "two"], {"validation_sources": ["empty.txt"]}, "empty.txt: 0 documents with text"),
     (["one"], {"validation_every": 1}, "validation_every=1 must be 0"),
-    (["one"], {"workers": 0}, "workers=0 must be at least 1"),
 ])
 def test_unusable_sources_are_one_line_and_others_may_follow(tokenizer, jsonl, tmp_path, documents,
-                                                             options, line):
+                                                             options, line, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=line):
         prepare([jsonl(documents)], tmp_path / "data", tokenizer, **options)
     prepare([jsonl(["some text"] * 20, "b.jsonl")], tmp_path / "data", tokenizer)
@@ -248,10 +297,18 @@ import resource, sys
 from fira.data.prepare import prepare
 from fira.data.tokenizer import Tokenizer
 tokenizer = Tokenizer.load(sys.argv[1])
-for name in "ab":
-    prepare([f"{sys.argv[2]}/{name}.parquet"], f"{sys.argv[2]}/{name}", tokenizer, workers=1)
+for name in sys.argv[3:]:
+    prepare([f"{sys.argv[2]}/{name}"], f"{sys.argv[2]}/{name}-data", tokenizer, workers=1)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
+
+
+def peaks(tokenizer_folder, folder, *names) -> list[float]:
+    """The largest resident memory, in MB, after preparing each file in turn."""
+    printed = subprocess.check_output(
+        [sys.executable, "-c", MEASURE, tokenizer_folder, folder, *names], timeout=90,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
+    return [int(line) / 1024 for line in printed.split()]
 
 
 def test_memory_does_not_grow_with_the_corpus(tokenizer_folder, speeches, tmp_path):
@@ -261,7 +318,16 @@ def test_memory_does_not_grow_with_the_corpus(tokenizer_folder, speeches, tmp_pa
                      for start in range(0, rows * 5003, 5003)]
         table = pyarrow.table({"text": documents})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=1000)
-    printed = subprocess.check_output([sys.executable, "-c", MEASURE, tokenizer_folder, tmp_path],
-                                      timeout=90, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    small, large = (int(line) / 1024 for line in printed.split())
+    small, large = peaks(tokenizer_folder, tmp_path, "a.parquet", "b.parquet")
     assert large - small < 30, (small, large)  # MB; the text alone is 60, its ids twice that
+
+
+def test_memory_is_flat_for_text_without_spaces_and_for_rows_that_share_a_text(tokenizer_folder,
+                                                                               tmp_path):
+    line = "".join(chr(0x4e00 + number % 997) for number in range(60)) + "。\n"
+    (tmp_path / "a.txt").write_text(line * 30_000)   # 5 MB
+    (tmp_path / "b.txt").write_text(line * 300_000)  # 55 MB, which took 930 MB
+    table = pyarrow.table({"text": [line * 6000] * 100})  # 110 MB in 2 kB
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet", compression="zstd")
+    small, *large = peaks(tokenizer_folder, tmp_path, "a.txt", "b.txt", "c.parquet")
+    assert max(large) - small < 150, (small, large)

@@ -1,6 +1,7 @@
 """Every kind of source gives its documents; every damaged one a single clear line."""
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
@@ -16,20 +17,22 @@ from tokenizers import Regex, pre_tokenizers
 
 from fira.data import encoder
 from fira.data.encoder import PATTERNS, safe_cut
-from fira.data.sources import inputs
-from fira.data.text import items, texts
+from fira.data.sources import Reading, find, inputs, listed
+from fira.data.text import items, read, texts
 
 DOCUMENTS = ["one\r\ntwo\n", "Straße, naïve – 東京 🎉", "x" * 3000]
 
 
 def zstd(data):
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(data)
-    return sink.getvalue().to_pybytes()
+    compressor = pytest.importorskip("backports.zstd" if sys.version_info < (3, 14)
+                                     else "compression.zstd")
+    parameter = compressor.CompressionParameter
+    packer = compressor.ZstdCompressor(options={parameter.window_log: 28})  # `zstd --long=28`
+    return packer.compress(data) + packer.flush()  # without a size, so that the window is named
 
 
-PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
+PACKERS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+           ".zst": zstd}
 
 
 @pytest.mark.parametrize("packed", PACKERS)
@@ -53,7 +56,7 @@ def test_parquet_of_fineweb_edu_gives_a_document_a_row(tmp_path):
     assert [item.text for item in found] == documents
     assert list(items(inputs([str(file)]), 0, 555)) == found[555:]
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), file)
-    with pytest.raises(ValueError, match=r"000_00000.parquet: no string under the key text"):
+    with pytest.raises(ValueError, match=r"000_00000.parquet:1: no string under the key text"):
         list(items(inputs([str(file)])))
 
 
@@ -78,15 +81,15 @@ def test_bundled_corpus_has_a_document_a_speech_and_loads_no_pandas():
 def test_hub_data_set_is_streamed(monkeypatch):
     asked = []
 
-    def load_dataset(name, config, split, streaming):
-        asked.append((name, config, split, streaming))
+    def load_dataset(name, config, split, streaming, revision):
+        asked.append((name, config, split, streaming, revision))
         return iter([{"text": text, "id": "x"} for text in DOCUMENTS])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    found = list(items(inputs(["hub:HuggingFaceFW/fineweb-edu:sample-10BT"])))
-    assert [item.text for item in found] == DOCUMENTS
-    assert found[-1].done == sum(len(text.encode()) for text in DOCUMENTS)
-    assert asked == [("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", True)]
+    for source in ("hub:HuggingFaceFW/fineweb-edu:sample-10BT", "hub:a/b@v1.0::validation"):
+        assert list(texts([source])) == DOCUMENTS
+    assert asked == [("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", True, None),
+                     ("a/b", None, "validation", True, "v1.0")]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'fira-moe\[hub\]'"):
         next(texts(["hub:owner/name"]))
@@ -122,36 +125,152 @@ def test_safe_cut_finds_the_last_place():
     assert safe_cut("one two three") == len("one two")
     assert safe_cut("one\ntwo") == len("one\n")
     assert safe_cut("word " + "x" * 9000) == len("word")
-    assert safe_cut("one, two") == safe_cut("one  two") == safe_cut("") == 0
+    assert safe_cut("東京，大阪") == safe_cut("東\n大") == 2
+    assert safe_cut("one  two") == safe_cut("one\r\ntwo") == safe_cut("") == 0
 
 
 BAD = {  # more in tests/test_bad_input.py
-    "latin1.txt": (b"caf\xe9", r"latin1.txt is not UTF-8 text: 0xe9 at byte 3; .*iconv"),
-    "cut.txt": (b"ab\xe6\x9d", r"0xe6 at byte 2"),
-    "latin1.jsonl": (b'{"text": "ok"}\n{"text": "\xe9"}', r"latin1.jsonl:2 is not UTF-8"),
+    "latin1.txt": (b"a\ncaf\xe9", r"latin1.txt:2: not UTF-8 text: 0xe9 at character 4; .*iconv"),
+    "cut.txt": (b"ab\xe6\x9d", r"0xe6 at character 3"),
+    "latin1.jsonl": (b'{"text": "ok"}\n{"text": "\xe9"}', r"latin1.jsonl:2: not UTF-8"),
+    "utf16.txt": ("no mark".encode("utf-16-le"), r"txt:1: .* 0x00 .*--encoding.* utf-16le"),
+    "picture.txt": (b"\x89PNG\r\n\x1a\n\0\0", r"picture.txt:1: .* 0x89 .*leave out"),
+    "array.json": (b'[\n{"text": "a"}]', r"array.json:1: not valid JSON .*jq"),
+    "key.csv": (b"id,body\n1,x\n", r"key.csv:2: no string under .*keys: id, body.*--text-key"),
+    "wide.csv": (b"text,id\na,b,1\n", r"wide.csv:2: more values than the first line names"),
+    "long.jsonl": (b'{"text": "' + b"x" * 3000, r"long.jsonl: .*line 1 has 2,000 characters"),
     "list.jsonl": (b"[1]", r"list.jsonl:1: no string .*not an object"),
-    "half.jsonl": (b'{"text": "\\ud800"}', r"half.jsonl:1: character 0 is half of a surrogate"),
-    "cut.jsonl.gz": (gzip.compress(b'{"text": "abc"}')[:-9], r"cut.jsonl.gz cannot be read to its"),
-    "no.txt.zst": (b"not zstd", r"no.txt.zst cannot be read to its end"),
+    "half.jsonl": (b'{"text": "\\ud800"}', r"half.jsonl:1: .*character 0 is half of a surrogate"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "abc"}')[:-9], r"cut.jsonl.gz: cannot be read to"),
+    "no.txt.zst": (b"not zstd", r"no.txt.zst: cannot be read to its end"),
+    "cut.txt.zst": (zstd(b"abc" * 99)[:-5], r"cut.txt.zst: cannot be read to its end"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_file_is_one_line_with_place_and_remedy(tmp_path, name):
+def test_bad_file_is_one_line_with_place_and_remedy(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("fira.data.text.LONGEST", 2000)
     content, line = BAD[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=line) as caught:
         list(texts([str(tmp_path / name)]))
     assert "\n" not in str(caught.value)
+    skipped = list(read(inputs([str(tmp_path / name)]), Reading(skip_bad=True)))
+    assert {item.left_out for item in skipped if not item.text} == {"unreadable"}
+    assert not any(set(item.text) & {"\0", "\udce9"} for item in skipped)
 
 
 @pytest.mark.parametrize("sources, line", [
-    ([], "no source given"),
+    ([], "no source for training"),
     (["/nowhere/*.txt"], r"/nowhere/\*.txt does not exist"),
     (["hub:name"], "hub:name is not a hub data set; write hub:owner/name"),
-    (["sotu", "sotu"], "named twice"),
     (["/dev/null"], "unsupported kind"),
 ])
 def test_bad_source_is_one_line(sources, line):
     with pytest.raises(ValueError, match=line):
-        inputs(sources)
+        find(sources)
+
+
+FORMS = {  # what --text-key text or a.b finds in each: "one", nothing (null), "two"
+    "a.ndjson": b'{"text": "one"}\n{"text": null}\n\n{"text": "two"}',
+    "a.json.gz": gzip.compress(b'{"text": "one"}\n{"text": ""}\n{"text": "two"}\n'),
+    "a.csv": b'id,text\n1,one\n2,\n3,"two"\n',
+    "b.csv": "id;text\r\n1;one\r\n2;\r\n3;two".encode("utf-16"),
+    "a.tsv": b"text\tid\none\t1\n\t2\ntwo\t3\n",
+    "nested.jsonl": b'{"a": {"b": "one"}}\n{"a": null}\n{"a": {"b": "two"}}',
+}
+
+
+@pytest.mark.parametrize("name", [*FORMS, "nested.parquet"])
+def test_a_null_is_left_out_and_counted_in_every_form(tmp_path, name):
+    if name in FORMS:
+        (tmp_path / name).write_bytes(FORMS[name])
+    else:
+        table = pyarrow.table({"id": [1, 2, 3], "a": [{"b": "one"}, {"b": None}, {"b": "two"}]})
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    how = Reading(text_key="a.b" if "nested" in name else "text")
+    found = list(read(inputs([str(tmp_path / name)]), how))
+    assert [(item.text, item.left_out) for item in found] == [
+        ("one", ""), ("", "null or empty"), ("two", "")]
+
+
+ENCODINGS = {"utf-8-sig": "utf-8", "utf-16": "utf-8", "utf-32": "utf-8", "latin-1": "latin-1",
+             "utf-16-le": "utf-16-le", "gb18030": "gb18030"}
+
+
+@pytest.mark.parametrize("written", ENCODINGS)
+def test_text_is_read_in_the_encoding_of_its_mark_or_of_the_option(tmp_path, written):
+    text = "caf\xe9 \u6771\n" if written != "latin-1" else "caf\xe9\r\n"
+    (tmp_path / "a.txt").write_bytes(text.encode(written))
+    how = Reading(encoding=ENCODINGS[written])
+    assert [item.text for item in read(inputs([str(tmp_path / "a.txt")]), how)] == [text]
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 22])
+@pytest.mark.parametrize("text, separator, documents", [
+    ("one\n<|endoftext|>\ntwo<|endoftext|>\r\n\n three\n<|endoftext|>", "",
+     ["one", "two", " three"]),
+    ("the token <|endoftext|> is text here\n", "", ["the token <|endoftext|> is text here\n"]),
+    ("one\n\ntwo\nlines\n\n\n\nthree", "\n\n", ["one", "two\nlines", "three"]),
+    ("one<|endoftext|>two", "<|endoftext|>", ["one", "two"]),
+])
+def test_separators_end_documents(tmp_path, monkeypatch, chunk, text, separator, documents):
+    monkeypatch.setattr(encoder, "CHUNK", chunk)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    found, begun = [], ""
+    for item in read(inputs([str(tmp_path / "a.txt")]), Reading(separator=separator)):
+        begun += item.text
+        if item.ends:
+            found.append(begun)
+            begun = ""
+    assert found == documents and not begun
+
+
+def test_a_folder_is_read_with_its_links_and_what_is_passed_over_is_counted(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "model.py").write_text("code")
+    for name in ("a.txt", "b.pdf", "c.pdf", "d.pdf", "e.pdf", ".hidden", "tokenizer.json"):
+        (tmp_path / "far" / name).write_text("text")
+    (tmp_path / "far" / "empty.txt").touch()
+    (tmp_path / "far" / "circle").symlink_to(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "far")
+    train, _, passed_over = find([str(tmp_path / "corpus")])
+    assert [one.path[len(str(tmp_path)):] for one in train] == [
+        "/corpus/link/a.txt", "/corpus/link/model.py"]
+    words = listed(passed_over)
+    for part in ("4 .pdf (", " ...)", "1 .json (tokenizer.json)", "1 hidden", "1 empty (empty"):
+        assert part in words
+    (tmp_path / "far" / "a.txt").unlink()
+    (tmp_path / "far" / "model.py").unlink()
+    with pytest.raises(ValueError, match=r"holds no text, only: .*4 \.pdf"):
+        find([str(tmp_path / "far" / "circle" / "corpus")])
+
+
+@pytest.mark.parametrize("train, held_out, others", [
+    (["train.jsonl"], ["validation.jsonl"], []),
+    (["Tiny-train.txt"], ["Tiny-valid.txt"], ["notes.txt"]),
+    (["data/train-0-of-2.csv", "data/train-1-of-2.csv"], ["data/dev-0-of-1.csv"], []),
+    (["train/a.txt", "train/b.txt"], ["val/c.txt"], ["a.txt"]),
+    ([], [], ["train.py", "test.py", "the train home.txt", "a test of faith.txt", "val.txt"]),
+])
+def test_files_named_as_validation_beside_training_files_are_held_out(tmp_path, train, held_out,
+                                                                      others):
+    for name in (*train, *held_out, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    found = find([str(tmp_path)])
+    names = [sorted(one.path[len(str(tmp_path)) + 1:] for one in split) for split in found[:2]]
+    assert names == [sorted(train + others), held_out]
+    everything = find([str(tmp_path)], [str(tmp_path / (train + others)[0])])
+    assert len(everything[0]) == len(train + held_out + others) - 1 and len(everything[1]) == 1
+
+
+def test_duplicates_and_short_documents_are_left_out_also_when_reading_begins_later(jsonl):
+    sources = inputs([jsonl(["one two", "six", "one two"]), jsonl(["one two", "seven"], "z.jsonl")])
+    how = Reading(deduplicate=True, min_chars=4)
+    whole = list(read(sources, how))
+    assert [item.left_out for item in whole] == ["", "shorter than 4 characters", "duplicate",
+                                                 "duplicate", ""]
+    for start, item in enumerate(whole):
+        assert list(read(sources, how, (item.file, item.number))) == whole[start:]
