@@ -130,7 +130,7 @@ def _explain(schema: type[Config], error: Any) -> str:
     keys = _keys(schema)
     parts = [str(part) for part in error["loc"]]
     key = ".".join(parts)
-    if key not in keys and len(parts) > 2:  # a tagged union adds its tag to the path
+    if len(parts) > 2 and ".".join(parts[:2]) not in keys:  # a tagged union adds its tag
         key = ".".join(parts[:1] + parts[2:])
     if error["type"] == "extra_forbidden":
         return (f"unknown key {key}; {_nearest_key(schema, key)}fira train PRESET --dry-run "

@@ -122,7 +122,7 @@ class Rotary(nn.Module):
 
 def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     """RoPE pairing halves of the last axis: (a, b) -> (a cos - b sin, b cos + a sin)."""
-    cos, sin = cos_TC.to(x_BTHC.dtype)[:, None], sin_TC.to(x_BTHC.dtype)[:, None]
+    cos, sin = (table.to(x_BTHC.dtype).unsqueeze(-2) for table in (cos_TC, sin_TC))
     first, second = x_BTHC.chunk(2, dim=-1)
     return torch.cat([(first * cos).addcmul_(second, sin, value=-1),
                       (second * cos).addcmul_(first, sin)], dim=-1)

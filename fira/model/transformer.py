@@ -66,6 +66,30 @@ class KeyValueCache:
             layer.length = 0
 
 
+class Documents:
+    """What a model takes as its cache to read rows of several documents: a token attends to its own
+    document. `positions_BT` are those in the documents; one begins wherever they are 0."""
+
+    def __init__(self, positions_BT: Tensor, num_layers: int) -> None:
+        self.positions_BT, self.num_layers = positions_BT, num_layers
+        document_BT = (positions_BT == 0).cumsum(1)
+        self.seen_B1TT = (document_BT[:, None, :, None] == document_BT[:, None, None]).tril()
+
+    @property
+    def layers(self) -> list[Documents]:
+        return [self] * self.num_layers
+
+    def end(self, T: int) -> int:
+        return T
+
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        return self.positions_BT
+
+    def attend(self, q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, attn_mask=self.seen_B1TT,
+                                              enable_gqa=q_BHTC.shape[1] != k_BGTC.shape[1])
+
+
 def attention(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor,
               cache: LayerCache | None = None) -> Tensor:
     """Causal attention of T new positions to themselves and to everything in the cache: BHTC.
@@ -99,7 +123,7 @@ def attention_plain(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor,
 
 
 def find_positions(tokens_BT: Tensor, cache: KeyValueCache | None, context: int) -> Tensor:
-    """Absolute positions of the new tokens, [T]. Raises ValueError past the context."""
+    """Positions of the new tokens, [T] or [B, T]. Raises ValueError past the context."""
     T, device = tokens_BT.shape[1], tokens_BT.device
     length = T if cache is None else cache.end(T)
     if length > context:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from fira.model.initialize import TensorSlice, initialize
 from fira.model.moe import MoE
 from fira.model.router import end_step, health, routers, set_loss_share
+from fira.model.transformer import Documents
 from fira.parallel.expert import keep_experts
 from fira.parallel.mesh import Mesh
 from fira.parallel.pipeline import Pipeline, Ready, autocast, keep_stage
@@ -108,7 +109,7 @@ class Layout:
         def loss_of(model: Any, number: int) -> Tensor:
             batch, share = to_device(batches[number], self.mesh.device), shares[number][0]
             with autocast():
-                loss, metrics = loss_fn(model, batch)
+                loss, metrics = loss_fn(read(model, batch), batch)
             results.append((share, loss.detach(), {
                 name: torch.as_tensor(value).detach() for name, value in metrics.items()}))
             return loss * share
@@ -217,7 +218,7 @@ class Layout:
                 return None
             model = Ready(model, x_BTD)
         with autocast():
-            result = function(model, batch)
+            result = function(read(model, batch), batch)
         if self.sharded:
             self.model.reshard()  # free what stays gathered until a backward pass
         return result
@@ -252,6 +253,15 @@ def _replica_axes(name: str) -> tuple[str, ...]:
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch, which is a named tuple of tensors, on `device`."""
     return type(batch)(*(field.to(device, non_blocking=True) for field in batch))
+
+
+def read(model: Any, batch: Any) -> Any:
+    """`model` for the loss of `batch`. If a batch has `positions_BT`, its rows hold documents that
+    are masked from each other, and the features are ready."""
+    if not hasattr(batch, "positions_BT"):
+        return model
+    documents = Documents(batch.positions_BT, model.spec.num_layers)
+    return Ready(model, model.features(batch.tokens_BT, documents))
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], group: Any) -> None:

@@ -1,30 +1,21 @@
 """Pre-training: the next token of prepared text."""
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, Field
 from rich.console import Console
 
-from fira.config import Config, ConfigError
-from fira.data.batches import Batch, Batches, Shards, sequential
+from fira.config import ConfigError
+from fira.data.batches import DataConfig, Source, TextBatches, open_sources, sequential
 from fira.data.tokenizer import Tokenizer
 from fira.loss.head import next_token_loss
 from fira.parallel.layout import Layout
 from fira.stages.config import Opened, RunConfig, Stage
 from fira.stages.run import train_run
-from fira.train.config import TrainConfig
 from fira.train.loop import LoopState, Recipe, Score
 from fira.train.validate import validate
-
-
-class DataConfig(Config):
-    folder: Annotated[str, AfterValidator(os.path.abspath)] | None = Field(
-        None, description="folder that `fira data` wrote")  # absolute: a run resumes from anywhere
 
 
 class PretrainConfig(RunConfig):
@@ -32,55 +23,40 @@ class PretrainConfig(RunConfig):
 
     data: DataConfig = DataConfig()
 
-
-class TextBatches:
-    """This rank's rows of every batch, in sequences that may grow over the run."""
-
-    def __init__(self, tokens: Any, config: TrainConfig, layout: Layout) -> None:
-        """Raises ValueError if the tokens are too few for one sequence."""
-        self.config, self.layout = config, layout
-        self.of_length = {length: Batches(tokens, length, config.batch_tokens // length,
-                                          config.seed) for length in config.lengths}
-
-    def batch(self, step: int, fraction: float) -> list[Batch]:
-        length, model = self.config.length_at(fraction), self.layout.model
-        if model.trained_length is not None:  # None: a model made elsewhere knows all its context
-            model.trained_length = max(model.trained_length, length)
-        source, rows = self.of_length[length], self.config.rows_of(length)
-        own = source.batch(step, self.layout.rows(source.batch_size))
-        return [Batch(*(part[first:first + rows] for part in own))
-                for first in range(0, len(own.tokens_BT), rows)]
+    def check(self) -> None:
+        super().check()
+        if self.data.separate_documents and self.parallel.pipeline > 1:
+            raise ConfigError("data.separate_documents=true cannot mask attention with parallel."
+                              f"pipeline={self.parallel.pipeline}; set one of them to its default")
 
 
 def open_data(config: PretrainConfig) -> Opened:
-    """Training and validation tokens, checked against their checksums."""
-    if config.data.folder is None:
-        raise ConfigError("data.folder is not set; prepare text with `fira data SOURCE "
-                          "--tokenizer DIR --out DIR` and give data.folder=DIR")
-    folder = Path(config.data.folder)
-    train, validation = (Shards(folder, split) for split in ("train", "validation"))
-    train.verify()
-    validation.verify()
-    if len(validation) < 2:
-        raise ValueError(f"{folder} holds out no text; prepare it with more documents, "
-                         "a smaller --validation-every, or --validation SOURCE")
-    return folder, (train, validation[:config.train.validation_tokens + 1])
+    """The texts, and the folder of their tokenizer."""
+    sources = open_sources(config.data, config.train.validation_tokens)
+    return Path(sources[0].folder), sources
 
 
-def recipe(config: PretrainConfig, data: Any, tokenizer: Tokenizer, layout: Layout) -> Recipe:
-    """Shuffled windows of text, cross-entropy, bits per byte of the held-out text."""
-    train, validation = data
-    batches = TextBatches(train, config.train, layout)
+def recipe(config: PretrainConfig, sources: list[Source], tokenizer: Tokenizer,
+           layout: Layout) -> Recipe:
+    """Shuffled text, cross-entropy, bits per byte: the mean over the texts by their shares."""
+    end_of_text = tokenizer.end_of_text if config.data.separate_documents else None
+    batches = TextBatches(sources, config.train, layout.rows, end_of_text)
     token_bytes_V = torch.zeros(config.model.vocab_size, dtype=torch.long)
     sizes = torch.tensor([len(text) for text in tokenizer.token_bytes()])
     token_bytes_V[:len(sizes)] = sizes
 
     def probe() -> tuple[dict[str, float], Score]:
-        full = config.train.sequence_length
+        full, row = config.train.sequence_length, dict[str, float]()
+        mean = dict.fromkeys(("loss", "bits_per_byte"), 0.0)
         length = min(layout.model.trained_length or full, full)
-        row = validate(layout, sequential(validation, length, config.train.rows_of(length)),
-                       token_bytes_V)
-        return row, Score("bits_per_byte", row["bits_per_byte"])
+        for source in sources:
+            found = validate(layout, sequential(
+                source.held_out, length, config.train.micro_batch * full // length, end_of_text),
+                token_bytes_V)
+            for name, value in found.items():
+                mean[name] += source.share * value
+                row[source.label(name)] = value
+        return row | mean, Score("bits_per_byte", mean["bits_per_byte"])
 
     return Recipe(batches, next_token_loss, probe)
 

@@ -81,6 +81,7 @@ def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
     optimizer = make_optimizer(layout.model, config.optim)
     state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
     _check_length(plan, state)
+    text = recipe.batches.describe(state)
     if start and not newest:
         read_weights(start.folder, layout)
     _speed_up(layout.model, config.train.recompute, mesh, screen)
@@ -89,6 +90,7 @@ def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
         _write_config(run, stage, plan)
         log = RunLog.resume(run, state.step, say, sinks=tracker(config.train.track, run))
     _introduce(config, state, start, mesh, screen)
+    screen.print(text, soft_wrap=True)
     return Loop(layout, optimizer, config.train, config.schedule, recipe, log, checkpoints, screen,
                 state)
 

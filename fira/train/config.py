@@ -1,7 +1,6 @@
 """Settings of a run: how long it is, how often it is saved, and how text is cut into batches."""
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -61,14 +60,6 @@ class TrainConfig(LoopConfig):
         while lengths[-1] < self.sequence_length:
             lengths.append(2 * lengths[-1])
         return lengths
-
-    def length_at(self, fraction: float) -> int:
-        """Tokens per sequence after `fraction` (0..1) of the run."""
-        return self.lengths[min(math.floor(fraction * len(self.lengths)), len(self.lengths) - 1)]
-
-    def rows_of(self, length: int) -> int:
-        """Sequences of `length` per micro-batch: shorter ones are more, so that tokens stay."""
-        return self.micro_batch * self.sequence_length // length
 
     @property
     def batch_size(self) -> int:

@@ -20,7 +20,7 @@ from rich.console import Console
 from fira.checkpoint import Checkpoints
 from fira.model.router import routers, set_progress
 from fira.parallel.layout import Layout, LossFn
-from fira.runlog import NoLog, ProgressLine, RunLog
+from fira.runlog import NoLog, ProgressLine, Row, RunLog
 from fira.train.config import LoopConfig
 from fira.train.optim import ScheduleConfig, rate_factor, set_rates, update
 
@@ -33,12 +33,15 @@ COLLAPSE_DEAD = 0.25  # or with more than this part of a layer's experts without
 class BatchSource(Protocol):
     """Where training batches come from. It owns their lengths, row counts and mixture."""
 
-    def batch(self, step: int, fraction: float) -> list[Any]:
-        """This rank's part of the global batch of step `step` (from 0), as micro-batches.
+    def batch(self, state: LoopState, fraction: float) -> tuple[list[Any], dict[str, Any], Row]:
+        """This rank's micro-batches of the next step, `state.position` after it, more for the row.
 
         A micro-batch is a NamedTuple of CPU tensors with a `weight`. `fraction` (0..1) of the run
         is done. The result depends on nothing but these numbers, so that a run can be resumed.
         """
+
+    def describe(self, state: LoopState) -> str:
+        """What is read, in one line. Raises ValueError if the run of `state` cannot continue."""
 
 
 class Score(NamedTuple):
@@ -80,6 +83,7 @@ class LoopState:
     collapsed_in_a_row: int = 0
     best_step: int | None = None
     best_score: float | None = None
+    position: dict[str, Any] = field(default_factory=dict)  # of the batch source, in numbers
 
 
 class Stopped(Exception):
@@ -133,6 +137,7 @@ class Loop:
                     self._evaluate()
         self.checkpoints.wait()
         self.checkpoints.prune(self.state.best_step)
+        self.screen.print(self.recipe.batches.describe(self.state), soft_wrap=True)
         return self.state
 
     def _seconds(self) -> float:
@@ -164,13 +169,17 @@ class Loop:
         set_rates(self.optimizer, state.step, factor)
         seed_step(self.config.seed, state.step, layout.mesh.rank)
         layout.model.train()
-        batches = self.recipe.batches.batch(state.step, self.fraction)
+        batches, position, read = self.recipe.batches.batch(state, self.fraction)
+        if layout.model.trained_length is not None:  # a model made elsewhere knows all its context
+            layout.model.trained_length = max(layout.model.trained_length,
+                                              batches[0].tokens_BT.shape[1])
         tokens = sum(batch.tokens_BT.numel() for batch in batches) * layout.mesh.batch_ranks
         loss, metrics = layout.forward_backward(batches, self.recipe.loss_fn, self._check_signal)
         norm = layout.gradient_norm()
         updated = update(self.optimizer, loss, norm)
         state.step += 1
         state.tokens += tokens
+        state.position = position
         self._update_fraction()
         health = layout.end_step()
         state.skipped += not updated
@@ -179,7 +188,7 @@ class Loop:
                "grad_norm": _finite(norm), "tokens": state.tokens,
                "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
                "seconds": round(self._seconds(), 3), "imbalance": None, "dead": 0,
-               "skipped": state.skipped}
+               "skipped": state.skipped, **read}
         if health:
             row |= {"imbalance": sum(health["cv"]) / len(health["cv"]), "dead": sum(health["dead"])}
         self.log.write("step", state.step, **row)

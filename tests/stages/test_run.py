@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fira.checkpoint import Checkpoints
 from fira.data.prepare import prepare
 from fira.data.text import texts
-from fira.data.tokenizer import train_tokenizer
+from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.files import find_damage
 from fira.loss.head import next_token_loss
 from fira.model import load_pretrained
@@ -149,10 +149,10 @@ def test_sequences_grow_also_in_a_run_that_is_stopped_and_loses_an_evaluation(
     lengths, batch, step, evaluate = {}, TextBatches.batch, Loop._step, Loop._evaluate
     calm, run = tmp_path / "calm", tmp_path / "run"
 
-    def note_length(source, number, fraction):
-        micro_batches = batch(source, number, fraction)
-        lengths[number] = micro_batches[0].tokens_BT.shape[1]
-        return micro_batches
+    def note_length(source, state, fraction):
+        found = batch(source, state, fraction)
+        lengths[state.step] = found[0][0].tokens_BT.shape[1]
+        return found
 
     def stop_in_step_eleven(loop, line):
         if loop.state.step == 10 and not (run / "step-000010").exists():
@@ -179,6 +179,43 @@ def test_sequences_grow_also_in_a_run_that_is_stopped_and_loses_an_evaluation(
     assert [lengths[number] for number in range(20)] == [8] * 7 + [16] * 7 + [32] * 6
     assert load_pretrained(run).trained_length == 32
     assert_same_run(run, calm)
+
+
+@pytest.mark.parametrize("change", ["batch_tokens=128", "sequence_length=16"])
+def test_a_run_that_is_resumed_with_other_batches_trains_on_no_text_twice(
+        change, preset, data_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def note(model, batch):
+        seen.extend(map(tuple, batch.targets_BT.reshape(-1, 16).tolist()))
+        return next_token_loss(model, batch)
+
+    monkeypatch.setattr("fira.stages.pretrain.next_token_loss", note)
+    run_micro(preset, data_folder, tmp_path / "run", "train.steps=5")
+    run_micro(preset, data_folder, tmp_path / "run", f"train.{change}", "train.steps=15",
+              resume=True)
+    assert len(set(seen)) == len(seen) > 100
+
+
+def test_texts_are_mixed_and_a_resumed_run_keeps_its_texts_and_seed(
+        preset, data_folder, corpus, tmp_path, refused):
+    one, other, run = data_folder, tmp_path / "other", tmp_path / "run"
+    prepare([str(corpus)], other, Tokenizer.load(one), validation_every=3, workers=1)
+    run_micro(preset, one, run, "data.folder=null", f"data.mix.{one}=3", f"data.mix.{other}=1",
+              "data.separate_documents=true", "train.steps=5")
+    step, found = (next(row for row in read_rows(run) if row["kind"] == kind and row["step"] == 5)
+                   for kind in ("step", "validation"))
+    names = [os.path.relpath(folder, os.path.commonpath([one, other])) for folder in (one, other)]
+    assert step[f"epochs/{names[0]}"] > 2 * step[f"epochs/{names[1]}"] > 0
+    scores = [found[f"bits_per_byte/{name}"] for name in names]
+    assert found["bits_per_byte"] == pytest.approx(0.75 * scores[0] + 0.25 * scores[1])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for change, line, code in ((f'data.mix={{"{one}": 1}}', "give the folder that it was begun", 1),
+                               ("train.seed=2", "train.seed=2 cannot change", 2),
+                               (f"data.folder={one}", "data.mix is set beside data.folder", 2),
+                               ("parallel.pipeline=2", "cannot mask attention", 2)):
+        assert line in refused("train", preset, "--run", run, change, "--resume", code=code)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(preset, data_folder, tmp_path):

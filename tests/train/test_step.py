@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fira.data.batches import Batch
+from fira.data.batches import Batch, PackedBatch
 from fira.loss.head import next_token_loss
 from fira.model import build, build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
@@ -14,6 +14,7 @@ from fira.parallel.mesh import Mesh
 from fira.runlog import read_rows
 from fira.train import loop, optim
 from fira.train.optim import OptimConfig, ScheduleConfig, make_optimizer, update
+from fira.train.validate import validate
 
 SPECS = [
     FIRASpec(vocab_size=40, d_model=16, n_head=2, num_layers=2, d_ff=24, num_experts=3, top_k=2,
@@ -61,6 +62,21 @@ def test_targets_weigh_the_same_however_the_batch_is_cut(spec, scored):
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         torch.testing.assert_close(gradient, results[0][1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["fira", "fira2"])
+def test_documents_in_one_row_train_and_validate_as_rows_of_their_own(spec):
+    whole, sizes, results = random_batch(2), (5, 1, 2), []
+    packed = PackedBatch(*whole, torch.tensor([[0, 1, 2, 3, 4, 0, 0, 1]] * 2))
+    apart = [Batch(*parts) for parts in zip(*(field.split(sizes, 1) for field in whole),
+                                            strict=True)]
+    for batches in ([packed], apart, [whole]):
+        layout = layout_of(spec.model_copy(update={"balance": "none"}))
+        loss, _ = layout.forward_backward(batches, next_token_loss)
+        found = validate(layout, batches, torch.ones(40, dtype=torch.long))
+        results.append((torch.tensor([loss, found["loss"]]), flat_gradient(layout.model)))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+    assert (results[0][1] - results[2][1]).abs().max() > 1e-4
 
 
 def test_a_batch_in_which_nothing_is_scored_is_skipped():
