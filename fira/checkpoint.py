@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from fira import files
 from fira.convert.files import find_whole
+from fira.data.tokenizer import FILES
 from fira.files import find_damage, sha256, sync, write_json, write_manifest
 from fira.model import build_meta
-from fira.model.files import ADAPTER, CONFIG, WEIGHTS, find_base
+from fira.model.files import ADAPTER, CONFIG, WEIGHTS, find_base, read_config
 from fira.parallel.files import Writer, read_slice
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
 from fira.runlog import read_rows
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 KEEP = 2  # newest steps, besides the best: if the newest is damaged, the one before continues
 
 
@@ -67,7 +67,7 @@ class Checkpoints:
         def begin() -> None:
             partial.mkdir(parents=True, exist_ok=True)
             write_json(partial / CONFIG, layout.model.config())
-            for name in TOKENIZER_FILES:
+            for name in FILES:
                 shutil.copyfile(self.tokenizer_folder / name, partial / name)
             write_json(partial / STATE, state)
 
@@ -162,7 +162,7 @@ def _weight_files(folder: Path, layout: Layout) -> list[Path]:
 
     Raises ValueError on all ranks if the base is gone or was changed.
     """
-    base = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base")
+    base = read_config(folder / CONFIG)[1]["base"]
     if base is None:
         return [folder / WEIGHTS]
     return [layout.mesh.first(lambda: find_base(folder, base)), folder / ADAPTER]

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
+MOST_JSON = 1 << 24  # bytes of a JSON file; the index of the largest models has about a third
 
 
 @contextlib.contextmanager
@@ -66,18 +67,45 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError, one line that ends with `remedy`, if there is
-    none."""
+def inside(folder: Path, name: str) -> Path:
+    """The path of the file `name` in a folder that may come from a stranger; it need not exist.
+
+    Raises ValueError, one line, if the name has folders in it, if a link leads out of `folder`, or
+    if there is a pipe, a device or a folder. A snapshot in a cache of the Hugging Face hub may also
+    link to the cache's blobs: snapshots/REVISION/FILE -> ../../blobs/CHECKSUM.
+    """
+    root, path = Path(os.path.realpath(folder)), folder / name
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not (Path(name).name == name and len(name) < 256 and name.isprintable() and
+            any(Path(os.path.realpath(path)).is_relative_to(home) for home in homes)):
+        raise ValueError(f"{name!r:.99} leads out of {folder}; put the file itself there")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file; put the file itself there")
+    return path
+
+
+def read_json(path: Path, remedy: str, most: int = MOST_JSON) -> dict[str, Any]:
+    """The JSON object in a file of at most `most` bytes, in which no key stands twice. Raises
+    ValueError, one line that ends with `remedy`, if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if (size := inside(path.parent, path.name).stat().st_size) > most:
+            raise ValueError(f"{path} has {size:,} bytes, more than {most:,}; {remedy}")
+        text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is missing; {remedy}") from None
-    except ValueError:
+    try:
+        content = json.loads(text.decode(), object_pairs_hook=_object)
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not valid JSON; {remedy}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; {remedy}")
     return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
 
 
 def check_new(path: Path) -> None:
@@ -114,24 +142,40 @@ def find_damage(folder: Path, names: tuple[str, ...] | None = None,
                 required: Iterable[str] = ()) -> str | None:
     """What is wrong with `folder` by its manifest (or only with files `names`); None if nothing.
     A manifest that does not list the `required` files is damaged itself."""
+    return next((f"{name} {reason}" for name, ok, reason in check_files(folder, names, required)
+                 if not ok), None)
+
+
+def check_files(folder: Path, names: tuple[str, ...] | None = None, required: Iterable[str] = ()
+                ) -> Iterator[tuple[str, bool, str]]:
+    """(file, whether it is as it was written, what is wrong) of each file in a folder's manifest.
+
+    With `names`, only of these, also of those that are in the folder but not in the manifest. Reads
+    each file when its turn comes, and raises OSError if that fails.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        listed = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is missing or unreadable"
+        listed = dict(read_json(folder / MANIFEST, "")["files"])
+    except (KeyError, TypeError, ValueError):
+        yield MANIFEST, False, "is missing or unreadable"
+        return
     if lacking := sorted(set(required) - listed.keys()):
-        return f"{MANIFEST} does not list {lacking[0]}"
-    for name, (size, digest) in listed.items():
-        if names is not None and name not in names:
-            continue
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if sha256(path) != digest:
-            return f"{name} was altered"
-    return None
+        yield MANIFEST, False, f"does not list {lacking[0]}"
+    for name in listed if names is None else names:
+        if name in listed or (folder / name).exists():
+            try:
+                reason = _fault(inside(folder, name), dict(listed.get(name, ())))
+            except (ValueError, TypeError) as error:
+                reason = f"cannot be checked ({error})"
+            yield name, not reason, reason
+
+
+def _fault(path: Path, facts: dict[str, Any]) -> str:
+    """What is wrong with a file that has these facts in its manifest; "" if nothing."""
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != facts.get("bytes"):
+        return f"has {size} bytes, not {facts.get('bytes')!r:.40}"
+    return "" if sha256(path) == facts.get("sha256") else "was altered"
 
 
 def free_name(path: Path) -> Path:

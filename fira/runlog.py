@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Column
 
 from fira import files
@@ -134,7 +136,7 @@ def read_rows(folder: Path, skip: Callable[[str], None] | None = None) -> Iterat
                 row = dict(json.loads(line))
                 faults = [f"it has no {key}" for key, kind in (("kind", str), ("step", int))
                           if not isinstance(row.get(key), kind)]
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 faults = [str(error)]
             fault = f"{path} line {number} is damaged ({(faults or ['it has no end'])[0]})"
             if whole and not faults:
@@ -173,9 +175,25 @@ def _scalars(row: Row) -> list[tuple[str, float]]:
             if isinstance(value, int | float) and name not in ("step", "kind")]
 
 
-def console() -> Console:
+def console(**options: Any) -> Console:
     """Where progress and messages go: standard error, so that output can be piped."""
-    return Console(stderr=True, highlight=False, markup=False)  # text may hold brackets
+    return _Screen(**{"stderr": True, "highlight": False, "markup": False} | options)
+
+
+def visible(text: str) -> str:
+    """`text` with its control characters written out, so that a terminal shows an escape sequence
+    from a prompt, a model or a file name and does not obey it. Tabs and newlines stay."""
+    return re.sub(r"[^\t\n -~\xa0-\ud7ff\ue000-\U0010ffff]",
+                  lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+class _Screen(Console):
+    """A console that gives a terminal `visible` text, and its own control codes as they are."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for part in super().render(renderable, options):
+            plain = part.control or not self.is_terminal
+            yield part if plain else part._replace(text=visible(part.text))
 
 
 class ProgressLine:

@@ -137,6 +137,8 @@ def test_data_that_is_no_data_folder_is_one_line(preset, refused, tmp_path):
 def test_a_damaged_checkpoint_is_one_line(name, damage, words, step, refused):
     file = step / name
     file.write_bytes(damage(file.read_bytes()))
+    assert f"{step} is damaged: {name} " in refused("generate", step, "hi")
+    (step / "manifest.json").unlink()
     line = refused("generate", step, "hi")
     assert words in line and str(step) in line
 

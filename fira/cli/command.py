@@ -79,5 +79,7 @@ def run_command(command: click.Command, name: str) -> None:
 
 
 def _fail(name: str, message: str, code: int) -> None:
-    click.echo(f"{name}: {' '.join(message.split())}", err=True)
+    from fira.runlog import visible
+
+    click.echo(visible(f"{name}: {' '.join(message.split())}"), err=True)
     sys.exit(code)

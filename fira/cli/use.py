@@ -1,6 +1,7 @@
 """The verbs that read a run: eval, show, report, generate, chat, serve."""
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
     import json
 
     from fira.eval.bits_per_byte import evaluate as score_text
-    from fira.runlog import console
+    from fira.runlog import console, visible
 
     result = score_text(run, list(texts), context, device, console())
     if routing:
@@ -49,7 +50,7 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
     routed = result.pop("routing", {})
     layers = routed.pop("token_information", ())
     for name, value in {**routed, **result}.items():
-        click.echo(f"{name.replace('_', ' ')}: {value}")
+        click.echo(visible(f"{name.replace('_', ' ')}: {value}"))
     for number, layer in enumerate(layers):
         click.echo(f"layer {number}: the token determines {layer['information']:.1%} of the "
                    f"expert, {layer['by_chance']:.1%} by chance")
@@ -68,12 +69,11 @@ def show(what: str, settings: tuple[str, ...]) -> None:
 
     print_model(what, settings)
     if (Path(what) / "metrics.jsonl").is_file():
-        from rich.console import Console
-
         from fira.report.read import read_run
         from fira.report.routing import routing_view
+        from fira.runlog import console
 
-        Console(highlight=False).print(routing_view(read_run(Path(what))))
+        console(stderr=False).print(routing_view(read_run(Path(what))))
 
 
 @click.command(epilog=example("fira report out/quickstart/run"))
@@ -85,10 +85,10 @@ def report(run: Path) -> None:
     """
     from fira.report.page import print_summary
     from fira.report.page import report as write_report
-    from fira.runlog import console
+    from fira.runlog import console, visible
 
     for path in write_report(run):
-        click.echo(path)
+        click.echo(visible(str(path)))
     print_summary(run, console())
 
 
@@ -103,15 +103,16 @@ def generate(run: Path, prompt: str, device: str, precision: str, **sampling: An
     from fira.infer.load import load
     from fira.infer.request import SamplingParams
     from fira.infer.text import complete
-    from fira.runlog import console
+    from fira.runlog import console, visible
 
     params = SamplingParams(**sampling)
     loaded = load(run, device)
     step = open_step(loaded.model, precision, console().print)
     text = complete(loaded.model, loaded.tokenizer, prompt, params, step)
-    click.echo(prompt, nl=False)
+    shown = visible if sys.stdout.isatty() else str  # a pipe gets the text as it is
+    click.echo(shown(prompt), nl=False)
     for part in text:
-        click.echo(part, nl=False)
+        click.echo(shown(part), nl=False)
     click.echo()
 
 

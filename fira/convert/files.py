@@ -5,13 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fira.data.tokenizer import Tokenizer
-from fira.files import MANIFEST, find_damage, new_target, write_json, write_manifest
+from fira.data.tokenizer import FILES, Tokenizer
+from fira.files import new_target, write_json, write_manifest
 from fira.model import load_pretrained
 from fira.model.files import (
     ADAPTER,
     CONFIG,
     WEIGHTS,
+    check_damage,
     find_model,
     knows_chat,
     read_config,
@@ -44,15 +45,13 @@ def load_run(run: str | Path, read: Callable[[Path], Any] = load_pretrained) -> 
 
 
 def find_whole(run: str | Path) -> Path:
-    """The step folder that `run` names; its weights are undamaged and its tokenizer is there.
+    """The step folder that `run` names; its model and tokenizer are there and undamaged.
 
-    Raises ValueError, one line, if there is none.
+    All that is read anyway is hashed, weights too, at about a gigabyte a second. Raises ValueError,
+    one line, if there is none.
     """
     folder = find_model(run)
-    damage = (find_damage(folder, (WEIGHTS, ADAPTER)) if (folder / MANIFEST).exists()
-              else None)
-    if damage:
-        raise ValueError(f"{folder} is damaged: {damage}; use another step of the run")
+    check_damage(folder, (CONFIG, *FILES, WEIGHTS, ADAPTER))
     read_config(folder / CONFIG)  # refuses a model of another program before its tokenizer is read
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer.json; copy it back from the data folder that "

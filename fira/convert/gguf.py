@@ -21,7 +21,7 @@ from fira.convert.files import load_run
 from fira.convert.hf import check_router
 from fira.data.encoder import PATTERNS, pattern_of
 from fira.data.tokenizer import PAD, TURN_END, Tokenizer
-from fira.files import check_new, new_target, write_text
+from fira.files import check_new, new_target, sha256, write_text
 from fira.model.fira2 import RMSNorm
 from fira.model.generate import window_length
 
@@ -47,12 +47,16 @@ BASE_TEMPLATE = (
 
 
 def export_run(run: Path, file: Path, type_name: str, screen: Console) -> None:
-    """Write the newest step of `run` as the new GGUF `file`, with a Modelfile for Ollama beside it,
-    and say how to run them. Raises ValueError, one line, if that is not possible."""
-    check_new(file)
+    """Write the newest step of `run` as the new GGUF `file`, with a Modelfile for Ollama and a
+    checksum beside it, and say how to run them. Raises ValueError, one line, if that is not
+    possible."""
+    checksum = file.with_name(f"{file.name}.sha256")  # sha256sum -c reads it
+    for path in (file, checksum):
+        check_new(path)
     model, tokenizer, _ = load_run(run)
     modelfile = write_model(model, tokenizer, file, type_name)
-    for path in (file, modelfile):
+    write_text(checksum, f"{sha256(file)}  {file.name}\n")
+    for path in (file, modelfile, checksum):
         screen.print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
     screen.print(f"run it: llama-server -m {file}, or ollama create {file.stem} -f {modelfile}",
                  soft_wrap=True)

@@ -18,8 +18,8 @@ from torch import Tensor
 from fira.convert import qwen3
 from fira.convert.files import load_run, write_run
 from fira.data.tokenizer import PAD, TURN_END, TURN_START, Tokenizer
-from fira.files import check_new, new_target, read_json, write_json
-from fira.model.files import CONFIG, INDEX, WEIGHTS
+from fira.files import check_new, inside, new_target, read_json, write_json, write_manifest
+from fira.model.files import CONFIG, INDEX, WEIGHTS, check_damage
 from fira.model.router import routers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,6 +71,7 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | Non
         write_json(partial / "generation_config.json", _generation(tokenizer))
         if not fira2:
             shutil.copyfile(MODELLING, partial / MODELLING.name)
+        write_manifest(partial)
 
 
 def check_router(model: Any) -> None:
@@ -90,6 +91,7 @@ def read_model(folder: Path) -> tuple[Any, Tokenizer]:
 
     Weights keep their dtype. Raises ValueError, one line, for what FIRA2 cannot hold.
     """
+    check_damage(folder)
     config = read_json(folder / CONFIG, "give a Hugging Face model folder, copied as a whole")
     if "model_type" not in config and {"architecture", "preset"} & config.keys():
         raise ValueError(f"{folder} is a FIRA run already; every command reads it as it is")
@@ -102,7 +104,7 @@ def read_model(folder: Path) -> tuple[Any, Tokenizer]:
         template = tokenizer.settings.get("chat_template") or ""
         model = qwen3.build_from(config, _read_tensors(folder), {
             "end_of_text": tokenizer.end_of_text, "trained_length": ours.get("trained_length"),
-            "stage": IMPORT, "chat": bool(ours.get("chat", TURN_START in template))})
+            "stage": IMPORT, "chat": bool(ours.get("chat", TURN_START in str(template)))})
         if tokenizer.vocab_size > model.spec.vocab_size:
             raise ValueError(f"tokenizer.json has {tokenizer.vocab_size} tokens but the model only "
                              f"{model.spec.vocab_size}; use the tokenizer that came with it")
@@ -117,17 +119,19 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     files, found = {WEIGHTS}, dict[str, Tensor]()
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX, "copy the file again")
-        files = set(qwen3.table(index, "weight_map").values())
+        files = set(map(str, qwen3.table(index, "weight_map").values()))
     elif not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS}; FIRA reads safetensors, never pickles: "
                          "load it in transformers and save_pretrained it again")
     for file in files:
         try:
-            found |= load_file(folder / str(file))
+            found |= load_file(inside(folder, file))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / str(file)} cannot be read ({error}); copy the file again"
+            raise ValueError(f"{folder / file} cannot be read ({error}); copy the file again"
                              ) from None
     for name, tensor in found.items():
+        if not tensor.numel():
+            raise ValueError(f"{name} holds no numbers; copy every file of the checkpoint again")
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"{name} is {tensor.dtype}, not one of {', '.join(DTYPES)}; "
                              "give a checkpoint that is not quantized")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fira.config import ConfigError, parse
 from fira.model import build_meta
-from fira.model.files import assemble
+from fira.model.files import Notes, assemble
 from fira.model.fira2 import RMSNorm
 from fira.model.spec import FIRA2Spec
 
@@ -102,8 +102,8 @@ def tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 def read_spec(config: dict[str, Any]) -> FIRA2Spec:
     """The FIRA2 that a config.json describes. Raises ValueError for what FIRA2 does not compute."""
     model_type = config.get("model_type")
-    if model_type not in CLASS:
-        raise ValueError(f"model_type={model_type!r} is not one that FIRA2 can hold: "
+    if str(model_type) not in CLASS:
+        raise ValueError(f"model_type={model_type!r:.40} is not one that FIRA2 can hold: "
                          f"{' or '.join(CLASS)}; give a checkpoint of such a model")
     moe = model_type == MOE
     top_k = _need(config, "num_experts_per_tok") if moe else 1
@@ -161,14 +161,14 @@ def build_from(config: dict[str, Any], found: dict[str, Tensor], notes: dict[str
     model, ours = build_meta(spec), {}
     for key, wanted in weights(model):
         parts = []
-        for name in names(spec, key):
+        for name, part in zip(names(spec, key), separate(spec, key, wanted), strict=True):
             if name not in unread:
                 raise ValueError(f"tensor {name} is missing; copy every file of the checkpoint")
             parts.append(unread.pop(name))
+            if parts[-1].shape != part.shape:
+                raise ValueError(f"{name} has shape {list(parts[-1].shape)}, but config.json says "
+                                 f"{list(part.shape)}; use the config.json that came with it")
         ours[key] = torch.stack(parts) if EXPERTS in key else torch.cat(parts)
-        if ours[key].shape != wanted.shape:
-            raise ValueError(f"{key} would have shape {list(ours[key].shape)}, but config.json "
-                             f"says {list(wanted.shape)}; use the config.json that came with it")
     embedding, head = ours["token_embedding.weight"], f"{NAMES['head']}.weight"
     if spec.tied and not torch.equal(unread.pop(head, embedding), embedding):
         raise ValueError(f"{head} differs from the embedding, but tie_word_embeddings=true; "
@@ -176,7 +176,7 @@ def build_from(config: dict[str, Any], found: dict[str, Tensor], notes: dict[str
     if unread:
         raise ValueError(f"tensor {min(unread)} is unknown to FIRA2 (one of {len(unread)}); "
                          "give a checkpoint without additions")
-    return assemble(model, ours, notes)
+    return assemble(model, ours, parse(Notes, notes).model_dump())
 
 
 def _unstack(found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -187,6 +187,9 @@ def _unstack(found: dict[str, Tensor]) -> dict[str, Tensor]:
         if last not in STACKED:
             apart[name] = tensor
             continue
+        if tensor.dim() != 3 or tensor.shape[1] % len(STACKED[last]):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, not one matrix for each "
+                             "expert; copy every file of the checkpoint again")
         parts = tensor.chunk(len(STACKED[last]), dim=1)
         for part, experts in zip(STACKED[last], parts, strict=True):
             apart |= {f"{start}.{e}.{part}.weight": one for e, one in enumerate(experts)}

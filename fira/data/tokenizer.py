@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Reference
 
-from fira.data import encoder
+from fira.data import bounds, encoder
 from fira.data.encoder import chunks, to_utf8
 from fira.files import read_json, write_json, write_text
 
@@ -29,6 +29,7 @@ SPECIAL = (END_OF_TEXT, PAD, TURN_START, TURN_END, "<think>", "</think>", "<tool
 CHAT_TEMPLATE = (  # ChatML; fira/data/chat.py gives the same ids
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+FILES = ("tokenizer.json", "tokenizer_config.json")
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>")  # names that other tokenizers use
 LONGEST_WORD = 10_000  # characters; the trainer's time for a word grows with its length squared
 _LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}")
@@ -46,7 +47,8 @@ class Tokenizer:
         self.added: dict[str, int] = {token["content"]: token["id"]  # special tokens among them
                                       for token in self.description["added_tokens"]}
         self.settings = settings if settings is not None else _settings(self.added)
-        self.vocab_size = 1 + max(reference.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(*self.description["model"]["vocab"].values(),
+                                  *self.added.values())
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -56,7 +58,9 @@ class Tokenizer:
             raise ValueError(f"{file} does not exist; train one with: fira tokenizer train "
                              "SOURCE --out FOLDER")
         try:
-            reference = Reference.from_file(str(file))
+            reference = bounds.read(file)
+        except ValueError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{file} is not a tokenizer.json ({str(error).splitlines()[0]}); "
                              "give one written by fira or the tokenizers library") from None
@@ -102,8 +106,8 @@ class Tokenizer:
     def end_of_text(self) -> int:
         """The id that separates documents and ends generation."""
         named = self.settings.get("eos_token")
-        named = named["content"] if isinstance(named, dict) else named
-        for name in (END_OF_TEXT, named, *_ENDS):
+        named = named.get("content") if isinstance(named, dict) else named
+        for name in (END_OF_TEXT, str(named), *_ENDS):
             if name in self.added:
                 return self.added[name]
         raise ValueError("the tokenizer has no end-of-text token; add one named "

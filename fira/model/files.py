@@ -5,28 +5,46 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from fira.files import MANIFEST, read_json, sha256, write_json
+from fira.config import Config, parse
+from fira.files import MANIFEST, find_damage, inside, read_json, sha256, write_json
 from fira.model.initialize import reset_buffers
-from fira.model.spec import ModelSpec
+from fira.model.spec import FIRA2Spec, FIRASpec
 
-ARCHITECTURES = ("fira", "fira2")
+SPECS: dict[str, Any] = {"fira": FIRASpec, "fira2": FIRA2Spec}
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 ADAPTER = "adapter.safetensors"  # only what was trained; the other weights are in another folder
 INDEX = WEIGHTS + ".index.json"  # of models in several files, made elsewhere
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WITHDRAWN = ("z_weight", "init_std")  # settings of older files, which concern training alone
-# What config.json holds besides the spec, each an attribute of the model: the end-of-text id, the
-# longest length trained on, how weights are stored if not as floats, the stage that trained it,
-# whether it was trained on chat turns, and the step folder and checksum of an adapter's base.
-NOTES = ("end_of_text", "trained_length", "quantization", "stage", "chat", "base")
+# Types of numbers in a safetensors file, by the type that a model has in their place.
+FLOATS, KINDS = ("F32", "BF16", "F16", "F64"), {torch.int8: ("I8",), torch.uint8: ("U8",)}
+
+
+class Base(Config):
+    path: str
+    sha256: str
+
+
+class Notes(Config):
+    """What config.json holds besides the spec, each an attribute of the model."""
+
+    end_of_text: int | None = Field(None, ge=0)
+    trained_length: int | None = Field(None, ge=0)  # the longest length trained on
+    quantization: Literal["int8", "int4"] | None = None  # of weights that are no floats
+    stage: str | None = None  # what trained it
+    chat: bool | None = None  # whether it was trained on chat turns
+    base: Base | None = None  # an adapter's: the step folder below it and its weights' checksum
+
+
+NOTES = tuple(Notes.model_fields)
 
 
 def save_weights(model: Any, folder: str | Path) -> None:
@@ -127,23 +145,35 @@ def newest_step(run: Path) -> Path:
 
 
 def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The spec in a config.json, and its NOTES (None where it has none)."""
+    """The spec in a config.json, and its NOTES (None where it has none). Raises ValueError, one
+    line, if the file is damaged or of another program."""
+    check_damage(path.parent, (path.name,))
     config = read_json(path, "copy it from where the weights come from or use another step")
     kind = config.get("architecture")
     if kind is None and "model_type" in config:
-        raise ValueError(f"{path.parent} is a Hugging Face model ({config['model_type']}); a qwen3 "
-                         f"or qwen3_moe comes in with fira import hf {path.parent} RUN")
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"{path} has architecture {kind!r}, not one of "
-                         f"{', '.join(ARCHITECTURES)}; give a folder that FIRA wrote")
+        raise ValueError(f"{path.parent} is a Hugging Face model ({config['model_type']!s:.40}); a "
+                         f"qwen3 or qwen3_moe comes in with fira import hf {path.parent} RUN")
+    if not isinstance(kind, str) or kind not in SPECS:
+        raise ValueError(f"{path} has architecture {kind!r:.40}, not one of "
+                         f"{', '.join(SPECS)}; give a folder that FIRA wrote")
     notes = {note: config.pop(note, None) for note in NOTES}
     fields = {name: value for name, value in config.items() if name not in WITHDRAWN}
     try:
-        return TypeAdapter(ModelSpec).validate_python(fields), notes
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
-                         "copy the file again or use another step") from None
+        spec = parse(SPECS[kind], fields)
+        notes = parse(Notes, notes).model_dump()
+        if (notes["end_of_text"] or 0) >= spec.vocab_size:
+            raise ValueError(f"end_of_text={notes['end_of_text']} is not below vocab_size")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; copy the file again or use another step") from None
+    return spec, notes
+
+
+def check_damage(folder: Path, names: tuple[str, ...] | None = None) -> None:
+    """Raise ValueError, one line, if a file (of `names`, or any) is not as the folder's manifest
+    says. A folder without a manifest has nothing to compare with."""
+    if (folder / MANIFEST).exists() and (damage := find_damage(folder, names)):
+        raise ValueError(f"{folder} is damaged: {damage}; copy it again or use another step; if "
+                         f"you changed it, delete its {MANIFEST} and give this very folder")
 
 
 def read_tensors(path: Path, wanted: dict[str, torch.Tensor],
@@ -167,8 +197,8 @@ def find_base(folder: Path, base: dict[str, str]) -> Path:
     found = sha256(path) if path.is_file() else "no file"
     if found != base["sha256"]:
         raise ValueError(f"{path} has checksum {found[:12]}, but the adapter {folder} was trained "
-                         f"on {base['sha256'][:12]}; put those weights back, or correct base.path "
-                         f"in {folder / CONFIG}")
+                         f"on {base['sha256'][:12]}; put those weights back there, or a link to "
+                         "their folder")
     return path
 
 
@@ -195,7 +225,7 @@ def check_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
+    if not inside(path.parent, path.name).is_file():
         raise ValueError(f"{path} is missing; use another step or copy the file again")
     try:
         with safe_open(path, framework="pt") as file:
@@ -212,7 +242,10 @@ def _check_names(path: Path, file: Any, wanted: dict[str, torch.Tensor],
         raise ValueError(f"{path} and its config.json disagree on tensor {odd[0]}; "
                          "use the config.json that was written with it")
     for name, tensor in wanted.items():
-        shape = file.get_slice(name).get_shape()
-        if shape != list(tensor.shape):
+        found = file.get_slice(name)
+        if (shape := found.get_shape()) != list(tensor.shape):
             raise ValueError(f"{path}: {name} has shape {shape} but config.json says "
                              f"{list(tensor.shape)}; use the config.json written with it")
+        if (kind := found.get_dtype()) not in (kinds := KINDS.get(tensor.dtype, FLOATS)):
+            raise ValueError(f"{path}: {name} holds {kind}, not {' or '.join(kinds)}; "
+                             "use another step or copy the file again")

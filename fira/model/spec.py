@@ -7,19 +7,24 @@ from pydantic import Field, model_validator
 
 from fira.config import Config
 
+# Far above any model there is: what a config.json from elsewhere can ask for, in time and memory,
+# before its numbers are compared with the weights.
+Size = Annotated[int, Field(ge=1, le=1 << 20)]
+Layers = Annotated[int, Field(ge=1, le=1 << 10)]
+
 
 class Spec(Config):
     """What both architectures need. `num_experts=1` is the dense baseline, without a router."""
 
     divides: ClassVar[tuple[str, str]]  # two fields, of which the first must divide the second
-    vocab_size: int = Field(50304, ge=1, description="rows of the token embedding")
-    d_model: int = Field(768, ge=1, description="width of the residual stream")
-    n_head: int = Field(12, ge=1, description="query heads")
-    num_layers: int = Field(12, ge=1, description="blocks")
-    d_ff: int = Field(3072, ge=1, description="hidden width of one expert")
-    num_experts: int = Field(4, ge=1, description="experts per layer; 1 is a dense model")
-    top_k: int = Field(1, ge=1, description="experts chosen per token")
-    context: int = Field(3072, ge=1, description="longest sequence, in tokens")
+    vocab_size: Size = Field(50304, description="rows of the token embedding")
+    d_model: Size = Field(768, description="width of the residual stream")
+    n_head: Size = Field(12, description="query heads")
+    num_layers: Layers = Field(12, description="blocks")
+    d_ff: Size = Field(3072, description="hidden width of one expert")
+    num_experts: Size = Field(4, description="experts per layer; 1 is a dense model")
+    top_k: Size = Field(1, description="experts chosen per token")
+    context: Size = Field(3072, description="longest sequence, in tokens")
     balance: Literal["loss", "bias", "quantile", "handover", "none"] = Field(
         "loss", description="the method that keeps experts evenly loaded")
     balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
@@ -58,8 +63,8 @@ class FIRA2Spec(Spec):
 
     divides = ("n_kv_head", "n_head")
     architecture: Literal["fira2"] = "fira2"
-    n_kv_head: int = Field(4, ge=1, description="key-value heads shared by the query heads")
-    head_dim: int = Field(64, ge=2, multiple_of=2, description="width of one head")
+    n_kv_head: Size = Field(4, description="key-value heads shared by the query heads")
+    head_dim: Size = Field(64, multiple_of=2, description="width of one head")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     tied: bool = Field(True, description="head and token embedding are one matrix")
     look_back: bool = Field(False, description="initial heads attend to the tokens just before")

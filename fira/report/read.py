@@ -21,6 +21,7 @@ NEEDED = {"step": ("step", "loss", "lr", "tokens", "tokens_per_second", "seconds
           "routing": ("step", "load", "cv", "max_mean", "entropy", "dead"),
           "sample": ("step", "prompt", "text"),
           "event": ("step", "text")}
+TEXTS = ("kind", "score", "prompt", "text")
 
 
 @dataclass
@@ -57,8 +58,9 @@ class Run:
 
 
 def numbers(rows: list[Row], key: str) -> np.ndarray:
-    """The values of `key` in `rows`; NaN where it is null (not finite) or missing."""
-    return np.array([row.get(key) for row in rows], dtype=float)
+    """The values of `key` in `rows`; NaN where it is null (not finite), missing or no number."""
+    return np.array([value if isinstance(value := row.get(key), int | float) else np.nan
+                     for row in rows])
 
 
 def read_run(folder: str | Path) -> Run:
@@ -71,10 +73,27 @@ def read_run(folder: str | Path) -> Run:
     about = read_json(folder / CONFIG, "restore it from a backup or train the run again")
     rows = list(read_rows(folder))
     for number, row in enumerate(rows, 1):
-        if missing := [key for key in NEEDED.get(row["kind"], ()) if key not in row]:
-            raise ValueError(f"{folder / METRICS} line {number} is damaged (it has no "
-                             f"{missing[0]}); remove that line to read the rest")
+        if fault := _fault(row):
+            raise ValueError(f"{folder / METRICS} line {number} is damaged ({fault}); remove that "
+                             "line to read the rest")
     return Run(folder, about, *([row for row in rows if row["kind"] == kind] for kind in NEEDED))
+
+
+def _fault(row: Row) -> str:
+    """Why a row cannot be drawn; "" if it can."""
+    needed = NEEDED.get(row["kind"], ())
+    if missing := [key for key in needed if key not in row]:
+        return f"it has no {missing[0]}"
+    try:
+        fits = all(isinstance(row.get(key, ""), str) for key in TEXTS) and all(
+            0 <= row[key] < 1 << 53 for key in needed if key in ("step", "tokens", "seconds"))
+        if row["kind"] == "routing":
+            load, rest = np.array(row["load"]), np.array([row[key] for key in needed[2:]])
+            fits &= (load.ndim == 2 and load.size > 0 and rest.shape == (4, len(load))
+                     and {load.dtype.kind, rest.dtype.kind} <= {"i", "f"} and bool(load.min() >= 0))
+    except (TypeError, ValueError):  # no number, or lists of unequal lengths
+        fits = False
+    return "" if fits else f"a value of its kind {row['kind']} cannot be drawn"
 
 
 def _check_folder(folder: Path) -> None:

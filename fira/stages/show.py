@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fira.config import load_preset
 from fira.model import build_meta
 from fira.model.files import CONFIG, find_model, read_config
 from fira.model.transformer import count_parameters
+from fira.runlog import console
 from fira.stages.config import configure
 from fira.stages.pretrain import PRETRAIN
 
@@ -27,7 +27,7 @@ def show(what: str, settings: Iterable[str]) -> None:
         table.add_row(row.part, f"{row.total:,}", f"{row.active:,}")
     table.add_section()
     table.add_row("all", f"{count.total:,}", f"{count.active:,}")
-    screen = Console(highlight=False)
+    screen = console(stderr=False)
     screen.print(table)
     screen.print(f"{count.total / 1e6:.2f}M parameters, {count.active / 1e6:.2f}M active per "
                  f"token, {count.flops_per_token / 1e9:.3g} GFLOP per token of training "

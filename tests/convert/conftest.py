@@ -7,6 +7,7 @@ import shutil
 import pytest
 from rich.console import Console
 
+from fira.files import write_manifest
 from fira.infer.load import load
 from fira.stages.pretrain import pretrain
 
@@ -54,6 +55,7 @@ def chat_run(run, tmp_path_factory):
     folder = shutil.copytree(run, tmp_path_factory.mktemp("chat") / "chat")
     for path in folder.glob("step-*/config.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"chat": True}))
+        write_manifest(path.parent)
     return folder
 
 

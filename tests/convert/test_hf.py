@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fira.convert.hf import check_router
+from fira.files import MANIFEST
 from fira.infer.load import load
 from fira.model import build, load_pretrained
 from fira.model.files import CONFIG, INDEX, WEIGHTS, knows_chat
@@ -23,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture
 def folder(run, fira, tmp_path):
     assert fira("export", "hf", run, tmp_path / "hf").code == 0
+    (tmp_path / "hf" / MANIFEST).unlink()  # as if another program had written it
     return tmp_path / "hf"
 
 
@@ -163,7 +165,8 @@ MISTAKES = {
     "rope_type=yarn": lambda folder: edit_config(
         folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
     "num_hidden_layers is missing": lambda folder: edit_config(folder, num_hidden_layers=None),
-    "would have shape": lambda folder: edit_config(folder, moe_intermediate_size=128),
+    "has shape [256, 256], but config.json says [128, 256]":
+        lambda folder: edit_config(folder, moe_intermediate_size=128),
     "tensor model.norm.weight is missing": lambda folder: edit_weights(
         folder, lambda tensors: tensors.pop("model.norm.weight")),
     "tensor extra.weight is unknown": lambda folder: edit_weights(
@@ -174,13 +177,9 @@ MISTAKES = {
         folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(
             256, dtype=torch.int8)})),
     "config.json is missing": lambda folder: (folder / CONFIG).unlink(),
-    "is not valid JSON": lambda folder: (folder / CONFIG).write_text("{"),
     "has no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
-    "tokenizer_config.json is not valid JSON":
-        lambda folder: (folder / "tokenizer_config.json").write_text("["),
     "hidden_size='wide' is not a whole number":
         lambda folder: edit_config(folder, hidden_size="wide"),
-    "rope_parameters=7 is not a JSON object": lambda folder: edit_config(folder, rope_parameters=7),
     "weight_map=['x'] is not a JSON object":
         lambda folder: (folder / INDEX).write_text('{"weight_map": ["x"]}'),
     "model-2.safetensors cannot be read": lambda folder: (folder / INDEX).write_text(

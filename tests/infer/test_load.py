@@ -59,7 +59,7 @@ def test_damage_and_modules_that_this_version_lacks_are_one_line(adapted) -> Non
     folder, _ = adapted
     save_file({**load_file(folder / ADAPTER), "blocks.0.lora.weight": torch.ones(2, 2)},
               folder / ADAPTER)
-    with pytest.raises(ValueError, match="is damaged: adapter.safetensors .*; use another step"):
+    with pytest.raises(ValueError, match="is damaged: adapter.safetensors .*use another step"):
         load(folder, "cpu")
     write_manifest(folder)
     with pytest.raises(ValueError, match="made with an adapter that this version cannot apply: the "

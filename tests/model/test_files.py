@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from fira.files import write_manifest
 from fira.model import build, load_pretrained
 from fira.model.files import knows_chat, newest_step, read_config, save_weights
 from fira.model.fira import FIRA
@@ -92,7 +93,7 @@ def test_a_run_folder_loads_its_newest_complete_step(tmp_path):
         folder = tmp_path / f"step-{step:06d}"
         save_weights(build(SPECS[FIRA], seed=step), folder)
         if complete:
-            (folder / "manifest.json").write_text("{}")
+            write_manifest(folder)
     (tmp_path / "step-000099.partial").mkdir()
     assert newest_step(tmp_path).name == "step-000010"
     assert torch.equal(FIRA.from_pretrained(tmp_path).head.weight,
@@ -115,10 +116,10 @@ DAMAGE = {
     "has no complete step": lambda folder: (folder / "step-000001").mkdir(parents=True),
     "model.safetensors is damaged": truncate,
     "config.json is missing": lambda folder: (folder / "config.json").unlink(),
-    "config.json is not valid JSON": lambda folder: (folder / "config.json").write_text("{"),
     "architecture 'llama', not one of": lambda folder: spoil_config(folder, architecture="llama"),
     "architecture None, not one of": lambda folder: (folder / "config.json").write_text("{}"),
     "disagree on tensor blocks.2": lambda folder: spoil_config(folder, num_layers=3),
+    "num_layers=1000000: should be less": lambda folder: spoil_config(folder, num_layers=10**6),
     "has shape .* but config.json says": lambda folder: spoil_config(folder, d_ff=25),
     "top_k=9 is above": lambda folder: spoil_config(folder, top_k=9),
 }
