@@ -73,8 +73,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is missing; {remedy}") from None
-    except ValueError:
-        raise ValueError(f"{path} is not valid JSON; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({str(error).partition(';')[0]}); "
+                         f"{remedy}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; {remedy}")
     return content

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fira.config import Config, ConfigError
 from fira.data.batches import Batch, Batches, Shards, sequential
+from fira.data.shards import read_manifest
 from fira.data.tokenizer import Tokenizer
 from fira.loss.head import next_token_loss
 from fira.parallel.layout import Layout
@@ -53,11 +54,14 @@ class TextBatches:
 
 
 def open_data(config: PretrainConfig) -> Opened:
-    """Training and validation tokens, checked against their checksums."""
+    """Training and validation tokens; they and the tokenizer are checked against the manifest."""
     if config.data.folder is None:
         raise ConfigError("data.folder is not set; prepare text with `fira data SOURCE "
                           "--tokenizer DIR --out DIR` and give data.folder=DIR")
     folder = Path(config.data.folder)
+    if Tokenizer.load(folder).hash != read_manifest(folder)["tokenizer_hash"]:
+        raise ValueError(f"{folder}/tokenizer.json is not the one that made its data (by the hash "
+                         f"in its manifest); copy that one back, or prepare the data again")
     train, validation = (Shards(folder, split) for split in ("train", "validation"))
     train.verify()
     validation.verify()
