@@ -170,12 +170,9 @@ def build(description: dict[str, Any]) -> tuple[FastEncoder | None, str]:
 
 
 def from_ids(ids: Mapping[bytes, int], pattern: str, special: Mapping[str, int]) -> Reference:
-    """The tokenizer that splits text by `pattern` and joins neighbors whose bytes are a token, the
-    lowest id first, as tiktoken does.
-
-    Of all pairs that spell a token, only the last one of its own text ever meets, as above. A token
-    without such a pair is found as a whole word, which `ignore_merges` means.
-    """
+    """The tokenizer that splits by `pattern` and joins neighbors whose bytes are a token, lowest id
+    first, as tiktoken does. Of the pairs that spell a token only the last one of its own text ever
+    meets, as above; a token without it is found as a whole word (`ignore_merges`)."""
     chars = {byte: char for char, byte in byte_of_char().items()}
     names = {token: "".join(chars[byte] for byte in token)
              for token, _ in sorted(ids.items(), key=lambda item: item[1])}

@@ -56,10 +56,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         found = _Manifest.model_validate(manifest, strict=True)
     except ValidationError as error:
         fault = error.errors()[0]
+        key, rule = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Input ")
         given = "" if isinstance(fault["input"], (dict, list)) else f"={fault['input']!r:.40}"
-        rule = fault["msg"].replace("Input ", "").replace("Field ", "is ")
-        raise ValueError(f"{file}: {'.'.join(map(str, fault['loc']))}{given} {rule}; {again}"
-                         ) from None
+        raise ValueError(f"{file}: {key}{given} {rule}; {again}") from None
     for name, split in found.splits.items():
         sizes, full = [shard.tokens for shard in split.shards], found.shard_tokens
         if sum(sizes) != split.tokens or {*sizes[:-1]} - {full} or sizes[-1:] > [full]:
