@@ -95,8 +95,9 @@ def read_json(path: Path, remedy: str, most: int = MOST_JSON) -> dict[str, Any]:
         raise ValueError(f"{path} is missing; {remedy}") from None
     try:
         content = json.loads(text.decode(), object_pairs_hook=_object)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not valid JSON; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({str(error).partition(';')[0]}); "
+                         f"{remedy}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; {remedy}")
     return content

@@ -39,8 +39,9 @@ def tokenizer() -> None:
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder to write the tokenizer to.")
 @click.option("--vocab-size", type=int, default=50304, show_default=True,
-              help="Number of tokens, including special tokens.")
-@click.option("--max-bytes", type=click.IntRange(1), default=1_000_000_000, show_default=True,
+              help="Number of tokens, including special tokens; small text gives fewer.")
+@click.option("--max-bytes", type=click.IntRange(1, 2_000_000_000), default=1_000_000_000,
+              show_default=True,
               help="Number of bytes of text to learn from; the rest is not read.")
 @reading_options
 def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_bytes: int,
@@ -56,7 +57,7 @@ def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_by
     "fira data hub:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer tok --out data/edu"))
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--tokenizer", "tokenizer_path", type=EXISTING, required=True,
-              help="tokenizer.json, or the folder that contains it.")
+              help="tokenizer.json or a known vocabulary (docs/training.md), or its folder.")
 @click.option("--out", type=NEW_FOLDER, required=True, help="Folder to write the shards to.")
 @click.option("--validation-every", type=click.IntRange(2), metavar="N", default=20,
               show_default=True, help="Use every N-th document for validation, or the last N-th of "

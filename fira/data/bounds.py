@@ -37,8 +37,8 @@ _REGEX = re.compile(rf"(?:(?:^|\|)(?:{_PAIR}|{_BLANK}|{_LINEAR})(?=\||\Z))+")
 
 
 def read(file: Path) -> Reference:
-    """The tokenizer in a tokenizer.json. Raises ValueError, one line, if it is not as stated above;
-    what else is wrong with it the library says in an exception of its own."""
+    """The tokenizer in a tokenizer.json. Raises ValueError, one line, if it is not as stated above,
+    or not a tokenizer."""
     description = read_json(file, "give one written by fira or the tokenizers library", MOST_BYTES)
     largest = 0
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # the library says
@@ -50,7 +50,11 @@ def read(file: Path) -> Reference:
         if reason := _obstacle(description.get(part)):
             raise ValueError(f"{file}: its {part} has {reason}; FIRA reads no tokenizer whose work "
                              "can grow faster than the text, use another one")
-    return Reference.from_file(str(file))
+    try:
+        return Reference.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{file} is not a tokenizer.json ({str(error).splitlines()[0]}); give one "
+                         "written by fira or the tokenizers library") from None
 
 
 def _obstacle(part: Any) -> str:

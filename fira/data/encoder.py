@@ -17,20 +17,22 @@ import collections
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORDS}|\p{{N}}|{_REST}"
 LLAMA3 = rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+CL100K = LLAMA3.replace(r"|\s*[\r\n]+", r"|\s+\z|\s*[\r\n]+")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-PATTERNS = {QWEN2: "qwen2", LLAMA3: "llama-bpe", GPT2: "gpt-2"}  # pattern -> llama.cpp's name
+# pattern -> llama.cpp's name
+PATTERNS = {QWEN2: "qwen2", LLAMA3: "llama-bpe", GPT2: "gpt-2", CL100K: "dbrx"}
 
 CHUNK = 1 << 22        # characters of a long text that are encoded at once; at most twice as many
 LONG_TEXT = 1 << 23    # characters; from here on ids come as a buffer, slower but 9 times smaller
@@ -167,6 +169,28 @@ def build(description: dict[str, Any]) -> tuple[FastEncoder | None, str]:
     return FastEncoder(encoding, ids), ""
 
 
+def from_ids(ids: Mapping[bytes, int], pattern: str, special: Mapping[str, int]) -> Reference:
+    """The tokenizer that splits by `pattern` and joins neighbors whose bytes are a token, lowest id
+    first, as tiktoken does. Of the pairs that spell a token only the last one of its own text ever
+    meets, as above; a token without it is found as a whole word (`ignore_merges`)."""
+    chars = {byte: char for char, byte in byte_of_char().items()}
+    names = {token: "".join(chars[byte] for byte in token)
+             for token, _ in sorted(ids.items(), key=lambda item: item[1])}
+    pairs = [(names[token[:at]], names[token[at:]]) for token in names
+             for at in range(1, len(token)) if token[:at] in ids and token[at:] in ids]
+    rank = {pair: index for index, pair in enumerate(pairs)}
+    used = {_last_merge(name, rank) for name in names.values() if len(name) > 1}
+    reference = Reference(models.BPE(
+        {name: ids[token] for token, name in names.items()} | dict(special),
+        [pairs[index] for index in sorted(used - {len(pairs)})], ignore_merges=len(pairs) in used))
+    reference.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"),
+         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    reference.decoder = decoders.ByteLevel()
+    reference.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    return reference
+
+
 def cut_obstacle(description: dict[str, Any]) -> str:
     """Why text cannot be cut at `safe_cut` without changing ids; "" if it can."""
     if pattern_of(description) not in PATTERNS:
@@ -199,10 +223,11 @@ def _merge_order(vocabulary: dict[str, int], merges: list) -> list[str] | str:
     return sorted(vocabulary, key=lambda token: (last[token], vocabulary[token]))
 
 
-def _last_merge(token: str, rank: dict[tuple, int]) -> int:
-    """Which merge comes last when `token` alone is merged, by plain byte-pair encoding."""
+def _last_merge(token: str, rank: dict[tuple[str, str], int]) -> int:
+    """Which merge comes last when `token` alone is merged, by plain byte-pair encoding; the number
+    of merges if they do not reach it."""
     parts, used = list(token), -1
-    while len(parts) > 1:
+    while len(parts) > 1 and used < len(rank):
         found = [rank.get(pair, len(rank)) for pair in itertools.pairwise(parts)]
         used = min(found)
         at = found.index(used)

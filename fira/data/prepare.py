@@ -30,7 +30,7 @@ from fira import runtime
 from fira.data.shards import SPLITS, ShardWriter, dtype_for, read_manifest
 from fira.data.sources import DEFAULT, Input, Reading, Tally, find, listed, note
 from fira.data.text import Item, group, read, total_bytes
-from fira.data.tokenizer import Tokenizer, train_tokenizer
+from fira.data.tokenizer import BYTES_PER_MERGE, Tokenizer, train_tokenizer
 from fira.files import MANIFEST, read_json, remove, write_json
 from fira.runlog import ProgressLine
 
@@ -56,6 +56,9 @@ def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_b
     tokenizer = train_tokenizer((item.text for item in items), vocab_size, max_bytes)
     tokenizer.save(folder)
     screen.print(f"tokenizer of {tokenizer.vocab_size:,} tokens in {folder}")
+    if tokenizer.vocab_size < vocab_size:
+        screen.print(f"{vocab_size:,} tokens were asked for; this text is enough for "
+                     f"{tokenizer.vocab_size:,} (a merge for every {BYTES_PER_MERGE} bytes)")
     return tokenizer
 
 
@@ -85,6 +88,10 @@ def prepare(sources: Sequence[str], folder: str | Path, tokenizer: Tokenizer, *,
             if tokenizer.slow_reason:
                 screen.print("tokenizing with the slower reference encoder: "
                              f"{tokenizer.slow_reason}")
+            if tokenizer.rewrites:
+                screen.print(f"the tokenizer rewrites text ({tokenizer.rewrites}): the model learns"
+                             " the new text, and fira eval refuses documents whose number of bytes "
+                             "that changes", soft_wrap=True)
             with runtime.claim(folder):
                 recipe["held_out_from"] = _held_out_from(
                     train, recipe["validation_every"], reading, screen)

@@ -7,13 +7,33 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from fira.files import MANIFEST, read_json, sha256
 
 SPLITS = ("train", "validation")
+
+
+class _Shard(BaseModel):
+    file: str = Field(pattern=r"^[a-z]+-\d+\.bin$")
+    tokens: int = Field(ge=1, lt=1 << 48)
+    sha256: str
+
+
+class _Split(BaseModel):
+    tokens: int
+    shards: list[_Shard]
+
+
+class _Manifest(BaseModel):
+    splits: dict[str, _Split]
+    dtype: Literal["uint16", "uint32"]
+    shard_tokens: int = Field(ge=1, lt=1 << 48)
+    vocab_size: int = Field(ge=1, le=1 << 32)
+    tokenizer_hash: str
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -30,10 +50,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
                   else "give data.folder=DIR, where it is now, or make it with: fira data SOURCE "
                        f"--tokenizer FOLDER --out {folder}")
         raise ValueError(f"{folder} is not a data folder (no {MANIFEST}); {remedy}")
-    manifest = read_json(file, f"delete {folder} and prepare the data again")
-    if missing := {"splits", "dtype", "tokenizer_hash"} - manifest.keys():
-        raise ValueError(f"{file} has no {min(missing)}; delete {folder} and prepare the data "
-                         "again")
+    again = f"delete {folder} and prepare the data again"
+    manifest = read_json(file, again)
+    try:
+        found = _Manifest.model_validate(manifest, strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key, rule = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Input ")
+        given = "" if isinstance(fault["input"], (dict, list)) else f"={fault['input']!r:.40}"
+        raise ValueError(f"{file}: {key}{given} {rule}; {again}") from None
+    for name, split in found.splits.items():
+        sizes, full = [shard.tokens for shard in split.shards], found.shard_tokens
+        if sum(sizes) != split.tokens or {*sizes[:-1]} - {full} or sizes[-1:] > [full]:
+            raise ValueError(f"{file}: splits.{name}.tokens={split.tokens} or shard_tokens={full} "
+                             f"does not agree with the sizes of its shards; {again}")
     return manifest
 
 

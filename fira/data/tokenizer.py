@@ -6,6 +6,8 @@ The pre-tokenizer is Qwen2's, which llama.cpp implements under the name "qwen2".
 """
 from __future__ import annotations
 
+import base64
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Reference
 
 from fira.data import bounds, encoder
@@ -30,9 +32,19 @@ CHAT_TEMPLATE = (  # ChatML; fira/data/chat.py gives the same ids
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 FILES = ("tokenizer.json", "tokenizer_config.json")
-_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>")  # names that other tokenizers use
-LONGEST_WORD = 10_000  # characters; the trainer's time for a word grows with its length squared
-_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}")
+KNOWN = {  # vocabularies without a pattern, by a hash of their ids: pattern, and special tokens
+    "3720a44527b7": (encoder.GPT2, {END_OF_TEXT: 50256}),  # GPT-2, r50k_base
+    "f11a467d8170": (encoder.GPT2, {END_OF_TEXT: 50256}),  # p50k_base
+    "44eb29a02c00": (encoder.CL100K, {"<|unused|>": 100256, END_OF_TEXT: 100257}),  # cl100k_base
+    "772db41d64c0": (encoder.LLAMA3, {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001}),
+    "dd17cdae09d3": (encoder.QWEN2, {END_OF_TEXT: 151643}),  # Qwen
+}
+_IDS = ("vocab.json", "encoder.json")  # files of ids alone
+_ENDS = ("endoftext", "/s", "eos", "endofsentence", "eot", "imend")  # letters of others' names
+_PROBE = "A \ufb01  e\u0301 \uff21"  # capitals, two spaces, characters that have another form
+LONGEST_WORD = 128  # characters; longer words take the trainer longer, shorter ones lose merges
+BYTES_PER_MERGE = 100  # a vocabulary larger than that for its text has tokens that occur once
+_LONG_WORD = re.compile(rf"(\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}})")
 
 
 class Tokenizer:
@@ -52,18 +64,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json, or the one in a folder. Raises ValueError if it is unusable."""
-        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        """Read a tokenizer.json, or ids of KNOWN: GPT-2's vocab.json, a rank file of tiktoken. Of a
+        folder the first of them is read. Raises ValueError if it is unusable."""
+        file = Path(path)
+        if file.is_dir():
+            names = ("tokenizer.json", *_IDS, "tokenizer.model")
+            file = next((file / name for name in names if (file / name).is_file()), file / names[0])
         if not file.is_file():
             raise ValueError(f"{file} does not exist; train one with: fira tokenizer train "
                              "SOURCE --out FOLDER")
-        try:
-            reference = bounds.read(file)
-        except ValueError:
-            raise
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{file} is not a tokenizer.json ({str(error).splitlines()[0]}); "
-                             "give one written by fira or the tokenizers library") from None
+        is_ids = file.suffix != ".json" or file.name in _IDS
+        reference = _read_ids(file) if is_ids else bounds.read(file)
         beside = file.with_name("tokenizer_config.json")
         settings = read_json(beside, "copy it again, or delete it to use the settings that fira "
                              "writes") if beside.is_file() else None
@@ -104,14 +115,24 @@ class Tokenizer:
 
     @functools.cached_property
     def end_of_text(self) -> int:
-        """The id that separates documents and ends generation."""
+        """The id that separates documents and ends generation. Raises ValueError if no special
+        token is known to do that."""
         named = self.settings.get("eos_token")
         named = named.get("content") if isinstance(named, dict) else named
-        for name in (END_OF_TEXT, str(named), *_ENDS):
+        known = {re.sub("[^a-z/]", "", name.lower()): name for name in reversed(self.added)}
+        for name in (END_OF_TEXT, str(named), *(known.get(end) for end in _ENDS)):
             if name in self.added:
                 return self.added[name]
-        raise ValueError("the tokenizer has no end-of-text token; add one named "
-                         f"{END_OF_TEXT} to its added_tokens")
+        raise ValueError("no token is known to end a document; name one of the special tokens ("
+                         f"{', '.join([*self.added][:20]) or 'none: add one with tokenizers'}) in "
+                         'tokenizer_config.json beside tokenizer.json: {"eos_token": "NAME"}')
+
+    @functools.cached_property
+    def rewrites(self) -> str:
+        """What encoding makes of some text that this tokenizer changes; "" if it keeps all text."""
+        table = self.token_bytes()
+        found = b"".join(table[id] for id in self.encode(_PROBE)).decode("utf-8", "replace")
+        return "" if found == _PROBE else f"{_PROBE!r} becomes {found!r}"
 
     def token_bytes(self) -> list[bytes]:
         """The bytes that each id stands for; b"" for special tokens and unused ids."""
@@ -162,54 +183,56 @@ class Tokenizer:
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int = 50304,
                     max_bytes: int | None = None) -> Tokenizer:
-    """Learn a byte-level BPE of exactly `vocab_size` tokens from the first `max_bytes` of text.
+    """Learn a byte-level BPE of `vocab_size` tokens from the first `max_bytes` of text.
 
-    Raises ValueError for an empty text, a size below the bytes and special tokens, or one that
-    the text cannot fill.
+    Text of fewer than BYTES_PER_MERGE bytes per merge gives a smaller vocabulary. Raises ValueError
+    for an empty text, or a size below the bytes and special tokens.
     """
-    smallest = 256 + len(SPECIAL)
+    smallest, seen = 256 + len(SPECIAL), 0
     if vocab_size < smallest:
         raise ValueError(f"vocabulary of {vocab_size} is too small: 256 bytes and {len(SPECIAL)} "
                          f"special tokens need {smallest}; give {smallest} or more")
-    reference = Reference(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    reference.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(encoder.QWEN2), "isolated"), byte_level])
-    reference.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
-                                  min_frequency=2,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    reference.train_from_iterator(_training_text(documents, max_bytes), trainer)
-    largest = reference.get_vocab_size() + len(SPECIAL)
-    if largest < vocab_size:
-        raise ValueError(f"vocabulary of {vocab_size} is larger than this text supports: it gives "
-                         f"at most {largest} tokens; give {largest} or less, or more text")
+
+    def text() -> Iterator[str]:
+        nonlocal seen
+        for document in documents:
+            seen += len(to_utf8(document))
+            for chunk in chunks(document):
+                yield from _LONG_WORD.split(chunk)
+            if max_bytes is not None and seen >= max_bytes:
+                return
+
+    import rustbpe  # needed for training only
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(text(), vocab_size - len(SPECIAL), pattern=encoder.QWEN2)
+    if not seen:
+        raise ValueError("the sources hold no text to learn a tokenizer from; give files with text")
+    learned = [bytes(token) for token, _ in trainer.get_mergeable_ranks()]
+    tokens = [bytes([byte]) for byte in encoder.byte_of_char().values()]
+    tokens += learned[256:256 + seen // BYTES_PER_MERGE]
+    reference = encoder.from_ids({token: id for id, token in enumerate(tokens)}, encoder.QWEN2, {})
     reference.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL])
     return Tokenizer(reference)
 
 
-def _training_text(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
-    """The text of the documents until it has `max_bytes`."""
-    size = 0
-    for text in documents:
-        size += len(to_utf8(text))
-        for chunk in chunks(text):
-            yield from _cut_long_words(chunk)
-        if max_bytes is not None and size >= max_bytes:
-            return
-    if not size:
-        raise ValueError("the sources hold no text to learn a tokenizer from; give files with text")
-
-
-def _cut_long_words(text: str) -> Iterator[str]:
-    """`text` in parts such that no run of whitespace, or of anything else, is a very long word."""
-    start = 0
-    for found in _LONG_WORD.finditer(text):
-        yield text[start:found.start()]
-        for start in range(found.start(), found.end(), LONGEST_WORD):
-            yield text[start:min(start + LONGEST_WORD, found.end())]
-        start = found.end()
-    yield text[start:]
+def _read_ids(file: Path) -> Reference:
+    """The tokenizer of a file that holds ids alone. Raises ValueError if it is not of KNOWN."""
+    remedy = "give the tokenizer.json of a byte-level BPE"
+    ids: dict[bytes, int] = {}
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # then it is unknown
+        if file.suffix == ".json":
+            named, byte = read_json(file, remedy, bounds.MOST_BYTES), encoder.byte_of_char()
+            ids = {bytes(map(byte.__getitem__, name)): id
+                   for name, id in named.items() if name != END_OF_TEXT}
+        else:
+            lines = (line.split() for line in file.read_bytes().splitlines())
+            ids = {base64.b64decode(token): int(rank) for token, rank in lines}
+    digest = hashlib.sha256(repr(sorted(ids.items())).encode()).hexdigest()[:12]
+    if digest not in KNOWN:
+        raise ValueError(f"{file} holds none of the vocabularies without a pattern that FIRA knows "
+                         f"(of GPT-2, p50k_base, cl100k_base, Llama 3, Qwen); {remedy}")
+    return encoder.from_ids(ids, *KNOWN[digest])
 
 
 def _settings(names: Iterable[str]) -> dict[str, Any]:

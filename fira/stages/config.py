@@ -14,6 +14,7 @@ from rich.console import Console
 from fira import files
 from fira.config import Config, ConfigError, flatten, load_preset, override, parse
 from fira.convert.files import find_whole
+from fira.data.shards import read_manifest
 from fira.data.tokenizer import Tokenizer
 from fira.model import build_meta
 from fira.model.files import CONFIG, WEIGHTS, check_tensors, read_config
@@ -25,6 +26,7 @@ from fira.train.config import TrainConfig
 from fira.train.loop import Recipe
 from fira.train.optim import OptimConfig, ScheduleConfig
 
+ROWS = 64  # token rows come in multiples of it, which matrix units of GPUs need for full speed
 # Model settings that may change with --from, because they do not change what the model computes.
 FREE = ("balance", "balance_weight", "dropout")
 # Settings of older runs that are constants now, with the value that they all have; and new names.
@@ -117,12 +119,22 @@ def configure(stage: Stage, preset: dict[str, Any], settings: Iterable[str],
     return config
 
 
+def configure_new(stage: Stage, preset: str, settings: Iterable[str], start: Start | None) -> Any:
+    """`configure` for a run that begins. Unless `settings` or `start` say otherwise, its model gets
+    the token rows that the data folder's tokenizer needs, up to a multiple of ROWS."""
+    config = configure(stage, load_preset(preset), settings, start)
+    if start or config.data.folder is None:
+        return config
+    rows = -(-read_manifest(config.data.folder)["vocab_size"] // ROWS) * ROWS
+    return configure(stage, load_preset(preset), [f"model.vocab_size={rows}", *settings])
+
+
 def describe(stage: Stage, preset: str, settings: Iterable[str],
              source: Path | None = None) -> str:
     """The resolved configuration, one setting per line; what differs from the preset is marked."""
     start = open_start(source) if source else None
-    base, now = (flatten(configure(stage, load_preset(preset), *given))
-                 for given in (((),), (settings, start)))
+    base = flatten(configure(stage, load_preset(preset), ()))
+    now = flatten(configure_new(stage, preset, settings, start))
     return "\n".join(f"{key} = {json.dumps(value)}" + (
         f"   # preset: {json.dumps(base.get(key))}" if value != base.get(key) else "")
         for key, value in now.items())
@@ -142,7 +154,7 @@ def make_plan(stage: Stage, preset: str | None, settings: Iterable[str], run: Pa
     if resume:
         screen.print(f"nothing to resume in {run.absolute()}; starting at step 0", soft_wrap=True)
     start = open_start(source) if source else None
-    return Plan(preset, configure(stage, load_preset(preset), settings, start), start)
+    return Plan(preset, configure_new(stage, preset, settings, start), start)
 
 
 def _continued(stage: Stage, preset: str | None, settings: Iterable[str], run: Path, resume: bool,

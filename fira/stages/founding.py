@@ -89,7 +89,8 @@ def data_folder(search: Path, run: Path, sources: Sequence[str], tokenizer: Path
         screen.print("no tokenizer.json found; learning one from the data")
         chosen = learn_tokenizer(sources, run / "tokenizer", config.model.vocab_size, LEARN_BYTES,
                                  screen)
-    check_vocabulary(chosen, config.model)
+    if any(setting.startswith("model.vocab_size=") for setting in settings):
+        check_vocabulary(chosen, config.model)
     prepare(sources, run / "data", chosen, validation_sources=validation, screen=screen)
     return run / "data"
 

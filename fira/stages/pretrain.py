@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fira.config import ConfigError
 from fira.data.batches import DataConfig, Source, TextBatches, open_sources, sequential
+from fira.data.shards import read_manifest
 from fira.data.tokenizer import Tokenizer
 from fira.loss.head import next_token_loss
 from fira.parallel.layout import Layout
@@ -31,8 +32,12 @@ class PretrainConfig(RunConfig):
 
 
 def open_data(config: PretrainConfig) -> Opened:
-    """The texts, and the folder of their tokenizer."""
+    """The texts, and the folder of their tokenizer; all are compared with the manifests."""
     sources = open_sources(config.data, config.train.validation_tokens)
+    for source in sources:
+        if Tokenizer.load(source.folder).hash != read_manifest(source.folder)["tokenizer_hash"]:
+            raise ValueError(f"{source.folder}/tokenizer.json is not the one that made its data "
+                             "(see its manifest); copy that one back, or prepare the data again")
     return Path(sources[0].folder), sources
 
 

@@ -137,4 +137,5 @@ def test_any_merge_table_gives_equal_ids_or_a_reason(random, text):
 def test_what_tiktoken_cannot_do_requires_the_reference(change, reason):
     made = loaded({**toy(["ab"], [("a", "b")]), **change})
     assert reason in made.slow_reason and not made.can_cut
+    assert ("becomes" in made.rewrites) == (reason != "added tokens")
     assert made.encode("ab abe\u0301") == expected(made, "ab abe\u0301")

@@ -1,6 +1,8 @@
 """Shards read as one sequence; a damaged one is found before anything is trained on it."""
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -52,5 +54,29 @@ def test_folder_without_data_says_what_to_run(folder, tmp_path):
     with pytest.raises(ValueError, match="not finished; run the same fira data command again"):
         Shards(folder)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="is not valid JSON; delete"):
+    with pytest.raises(ValueError, match=r"is not valid JSON \(.* line 1 .*\); delete"):
         Shards(folder)
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("splits.train.tokens", 10**9, "tokens=1000000000 or shard_tokens=1000 does not agree with"),
+    ("splits.train.tokens", 1.5, "splits.train.tokens=1.5 should be a valid integer"),
+    ("splits.train.shards", [{"file": "../x"}], "splits.train.shards.0.file='../x' "),
+    ("splits", [1], "splits should be a valid dictionary"), ("shard_tokens", 7, "does not agree"),
+    ("shard_tokens", 0, "shard_tokens=0 should be greater than or equal to 1"),
+    ("vocab_size", 10**30, "vocab_size=1000"), ("dtype", "int16", "'uint16' or 'uint32'"),
+    ("shard_tokens", "DIGITS", "is not valid JSON (Exceeds the limit"),
+    ("shard_tokens", "DEEP", "is not valid JSON (maximum recursion depth"),
+])
+def test_an_impossible_manifest_is_one_line_that_names_file_and_key(folder, key, value, words):
+    file = folder / "manifest.json"
+    place = manifest = json.loads(file.read_text())
+    *sections, leaf = key.split(".")
+    for section in sections:
+        place = place[section]
+    place[leaf] = value
+    text = json.dumps(manifest).replace('"DIGITS"', "9" * 10_000).replace('"DEEP"', "[" * 100_000)
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"prepare the data again$") as caught:
+        Shards(folder)
+    assert str(caught.value).startswith(str(file)) and words in str(caught.value)

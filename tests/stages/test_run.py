@@ -249,6 +249,16 @@ def test_data_of_another_tokenizer_of_equal_size_is_refused(preset, data_folder,
         run_micro(preset, tmp_path / "data", undisturbed, resume=True)
     with pytest.raises(ValueError, match=words):
         run_micro(preset, tmp_path / "data", tmp_path / "run", source=undisturbed)
+    other.save(shutil.copytree(data_folder, tmp_path / "mixed"))
+    with pytest.raises(ValueError, match=r"mixed/tokenizer.json is not the one that made its data"):
+        run_micro(preset, tmp_path / "mixed", tmp_path / "run")
+
+
+def test_a_new_model_has_the_rows_that_its_data_needs_unless_told(preset, data_folder, undisturbed,
+                                                                 fira):
+    assert len(weights(undisturbed)["token_embedding.weight"]) == 640  # for 600 tokens
+    given = (preset, f"data.folder={data_folder}", "model.vocab_size=700")
+    assert "model.vocab_size = 700   # preset: 600\n" in fira("train", *given, "--dry-run").out
 
 
 def test_altered_data_is_found_before_training(preset, data_folder, tmp_path):
