@@ -53,8 +53,8 @@ def read(file: Path) -> Reference:
     try:
         return Reference.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file} is not a tokenizer.json ({str(error).splitlines()[0]}); give one "
-                         "written by fira or the tokenizers library") from None
+        raise ValueError(f"{file} is not a tokenizer.json ({str(error).splitlines()[0]}); give "
+                         "the tokenizer.json of a byte-level BPE") from None
 
 
 def _obstacle(part: Any) -> str:

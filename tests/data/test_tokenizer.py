@@ -177,7 +177,7 @@ def test_files_without_a_byte_level_tokenizer_are_refused(tokenizer, tmp_path):
     for name, content in (("tokenizer.json", b"{}"), ("vocab.json", b'{"a": 0}'), ("x", b"IQ== 0"),
                           ("vocab.json", b"["), ("tokenizer.model", b"\n\x0e<unk>\x15")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=r"is not a tokenizer.json .*; give the tok"):
+        with pytest.raises(ValueError, match="give the tokenizer.json of a byte-level BPE"):
             Tokenizer.load(tmp_path / name)
     Reference(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"tokenizer.json: WordLevel .* needs byte-level BPE"):
