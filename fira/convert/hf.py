@@ -18,7 +18,7 @@ from torch import Tensor
 from fira.convert import qwen3
 from fira.convert.files import load_run, write_run
 from fira.data.tokenizer import PAD, TURN_END, TURN_START, Tokenizer
-from fira.files import check_new, new_target, read_json, write_json
+from fira.files import check_new, new_target, read_json, write_json, write_manifest
 from fira.model.files import CONFIG, INDEX, WEIGHTS
 from fira.model.router import routers
 
@@ -71,6 +71,7 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | Non
         write_json(partial / "generation_config.json", _generation(tokenizer))
         if not fira2:
             shutil.copyfile(MODELLING, partial / MODELLING.name)
+        write_manifest(partial)
 
 
 def check_router(model: Any) -> None:
