@@ -62,7 +62,7 @@ def tokenizer_train(sources: tuple[str, ...], out: Path, vocab_size: int, max_by
               show_default=True, help="Use every N-th document for validation, or the last N-th of "
                                       "the text if there are fewer documents.")
 @click.option("--validation", multiple=True, metavar="SOURCE",
-              help="Use this source for validation and all of SOURCES for training; may be "
+              help="Use this source for validation and the rest of SOURCES for training; may be "
                    "repeated.")
 @click.option("--workers", type=click.IntRange(1), show_default="one per core",
               help="Number of processes.")

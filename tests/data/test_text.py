@@ -194,16 +194,14 @@ def test_a_null_is_left_out_and_counted_in_every_form(tmp_path, name):
         ("one", ""), ("", "null or empty"), ("two", "")]
 
 
-ENCODINGS = {"utf-8-sig": "utf-8", "utf-16": "utf-8", "utf-32": "utf-8", "latin-1": "latin-1",
-             "utf-16-le": "utf-16-le", "gb18030": "gb18030"}
-
-
-@pytest.mark.parametrize("written", ENCODINGS)
-def test_text_is_read_in_the_encoding_of_its_mark_or_of_the_option(tmp_path, written):
-    text = "caf\xe9 \u6771\n" if written != "latin-1" else "caf\xe9\r\n"
+@pytest.mark.parametrize("written, named", [
+    *((name, "utf-8") for name in ("utf-8-sig", "utf-16", "utf-32")),
+    *((name, name) for name in ("latin-1", "utf-16-le", "gb18030"))])
+def test_text_is_read_in_the_encoding_of_its_mark_or_of_the_option(tmp_path, written, named):
+    text = "caf\xe9\r\n" if written == "latin-1" else "caf\xe9 \u6771\n"
     (tmp_path / "a.txt").write_bytes(text.encode(written))
-    how = Reading(encoding=ENCODINGS[written])
-    assert [item.text for item in read(inputs([str(tmp_path / "a.txt")]), how)] == [text]
+    found = list(read(inputs([str(tmp_path / "a.txt")]), Reading(encoding=named)))
+    assert [item.text for item in found] == [text]
 
 
 @pytest.mark.parametrize("chunk", [7, 1 << 22])
@@ -217,13 +215,10 @@ def test_text_is_read_in_the_encoding_of_its_mark_or_of_the_option(tmp_path, wri
 def test_separators_end_documents(tmp_path, monkeypatch, chunk, text, separator, documents):
     monkeypatch.setattr(encoder, "CHUNK", chunk)
     (tmp_path / "a.txt").write_bytes(text.encode())
-    found, begun = [], ""
-    for item in read(inputs([str(tmp_path / "a.txt")]), Reading(separator=separator)):
-        begun += item.text
-        if item.ends:
-            found.append(begun)
-            begun = ""
-    assert found == documents and not begun
+    found = list(read(inputs([str(tmp_path / "a.txt")]), Reading(separator=separator)))
+    assert found[-1].ends
+    joined = "".join(item.text + "\f" * item.ends for item in found)
+    assert joined.split("\f")[:-1] == documents
 
 
 def test_a_folder_is_read_with_its_links_and_what_is_passed_over_is_counted(tmp_path):
@@ -241,10 +236,10 @@ def test_a_folder_is_read_with_its_links_and_what_is_passed_over_is_counted(tmp_
     words = listed(passed_over)
     for part in ("4 .pdf (", " ...)", "1 .json (tokenizer.json)", "1 hidden", "1 empty (empty"):
         assert part in words
-    (tmp_path / "far" / "a.txt").unlink()
-    (tmp_path / "far" / "model.py").unlink()
+    for name in ("a.txt", "model.py"):
+        (tmp_path / "far" / name).unlink()
     with pytest.raises(ValueError, match=r"holds no text, only: .*4 \.pdf"):
-        find([str(tmp_path / "far" / "circle" / "corpus")])
+        find([str(tmp_path / "corpus")])
 
 
 @pytest.mark.parametrize("train, held_out, others", [
@@ -263,7 +258,7 @@ def test_files_named_as_validation_beside_training_files_are_held_out(tmp_path, 
     names = [sorted(one.path[len(str(tmp_path)) + 1:] for one in split) for split in found[:2]]
     assert names == [sorted(train + others), held_out]
     everything = find([str(tmp_path)], [str(tmp_path / (train + others)[0])])
-    assert len(everything[0]) == len(train + held_out + others) - 1 and len(everything[1]) == 1
+    assert list(map(len, everything[:2])) == [len(train + held_out + others) - 1, 1]
 
 
 def test_duplicates_and_short_documents_are_left_out_also_when_reading_begins_later(jsonl):
