@@ -39,7 +39,7 @@ def test_a_chat_request_passes_few_files(model, tokenizer, compiled, most):  # n
         running = RunningServer(lambda: (served, engine)).wait()
         chat(running, "The state")
         path.clear()
-        assert 1 < chat(running, "Union") <= 16  # the turn's beginning is in the cache
+        assert 1 < chat(running, "Un") <= 16  # the turn's beginning is in the cache
         files, report = path.files, str(path)
         running.stop()
     print(report)
@@ -61,4 +61,4 @@ def test_a_training_step_passes_few_files(preset, data_folder, tmp_path, monkeyp
     pretrain(str(preset), [f"data.folder={data_folder}", "train.steps=5", "optim.rule=muon"],
              tmp_path / "run", "cpu", False, Console(quiet=True))
     print(paths[0])
-    assert len(paths[0].files) <= 15
+    assert len(paths[0].files) <= 13

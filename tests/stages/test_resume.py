@@ -73,7 +73,7 @@ REFUSED = [  # the words of the line, what is changed, how, a setting
     ("damaged: set aside.* --from", "step-*", lambda step: step.rename(f"{step}.damaged"), ""),
     (r"no whole checkpoint to resume \(no step folder\); put", "step-*", shutil.rmtree, ""),
     (r"holds metrics.jsonl but no config.json", "config.json", Path.unlink, ""),
-    (r"run/config.json is not valid JSON; restore.* --from", "config.json", zero, ""),
+    (r"run/config.json is not valid JSON .*; restore.* --from", "config.json", zero, ""),
     (r"run/config.json is not the record", "config.json", swap("preset", "preseu"), ""),
     (r"run/config.json: unknown key optin.* --from", "config.json", swap("optim", "optin"), ""),
     *((words, "none", zero, setting) for words, setting in (
