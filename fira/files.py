@@ -165,8 +165,9 @@ def check_files(folder: Path, names: tuple[str, ...] | None = None, required: It
     each file when its turn comes, and raises OSError if that fails.
     """
     try:
-        listed = dict(read_json(folder / MANIFEST, "")["files"])
-    except (KeyError, TypeError, ValueError):
+        content = read_json(folder / MANIFEST, "")["files"]
+        listed = {name: (one["bytes"], one["sha256"]) for name, one in content.items()}
+    except (KeyError, TypeError, AttributeError, ValueError):
         yield MANIFEST, False, "is missing or unreadable"
         return
     if lacking := sorted(set(required) - listed.keys()):
@@ -174,19 +175,19 @@ def check_files(folder: Path, names: tuple[str, ...] | None = None, required: It
     for name in listed if names is None else names:
         if name in listed or (folder / name).exists():
             try:
-                reason = _fault(inside(folder, name), dict(listed.get(name, ())))
-            except (ValueError, TypeError) as error:
+                reason = _fault(inside(folder, name), *listed.get(name, ("the manifest's", "")))
+            except ValueError as error:
                 reason = f"cannot be checked ({error})"
             yield name, not reason, reason
 
 
-def _fault(path: Path, facts: dict[str, Any]) -> str:
-    """What is wrong with a file that has these facts in its manifest; "" if nothing."""
+def _fault(path: Path, due: Any, digest: Any) -> str:
+    """What is wrong with a file of `due` bytes and this SHA-256 by its manifest; "" if nothing."""
     if not path.is_file():
         return "is missing"
-    if (size := path.stat().st_size) != facts.get("bytes"):
-        return f"has {size} bytes, not {facts.get('bytes')!r:.40}"
-    return "" if sha256(path) == facts.get("sha256") else "was altered"
+    if (size := path.stat().st_size) != due:
+        return f"has {size} bytes, not {due!s:.40}"
+    return "" if sha256(path) == digest else "was altered"
 
 
 def free_name(path: Path) -> Path:
