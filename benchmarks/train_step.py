@@ -8,7 +8,8 @@ would run it. FIRA: its loss, its AdamW, and on a CPU glibc's freed memory kept 
 `allocation` measures what that gains). transformers: model(input_ids, labels=...).loss, fused
 AdamW, the default allocation. Utilization is the FLOPs of the active parameters per second over the
 measured rate of one large matrix product (fp32 on a CPU, bf16 on CUDA). Memory is each process's
-peak.
+peak. The group `save` saves model and optimizer after AdamW's first step in place of a step: its
+peer is torch.save with fsync.
 """
 from __future__ import annotations
 
@@ -16,17 +17,22 @@ import argparse
 import itertools
 import math
 import multiprocessing
+import os
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 from record import append, machine, new_parser, peak_memory, reset_peak
 
+from fira.checkpoint import TOKENIZER_FILES, Checkpoints
 from fira.data.batches import Batch
+from fira.files import sync
 from fira.loss.head import next_token_loss
 from fira.model import build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
@@ -66,6 +72,8 @@ GROUPS: dict[str, Callable[[dict[str, int]], list[Side]]] = {
     "allocation": lambda small: [
         ("FIRA, glibc's default", "fira, default allocation", FIRASpec(**FOUNDING | small)),
         ("FIRA, freed memory kept", "fira", FIRASpec(**FOUNDING | small))],
+    "save": lambda small: [("torch.save, fsync", "save torch", FIRASpec(**FOUNDING | small)),
+                           ("FIRA", "save fira", FIRASpec(**FOUNDING | small))],
 }
 
 
@@ -132,12 +140,39 @@ def peer_step(kind: str, spec: Any,
     return step
 
 
+def save_step(who: str, spec: Any,
+              device: torch.device) -> Callable[[Sequence[torch.Tensor]], None]:
+    """A function that saves a model and its optimizer state, in place of a step."""
+    layout, numbers = Layout(Mesh(device=device), build_meta(spec), seed=0), itertools.count()
+    optimizer = make_optimizer(layout.model, OptimConfig())
+    torch.stack([parameter.sum() for parameter in layout.model.parameters()]).sum().backward()
+    update(optimizer, 0.0, 1.0)
+    scratch = tempfile.TemporaryDirectory(dir=".")  # on the disk, where /tmp may be memory
+    folder = Path(scratch.name)
+    for name in TOKENIZER_FILES:
+        (folder / name).touch()
+    checkpoints = Checkpoints(folder, folder)
+
+    def save(_: Sequence[torch.Tensor], scratch: Any = scratch) -> None:
+        if who == "save fira":
+            checkpoints.save(next(numbers), layout, optimizer, {})
+            checkpoints.wait()
+            checkpoints.prune(None)
+        else:
+            torch.save([layout.model.state_dict(), optimizer.state_dict()], folder / "new.pt")
+            sync(folder / "new.pt")
+            os.replace(folder / "new.pt", folder / "state.pt")
+    return save
+
+
 def worker(pipe: Connection, who: str, spec: Any, device_name: str, parts: int) -> None:
     """Reply to every batch with the seconds of a step, and to None with the peak of memory."""
     if who == "fira":
         keep_large_blocks()
     device = pick_device(device_name)
-    step = fira_step(spec, device) if who.startswith("fira") else peer_step(who, spec, device)
+    step = (fira_step(spec, device) if who.startswith("fira") else
+            save_step(who, spec, device) if who.startswith("save") else
+            peer_step(who, spec, device))
     reset_peak(device)
     pipe.send("ready")
     while (ids_BT := pipe.recv()) is not None:
@@ -148,6 +183,7 @@ def worker(pipe: Connection, who: str, spec: Any, device_name: str, parts: int) 
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
+    del step  # and with it what it wrote
     pipe.send(peak_memory(device))
 
 
@@ -230,10 +266,11 @@ def main() -> None:
         if options.ours:
             sides = [side for side in sides if side[1].startswith("fira")]
         rows = compare(sides, options)
-        print(f"\n{group:26}{'tokens/s':>10}{'ratio':>7}{'of peak':>9}{'peak GB':>9}"
+        print(f"\n{group:26}{'s/step':>8}{'tokens/s':>10}{'ratio':>7}{'of peak':>9}{'peak GB':>9}"
               f"{'active M':>10}{'total M':>9}")
         for name, row in rows.items():
-            print(f"{name:26}{row['tokens_per_second']:10,.0f}{row['ratio']:7.2f}"
+            print(f"{name:26}{statistics.median(row['seconds']):8.2f}"
+                  f"{row['tokens_per_second']:10,.0f}{row['ratio']:7.2f}"
                   f"{row['flops'] / peak:9.0%}{row['peak_bytes'] / 1e9:9.2f}"
                   f"{row['active'] / 1e6:10.1f}{row['total'] / 1e6:9.1f}", flush=True)
         append(options.json, {"benchmark": "train_step", "group": group, "peak_flops": peak,

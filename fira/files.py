@@ -123,6 +123,14 @@ def check_new(path: Path) -> None:
                          "that you may write to") from None
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder, and those above it, unless it is there; it survives a power cut."""
+    if not path.exists():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
 def remove(path: Path) -> None:
     """Delete a file or folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -131,9 +139,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the size and SHA-256 of every file of `folder` into manifest.json; fsync all of it."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+def write_manifest(folder: Path, known: dict[str, str | None] | None = None) -> None:
+    """Write the size and SHA-256, if it is not `known`, of every file of `folder` into
+    manifest.json; fsync all of it."""
+    files = {path.name: {"bytes": path.stat().st_size,
+                         "sha256": (known or {}).get(path.name) or sha256(path)}
              for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
     _sync_tree(folder)

@@ -1,15 +1,18 @@
 """What a run writes while it goes: metrics.jsonl, training_log.csv, the live line on the console.
 
 metrics.jsonl is the record; everything else (CSV, plots, reports) can be made from it. Rows are
-flushed one by one, so a killed run loses none, and `resume` cuts the record back to a checkpoint.
+written one by one, so a killed run loses none, and `resume` cuts the record back to a checkpoint.
 """
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from rich.table import Column
 from fira import files
 
 METRICS, TABLE = "metrics.jsonl", "training_log.csv"
+TRACKED = "tracker.json"  # which run of a tracker this is
+AFTER_SAVE = ("validation", "sample", "average", "stop")  # rows that a resumed run writes again
 NOT_IN_TABLE = ("kind", "score", "lower_is_better")
 Row = dict[str, Any]
 
@@ -29,88 +34,86 @@ Row = dict[str, Any]
 class RunLog:
     """Appends rows to a run folder. `sinks` are called with every row (trackers, tests).
 
-    training_log.csv has a line for each step and a column for each value that any step has; what a
-    validation found stands in the line of its step, in columns named val_NAME.
+    training_log.csv is made from the record at every checkpoint and at the end. It has a line for
+    each step and a column for each value that any step has; what a validation found stands in the
+    line of its step, in columns named val_NAME. Every method raises ValueError if the disk is full.
     """
 
     def __init__(self, folder: Path, sinks: tuple[Callable[[Row], None], ...] = ()) -> None:
         self.folder, self.sinks = folder, sinks
-        self._metrics = open(folder / METRICS, "a", encoding="utf-8")
-        self._columns: dict[str, None] = {}
-        self._pending: list[Row] = []  # lines that are not in the table yet
-        self._rewrite_table()
+        self._metrics = open(folder / METRICS, "ab", buffering=0)
+        files.sync(folder)
 
     @classmethod
     def resume(cls, folder: Path, step: int, say: Any = print, **options: Any) -> RunLog:
         """Continue the record of a run whose checkpoint is `step`: later rows are dropped.
 
         Rows written after that checkpoint was saved (its own evaluation too) are dropped as well,
-        since the resumed run writes them again. A record with damaged lines is kept under another
-        name, which `say` reports; it continues without them.
+        since the resumed run writes them again. Sinks receive the rows of `step` once more. A
+        record with damaged lines is kept under another name, which `say` reports; it continues
+        without them.
         """
         path, faults = folder / METRICS, list[str]()
         kept = [row for row in read_rows(folder, faults.append)
-                if row["step"] < step or (row["step"] == step
-                                          and row["kind"] not in ("validation", "sample"))]
+                if row["step"] < step or (row["step"] == step and row["kind"] not in AFTER_SAVE)]
         if faults:
             shutil.copyfile(path, aside := files.free_name(path))
             say(f"{faults[0]}{f' and {len(faults) - 1} more' if faults[1:] else ''}; damaged lines "
                 f"are left out, and the record as it was is now {aside}")
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        return cls(folder, **options)
+        log = cls(folder, **options)
+        for row in kept:
+            for sink in log.sinks if row["step"] == step else ():
+                sink(row)
+        return log
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Add one row; it has left this process when the call returns."""
         row = {"kind": kind, "step": step, **values}
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
-        columns = len(self._columns)
-        self._tabulate(row)
-        if len(self._columns) > columns:
-            self._rewrite_table()
-        else:
-            self._append_lines(keep=1)  # the newest may get a validation yet
-        for sink in self.sinks:
-            sink(row)
+        line = json.dumps(row).encode() + b"\n"
+        with _explained(self.folder):
+            while line:  # a disk that is nearly full takes a part
+                line = line[self._metrics.write(line):]
+            for sink in self.sinks:
+                sink(row)
 
     def sync(self) -> None:
         """Put the record on the disk itself, before a checkpoint that relies on it."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        with _explained(self.folder):
+            os.fsync(self._metrics.fileno())
+            write_table(self.folder)
 
     def close(self) -> None:
-        self._append_lines(keep=0)
+        self.sync()
         self._metrics.close()
 
-    def _tabulate(self, row: Row) -> None:
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turns an OSError into a ValueError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write the record of {folder}: {error.strerror or error}; the "
+                         "newest checkpoint is whole: free some disk space and continue with "
+                         "--resume") from error
+
+
+def write_table(folder: Path) -> None:
+    """Make training_log.csv from the record."""
+    lines: list[Row] = []
+    for row in read_rows(folder):
         values = {name: value for name, value in row.items() if name not in NOT_IN_TABLE}
         if row["kind"] == "step":
-            self._pending.append(values)
-        elif row["kind"] == "validation" and self._pending \
-                and self._pending[-1]["step"] == row["step"]:
-            values = {f"val_{name}": value for name, value in values.items()
-                      if name not in ("step", "tokens", "seconds")}
-            self._pending[-1] |= values
-        else:
-            return
-        self._columns |= dict.fromkeys(values)
-
-    def _rewrite_table(self) -> None:
-        """Make the whole table from the record: a column has been added."""
-        self._pending = []
-        for row in read_rows(self.folder):
-            self._tabulate(row)
-        with open(self.folder / TABLE, "w", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, list(self._columns)).writeheader()
-        self._append_lines(keep=1)
-
-    def _append_lines(self, keep: int) -> None:
-        """Write the pending lines but for the newest `keep`."""
-        lines = self._pending[:len(self._pending) - keep]
-        if lines:
-            with open(self.folder / TABLE, "a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, list(self._columns)).writerows(lines)
-            self._pending = self._pending[len(lines):]
+            lines.append(values)
+        elif row["kind"] == "validation" and lines and lines[-1]["step"] == row["step"]:
+            lines[-1] |= {f"val_{name}": value for name, value in values.items()
+                          if name not in ("step", "tokens", "seconds")}
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))
+    table.writeheader()
+    table.writerows(lines)
+    files.write_text(folder / TABLE, text.getvalue())
 
 
 class NoLog:
@@ -147,26 +150,33 @@ def read_rows(folder: Path, skip: Callable[[str], None] | None = None) -> Iterat
                 raise ValueError(f"{fault}; remove that line to read the rest")
 
 
-def tracker(kind: str, folder: Path) -> tuple[Callable[[Row], None], ...]:
-    """Sinks for a tracker: none, tensorboard or wandb (both in the `track` extra)."""
-    if kind == "none":
-        return ()
+def tracker(folder: Path, step: int, config: dict[str, Any]) -> tuple[Callable[[Row], None], ...]:
+    """Sinks for the tracker that the run's resolved `config` names: none, tensorboard or wandb
+    (both in the `track` extra). What was sent from `step` on is sent again and replaces it."""
+    settings = config["train"]
     try:
-        if kind == "tensorboard":
+        if settings["track"] == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(folder / "tensorboard"))
+            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
             def write(row: Row) -> None:
                 for name, value in _scalars(row):
                     writer.add_scalar(name, value, row["step"])
                 writer.flush()
             return (write,)
+        if settings["track"] == "none":
+            return ()
         import wandb
     except ImportError:
-        raise ValueError(f"train.track={kind} needs a package that is not installed; "
+        raise ValueError(f"train.track={settings['track']} needs a package that is not installed; "
                          "pip install 'fira-moe[track]', or use train.track=none") from None
-    run = wandb.init(project="fira", name=folder.name, dir=str(folder))
+    if not (folder / TRACKED).exists():
+        files.write_json(folder / TRACKED, {"wandb": uuid.uuid4().hex})
+    known = files.read_json(folder / TRACKED, "delete it, and a new wandb run begins")
+    run = wandb.init(project=settings["track_project"], dir=str(folder), config=config,
+                     name=settings["track_name"] or folder.resolve().name, id=known.get("wandb"),
+                     resume="allow")
     return (lambda row: run.log(dict(_scalars(row)), step=row["step"]),)
 
 

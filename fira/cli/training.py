@@ -121,6 +121,9 @@ def quickstart(out: Path, settings: tuple[str, ...]) -> None:
                    "--run of its own.")
 @click.option("--resume", is_flag=True,
               help="Continue from the run's newest checkpoint; PRESET may be left out.")
+@click.option("--step", type=click.IntRange(0), metavar="N",
+              help="With --resume: continue from the checkpoint of step N. Later checkpoints and "
+                   "their record are moved into RUN/after-N-1.")
 @click.option("--from", "source", type=EXISTING, metavar="RUN",
               help="Start with the weights of this run, which was trained or imported, instead of "
                    "random weights.")
@@ -128,7 +131,7 @@ def quickstart(out: Path, settings: tuple[str, ...]) -> None:
               help="Only print the settings, and mark those that differ from the preset.")
 @device_option
 def train(preset: str | None, settings: tuple[str, ...], run: Path | None, resume: bool,
-          source: Path | None, dry_run: bool, device: str) -> None:
+          step: int | None, source: Path | None, dry_run: bool, device: str) -> None:
     """Train the model of a preset on data that fira data prepared.
 
     PRESET is a name or a .toml file. SECTION.KEY=VALUE changes a setting; --dry-run lists all.
@@ -146,7 +149,8 @@ def train(preset: str | None, settings: tuple[str, ...], run: Path | None, resum
     from fira.runlog import console
 
     run = run or Path("out") / Path(preset or "").stem
-    run_training(lambda: pretrain(preset, settings, run, device, resume, console(), source), run)
+    run_training(lambda: pretrain(preset, settings, run, device, resume, console(), source, step),
+                 run)
 
 
 @click.command(epilog=example(
@@ -190,7 +194,7 @@ def run_training(stage: Callable[[], Any], run: Path) -> Path:
             save_progress(run)
             click.echo(f"stopped by {stop}; everything is saved in {run}, and --resume continues "
                        "it", err=True)
-        sys.exit(128 + stop.number)
+        sys.exit(stop.code)
     if first:
         save_progress(run)
     return run

@@ -1,4 +1,4 @@
-"""The verbs that read a run: eval, show, report, generate, chat, serve."""
+"""The verbs that read a run: eval, show, report, check, generate, chat, serve."""
 from __future__ import annotations
 
 import sys
@@ -74,6 +74,24 @@ def show(what: str, settings: tuple[str, ...]) -> None:
         from fira.runlog import console
 
         console(stderr=False).print(routing_view(read_run(Path(what))))
+
+
+@click.command(epilog=example("fira check out/quickstart/run"))
+@click.argument("path", type=EXISTING)
+def check(path: Path) -> None:
+    """Verify the files of a run, of data or of an export.
+
+    PATH is a run, a step folder, a data or tokenizer folder, an exported folder or a GGUF file.
+    The exit code is 1 if anything is wrong.
+    """
+    from fira.stages.check import check as check_all
+
+    rows = check_all(path)
+    width = max(len(name) for name, _, _ in rows)
+    for name, rule, fault in rows:
+        click.echo(f"{name:{width}}  {rule:16}  {fault or 'ok'}")
+    if wrong := sum(bool(fault) for _, _, fault in rows):
+        raise ValueError(f"{wrong} of {len(rows)} checks of {path} failed")
 
 
 @click.command(epilog=example("fira report out/quickstart/run"))

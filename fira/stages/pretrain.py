@@ -70,6 +70,6 @@ PRETRAIN = Stage("pretrain", PretrainConfig, open_data, recipe)
 
 
 def pretrain(preset: str | None, settings: Iterable[str], run: Path, device: str, resume: bool,
-             screen: Console, source: Path | None = None) -> LoopState:
+             screen: Console, source: Path | None = None, step: int | None = None) -> LoopState:
     """`fira train`: see `fira.stages.run.train_run`."""
-    return train_run(PRETRAIN, preset, settings, run, device, resume, screen, source)
+    return train_run(PRETRAIN, preset, settings, run, device, resume, screen, source, step)

@@ -32,14 +32,15 @@ from fira.train.recompute import recompute_blocks
 
 
 def train_run(stage: Stage, preset: str | None, settings: Iterable[str], run: Path,
-              device_name: str, resume: bool, screen: Console,
-              source: Path | None = None) -> LoopState:
+              device_name: str, resume: bool, screen: Console, source: Path | None = None,
+              step: int | None = None) -> LoopState:
     """Train into the folder `run`, or continue there. Raises ValueError on bad input.
 
     With `source`, a run or step folder, the model and its first weights are taken from there. To
-    resume no preset is needed. Every rank that a launcher started calls this; the first writes.
+    resume no preset is needed. With `step`, a run is continued from that checkpoint, and what came
+    after it is set aside. Every rank that a launcher started calls this; the first writes.
     """
-    resume = resume or runtime.launch().restarts > 0
+    resume = resume or step is not None or runtime.launch().restarts > 0
     plan = make_plan(stage, preset, settings, run, resume, source, screen)
     config = plan.config
     if config.parallel.shard == 1:  # sharded layers come and go: kept memory would be twice as much
@@ -52,24 +53,25 @@ def train_run(stage: Stage, preset: str | None, settings: Iterable[str], run: Pa
         opened = stage.open(config)
 
         def claim() -> None:
-            run.mkdir(parents=True, exist_ok=True)
+            files.make_folder(run)
             held.enter_context(runtime.claim(run))
             if plan.before is None and (run / CONFIG).exists():
                 raise ValueError(f"another process has just begun a run in {run}; try again")
 
         mesh.first(claim)
-        loop = _open(stage, plan, run, mesh, opened, screen)
+        loop = _open(stage, plan, run, mesh, opened, screen, step)
         held.callback(loop.log.close)
         return loop.run()
 
 
 def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
-          screen: Console) -> Loop:
-    """The loop of a run that this process has claimed, at its newest checkpoint."""
+          screen: Console, step: int | None) -> Loop:
+    """The loop of a run that this process has claimed, at its newest checkpoint or at `step`."""
     say = partial(screen.print, soft_wrap=True)
     config, start, folder = plan.config, plan.start, opened[0]
-    tokenizer, checkpoints = Tokenizer.load(folder), Checkpoints(run, folder, mesh)
-    newest = mesh.first(lambda: checkpoints.newest_whole(say))
+    tokenizer = Tokenizer.load(folder)
+    checkpoints = Checkpoints(run, folder, mesh, keep_every=config.train.keep_every)
+    newest = mesh.first(lambda: checkpoints.newest_whole(say, step))
     origin = newest or (start.folder if start else None)
     if origin is not None:
         _check_same_tokenizer(origin, tokenizer, folder)
@@ -82,13 +84,16 @@ def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
     state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
     _check_length(plan, state)
     text = recipe.batches.describe(state)
+    for kept in optimizer.state.values() if config.optim.average is None else ():
+        kept.pop("average", None)
     if start and not newest:
         read_weights(start.folder, layout)
     _speed_up(layout.model, config.train.recompute, mesh, screen)
     log: RunLog | NoLog = NoLog()
     if mesh.rank == 0:
         _write_config(run, stage, plan)
-        log = RunLog.resume(run, state.step, say, sinks=tracker(config.train.track, run))
+        sinks = tracker(run, state.step, config.model_dump())
+        log = RunLog.resume(run, state.step, say, sinks=sinks)
     _introduce(config, state, start, mesh, screen)
     screen.print(text, soft_wrap=True)
     return Loop(layout, optimizer, config.train, config.schedule, recipe, log, checkpoints, screen,

@@ -13,19 +13,32 @@ class LoopConfig(Config):
 
     steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps")
     minutes: float | None = Field(None, gt=0, description="length of the run in minutes")
+    stop_after_minutes: float | None = Field(
+        None, gt=0, description="minutes of training after which a launch saves and ends")
+    patience: int | None = Field(
+        None, ge=1, description="evaluations without a better score after which the run ends")
     save_every: int = Field(500, ge=1, description="steps between checkpoints, each evaluated")
+    keep_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints that are never deleted")
     seed: int = Field(1, ge=0, description="seed of initialization, data order and dropout")
     recompute: bool = Field(
         False, description="save memory: keep only each block's input and compute the block again "
         "in the backward pass")
     track: Literal["none", "tensorboard", "wandb"] = Field(
         "none", description="experiment tracker that also receives every row")
+    track_project: str = Field("fira", min_length=1, description="project of the run in wandb")
+    track_name: str | None = Field(
+        None, min_length=1, description="name of the run in wandb; null takes the run folder's")
 
     @model_validator(mode="after")
     def _check_length(self) -> LoopConfig:
         if self.steps is None and self.minutes is None:
             raise ValueError("train.steps and train.minutes are both unset; "
                              "give one, for example train.steps=500")
+        if self.keep_every and self.keep_every % self.save_every:
+            fit = -(-self.keep_every // self.save_every) * self.save_every
+            raise ValueError(f"train.keep_every={self.keep_every} must be a multiple of "
+                             f"train.save_every={self.save_every}; try train.keep_every={fit}")
         return self
 
 

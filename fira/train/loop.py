@@ -1,7 +1,8 @@
 """The only training loop: a stage brings a recipe, the loop trains, records, saves and evaluates.
 
-A run is never lost: it is saved before every evaluation and on Ctrl-C or SIGTERM. What it did after
-its newest checkpoint is done again, to the bit, when it is resumed on one CPU.
+A run is never lost: it is saved before every evaluation and when it is asked to stop. What it did
+after its newest checkpoint is done again, to the bit, when it is resumed on one CPU. A save is
+written while the evaluation and the next step's gradient are computed.
 """
 from __future__ import annotations
 
@@ -22,8 +23,10 @@ from fira.model.router import routers, set_progress
 from fira.parallel.layout import Layout, LossFn
 from fira.runlog import NoLog, ProgressLine, Row, RunLog
 from fira.train.config import LoopConfig
-from fira.train.optim import ScheduleConfig, rate_factor, set_rates, update
+from fira.train.optim import ScheduleConfig, rate_factor, set_rates, swap_average, update
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # SLURM can send the last before the limit
+TIME_LIMIT = 124  # exit code after train.stop_after_minutes, as that of GNU timeout
 MAX_SKIPS = 5  # skipped steps in a row before a run gives up
 COLLAPSE_STEPS = 50  # of collapsed routing before it is reported: the first steps recover alone
 COLLAPSE_CV = 0.75  # collapsed: above this part of the imbalance with which only K experts work
@@ -52,8 +55,9 @@ class Score(NamedTuple):
     lower_is_better: bool = True
 
     def beats(self, other: float | None) -> bool:
-        return other is None or (self.value < other if self.lower_is_better
-                                 else self.value > other)
+        if other is None or math.isnan(other):
+            return True
+        return self.value < other if self.lower_is_better else self.value > other
 
 
 Probe = Callable[[], "tuple[dict[str, float], Score]"]
@@ -84,14 +88,16 @@ class LoopState:
     best_step: int | None = None
     best_score: float | None = None
     position: dict[str, Any] = field(default_factory=dict)  # of the batch source, in numbers
+    worse_in_a_row: int = 0  # evaluations since the best
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM asked the run to end; everything is saved. `number` is the signal's."""
+    """A signal or TIME_LIMIT ended this launch, whose exit code is `code`; all is saved."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+        limit = number == TIME_LIMIT
+        super().__init__("train.stop_after_minutes" if limit else signal.Signals(number).name)
+        self.code = number if limit else 128 + number
 
 
 @dataclass
@@ -109,6 +115,7 @@ class Loop:
     state: LoopState = field(default_factory=LoopState)
     stop_signal: int | None = None  # what this rank received
     agreed_signal: int | None = None  # what any rank received, known to all of them
+    launched: float = 0.0
     started: float = 0.0
     fraction: float = 0.0
     score: Score | None = None
@@ -116,29 +123,52 @@ class Loop:
     def run(self) -> LoopState:
         """Train to the end of the run.
 
-        Raises Stopped on SIGINT or SIGTERM, and ValueError after MAX_SKIPS skipped steps in a row;
-        in either case the newest checkpoint is whole.
+        Raises Stopped on one of SIGNALS or at the launch's time limit, and ValueError after
+        MAX_SKIPS skipped steps in a row; in either case the newest checkpoint is whole.
         """
-        self.started = time.perf_counter() - self.state.seconds
+        self.launched = time.perf_counter()
+        self.started = self.launched - self.state.seconds
         self._update_fraction()
-        if self.state.step and self._checkpoint_due():
-            self._evaluate()  # the evaluation that followed this checkpoint may have been lost
-        with self._signals(), ProgressLine("train", self.screen) as line:
-            while self.fraction < 1:
-                try:
-                    self._step(line)
-                except Stopped:
-                    self.optimizer.zero_grad(set_to_none=True)
-                    self._save()
-                    self.checkpoints.wait()
-                    raise
-                if self._checkpoint_due():
-                    self._save()
-                    self._evaluate()
-        self.checkpoints.wait()
+        patience = self.config.patience or math.inf
+        try:
+            if self.state.step and self._checkpoint_due():
+                self._evaluate()  # the evaluation that followed this checkpoint may have been lost
+            with self._signals(), ProgressLine("train", self.screen) as line:
+                while self.fraction < 1 and self.state.worse_in_a_row < patience:
+                    try:
+                        self._step(line)
+                    except Stopped:
+                        self.optimizer.zero_grad(set_to_none=True)
+                        self._save()
+                        raise
+                    if self._checkpoint_due():
+                        self._save()
+                        self._evaluate()
+        finally:
+            self.checkpoints.wait()
+        self._end()
         self.checkpoints.prune(self.state.best_step)
         self.screen.print(self.recipe.batches.describe(self.state), soft_wrap=True)
         return self.state
+
+    def _end(self) -> None:
+        """Report an early end; evaluate and write the averaged weights, if the run keeps them."""
+        state = self.state
+        if self.fraction < 1:
+            self._report("stop", f"stopped early at step {state.step}: {state.worse_in_a_row} "
+                         f"evaluations were not better than that of step {state.best_step}")
+        if swap_average(self.optimizer):
+            row, score = self.recipe.probe()
+            self.log.write("average", state.step, **row, score=score.name)
+            self.screen.print(f"averaged weights: {score.name} {score.value:.4f}", soft_wrap=True)
+            self.checkpoints.save(state.step, self.layout, None, asdict(state))
+            self.checkpoints.wait()
+            swap_average(self.optimizer)
+
+    def _report(self, kind: str, text: str, style: str | None = None) -> None:
+        """A line on the screen and a row of the record."""
+        self.log.write(kind, self.state.step, text=text)
+        self.screen.print(text, style=style, soft_wrap=True)
 
     def _seconds(self) -> float:
         """Time spent on this run, over all its resumptions."""
@@ -147,7 +177,7 @@ class Loop:
     def _update_fraction(self) -> None:
         """All ranks use the largest clock value and learn of a signal that any of them received."""
         mesh = self.layout.mesh
-        seconds, number = self._seconds(), float(self.stop_signal or 0)
+        seconds, number = self._seconds(), float(self._request() or 0)
         if mesh.size > 1:
             seconds, number = mesh.agree(seconds, number)
         self.agreed_signal = int(number) or None
@@ -157,10 +187,15 @@ class Loop:
     def _checkpoint_due(self) -> bool:
         return self.state.step % self.config.save_every == 0 or self.fraction >= 1
 
+    def _request(self) -> int | None:
+        """The signal that this rank received, or TIME_LIMIT if the launch has reached it."""
+        minutes = (time.perf_counter() - self.launched) / 60
+        late = minutes >= (self.config.stop_after_minutes or math.inf)
+        return self.stop_signal or (TIME_LIMIT if late else None)
+
     def _check_signal(self) -> None:
         """Raises Stopped. One rank may stop between micro-batches; many stop before a step."""
-        number = self.stop_signal if self.layout.mesh.size == 1 else self.agreed_signal
-        if number is not None:
+        if number := self._request() if self.layout.mesh.size == 1 else self.agreed_signal:
             raise Stopped(number)
 
     def _step(self, line: ProgressLine) -> None:
@@ -176,6 +211,8 @@ class Loop:
         tokens = sum(batch.tokens_BT.numel() for batch in batches) * layout.mesh.batch_ranks
         loss, metrics = layout.forward_backward(batches, self.recipe.loss_fn, self._check_signal)
         norm = layout.gradient_norm()
+        if layout.mesh.size == 1:
+            self.checkpoints.wait()  # its save reads the weights where they are
         updated = update(self.optimizer, loss, norm)
         state.step += 1
         state.tokens += tokens
@@ -220,8 +257,7 @@ class Loop:
         if state.collapsed_in_a_row == COLLAPSE_STEPS:
             text = (f"routing has been collapsed for {COLLAPSE_STEPS} steps up to {state.step}: "
                     f"{text}")
-            self.log.write("event", state.step, text=text)
-            self.screen.print(text, style="yellow", soft_wrap=True)
+            self._report("event", text, "yellow")
 
     def _limit_skips(self, updated: bool, loss: float, norm: float) -> None:
         state = self.state
@@ -229,9 +265,8 @@ class Loop:
             state.skipped_in_a_row = 0
             return
         state.skipped_in_a_row += 1
-        text = f"step {state.step} skipped: loss {loss}, gradient norm {norm}"
-        self.log.write("event", state.step, text=text)
-        self.screen.print(text, style="red", soft_wrap=True)
+        self._report("event", f"step {state.step} skipped: loss {loss}, gradient norm {norm}",
+                     "red")
         if state.skipped_in_a_row == MAX_SKIPS:
             raise ValueError(f"{MAX_SKIPS} steps in a row up to step {state.step} had a loss or "
                              "gradient that is not finite; the newest checkpoint was saved before "
@@ -250,31 +285,29 @@ class Loop:
         self.log.write("validation", state.step, tokens=state.tokens,
                        seconds=round(self._seconds(), 3), **row, score=self.score.name,
                        lower_is_better=self.score.lower_is_better)
+        state.worse_in_a_row += 1
         if self.score.beats(state.best_score):
             state.best_score, state.best_step = self.score.value, state.step
+            state.worse_in_a_row = 0
         self.checkpoints.prune(state.best_step)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn the first SIGINT or SIGTERM into a request; a second ends the process at once."""
+        """Turn the first signal into a request; a second SIGINT or SIGTERM ends the process."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.getsignal(number) for number in numbers}
-
         def request(received: int, _: Any) -> None:
             self.stop_signal = received
-            for number in numbers:
+            for number in SIGNALS[:2]:
                 signal.signal(number, before[number])
 
-        for number in numbers:
-            signal.signal(number, request)
+        before = {number: signal.signal(number, request) for number in SIGNALS}
         try:
             yield
         finally:
-            for number in numbers:
-                signal.signal(number, before[number])
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:

@@ -45,6 +45,9 @@ class OptimConfig(Config):
     head_follows: float = Field(
         0.0, ge=0, description="an untied head also moves by this factor times the embedding's "
         "update, rotated by a quarter turn; copying is then learned early (docs/decisions/0009)")
+    average: float | None = Field(
+        None, gt=0, lt=1, description="also keep an exponential average of the weights with this "
+        "decay per step, over about 1/(1 - decay) steps; evaluated and written at the end")
     expert_interval: int = Field(
         1, ge=1, description="Muon updates each expert only every N-th step, with N times the "
         "learning rate: the same progress for an N-th of the optimizer's time")
@@ -110,6 +113,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig,
         weights = dict(model.named_parameters())
         follow_embedding(optimizer, weights["token_embedding.weight"], weights["head.weight"],
                          config.head_follows)
+    if config.average:
+        keep_average(optimizer, config.average)
     return optimizer
 
 
@@ -235,6 +240,33 @@ def _due(parameter: Tensor, step: int, interval: int) -> slice:
     if parameter.dim() == 2:
         return slice(None)
     return slice((step - first_row(parameter)) % interval, None, interval)
+
+
+def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Keep an exponential average of the weights as their optimizer state "average", which is
+    divided, saved and restored as other state. The first steps decay faster."""
+    @torch.no_grad()
+    def update_average(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            rate = 1 - min(decay, (1 + group["step"]) / (10 + group["step"]))
+            for parameter in group["params"]:
+                if state := optimizer.state.get(parameter):  # none: it never had a gradient
+                    weights = local(parameter)
+                    state.setdefault("average", weights.clone()).lerp_(weights, rate)
+
+    optimizer.register_step_post_hook(update_average)
+
+
+@torch.no_grad()
+def swap_average(optimizer: torch.optim.Optimizer) -> bool:
+    """Exchange the weights and their averages in place; says whether there are averages."""
+    kept = [(local(parameter), state["average"]) for parameter, state in optimizer.state.items()
+            if "average" in state]
+    for weights, average in kept:
+        before = weights.clone()
+        weights.copy_(average)
+        average.copy_(before)
+    return bool(kept)
 
 
 def follow_embedding(optimizer: torch.optim.Optimizer, embedding: nn.Parameter,

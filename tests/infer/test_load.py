@@ -29,6 +29,7 @@ def adapted(tmp_path: Path, model, step_folder: Path) -> tuple[Path, dict[str, t
     optimizer = torch.optim.SGD(layout.model.parameters())
     checkpoints = Checkpoints(tmp_path / "adapted", step_folder, base=step_folder)
     folder = checkpoints.save(20, layout, optimizer, {})
+    checkpoints.wait()
     return folder, layout.model.state_dict()
 
 

@@ -22,7 +22,8 @@ from tests.parallel.ranks import mesh_of, on_ranks
 from tests.parallel.test_parity import SPECS, adapt, batch, cut
 
 SETTINGS = ["optim.lr=2e-3", "train.micro_batch=1", "train.sequence_length=16", "train.steps=15",
-            "train.batch_tokens=128", "model.num_layers=4", "train.validation_tokens=600"]
+            "train.batch_tokens=128", "model.num_layers=4", "train.validation_tokens=600",
+            "optim.average=0.8"]
 LAYOUTS = {"data2": ["parallel.data=2"], "shard2": ["parallel.shard=2", "optim.rule=muon"],
            "expert2": ["parallel.expert=2"], "pipeline2": ["parallel.pipeline=2"],
            "expert2-pipeline2": ["parallel.expert=2", "parallel.pipeline=2"]}
@@ -58,8 +59,8 @@ def assert_close_runs(run, other):
             for key in keys:
                 rel = 1e-4 if key == "grad_norm" else 1e-5
                 assert ours[step][key] == pytest.approx(theirs[step][key], rel=rel), (step, key)
-    for name in (WEIGHTS, OPTIMIZER):
-        ours, theirs = (load_file(one / "step-000015" / name) for one in (run, other))
+    for name in (f"step-000015/{WEIGHTS}", f"step-000015/{OPTIMIZER}", f"average/{WEIGHTS}"):
+        ours, theirs = (load_file(one / name) for one in (run, other))
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 

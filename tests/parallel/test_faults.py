@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fira import checkpoint
+from fira.checkpoint import Checkpoints
 from fira.config import ConfigError
 from fira.model.spec import FIRA2Spec
-from fira.parallel import files
-from fira.parallel.files import Writer
 from fira.parallel.mesh import Mesh, ParallelConfig, check_fit, resolve_sizes
 from fira.runlog import read_rows
 from fira.runtime import launch
@@ -86,7 +86,7 @@ def test_two_hosts_find_each_other_without_a_first_one(preset, data_folder, tmp_
 
 def silent(rank, preset, data, run, moment):
     """From `moment` on rank 1 does nothing until rank 0 has ended; what each rank is told."""
-    step, write = Loop._step, files.write_rows
+    step, write = Loop._step, checkpoint.write_rows
 
     def wait():
         while rank == 1 and not (run / "ended").exists():
@@ -102,7 +102,7 @@ def silent(rank, preset, data, run, moment):
             wait()
         write(path, rows)
 
-    Loop._step, files.write_rows = silent_step, silent_write
+    Loop._step, checkpoint.write_rows = silent_step, silent_write
     with pytest.raises(ValueError) as error:
         train(rank, preset, data, run, "train.micro_batch=2", "parallel.timeout=4")
     (run / "ended").touch()
@@ -118,18 +118,18 @@ def test_a_silent_rank_is_waited_for_no_longer_than_the_timeout(moment, preset, 
     assert "--resume" in line and "\n" not in line
 
 
-def limits(rank):
+def limits(rank, folder):
     """Seconds that each kind of group waits for a silent rank."""
     groups, limit = [], datetime.timedelta(seconds=7)
     for axis in ("data", "expert", "pipeline", "shard"):
         mesh = mesh_of(rank, {axis: 2}, timeout=limit)
-        groups += [*filter(None, mesh.groups.values()), Writer(mesh).group]
+        groups += [*filter(None, mesh.groups.values()), Checkpoints(folder, folder, mesh).group]
     groups += [group for one in mesh.shard_meshes for group in one.get_all_groups()]
     return [group._get_backend(torch.device("cpu")).options._timeout.seconds for group in groups]
 
 
-def test_every_group_has_the_timeout():
-    for found in on_ranks(2, limits):
+def test_every_group_has_the_timeout(tmp_path):
+    for found in on_ranks(2, limits, tmp_path):
         assert len(found) > 8 and set(found) == {7}
 
 
@@ -140,7 +140,7 @@ SAVED = "train.micro_batch=1", "train.steps=10", "model.balance=loss"  # a quant
 def slow_and_full_disk(rank, preset, data, run):
     """The first save waits for two more steps; at the second the disk of rank 1 is full. Steps done
     when the first was written, and what this rank is told."""
-    step, write, done, seen = Loop._step, files.write_rows, [0], []
+    step, write, done, seen = Loop._step, checkpoint.write_rows, [0], []
 
     def counted(loop, line):
         step(loop, line)
@@ -155,7 +155,7 @@ def slow_and_full_disk(rank, preset, data, run):
         seen.append(done[-1])
         write(path, rows)
 
-    Loop._step, files.write_rows = counted, late
+    Loop._step, checkpoint.write_rows = counted, late
     with pytest.raises(ValueError, match="cannot save .*step-000010") as error:
         train(rank, preset, data, run, *SAVED)
     return min(seen), str(error.value)

@@ -55,13 +55,6 @@ def assert_same_run(run, other):
     assert record(run) == record(other)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(preset, data_folder, tmp_path_factory):
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_micro(preset, data_folder, run)
-    return run
-
-
 def test_training_learns_and_leaves_its_files_with_the_newest_and_the_best_steps(undisturbed):
     rows = list(read_rows(undisturbed))
     losses = [row["loss"] for row in rows if row["kind"] == "step"]
@@ -123,7 +116,7 @@ def fork_run(preset, data_folder, run, settings):
     os._exit(0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_resume_repeats_the_undisturbed_run(
         number, preset, data_folder, undisturbed, tmp_path, monkeypatch, fira):
     run, step = tmp_path / "run", Loop._step
