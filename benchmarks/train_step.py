@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from record import append, machine, new_parser, peak_memory, reset_peak
 
-from fira.checkpoint import TOKENIZER_FILES, Checkpoints
+from fira.checkpoint import Checkpoints
 from fira.data.batches import Batch
 from fira.files import replacing
 from fira.loss.head import next_token_loss
@@ -144,7 +144,7 @@ def save_step(who: str, spec: Any, device: torch.device) -> Step:
     torch.stack([parameter.sum() for parameter in layout.model.parameters()]).sum().backward()
     update(optimizer, 0.0, 1.0)
     folder = Path((scratch := tempfile.TemporaryDirectory(dir=".")).name)  # /tmp may be memory
-    for name in TOKENIZER_FILES:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).touch()
     checkpoints = Checkpoints(folder, folder)
 
