@@ -39,8 +39,8 @@ def main() -> None:
         source = arguments.source
         if arguments.copies > 1:
             source = _repeated(source, arguments.copies, Path(scratch, "repeated.jsonl"))
-        tokenizer, trained = _tokenizer(arguments, source)
-        result = {**measure(source, tokenizer, arguments.repeats, Path(scratch)), **trained}
+        tokenizer = _tokenizer(arguments, source)
+        result = measure(source, tokenizer, arguments.repeats, Path(scratch))
     result.update(source=Path(arguments.source).name, copies=arguments.copies,
                   vocab_size=tokenizer.vocab_size)
     _print(result)
@@ -97,26 +97,20 @@ def _repeated(source: str, times: int, file: Path) -> str:
     return str(file)
 
 
-def _tokenizer(arguments: argparse.Namespace, source: str) -> tuple[Tokenizer, dict]:
+def _tokenizer(arguments: argparse.Namespace, source: str) -> Tokenizer:
     if arguments.tokenizer:
-        return Tokenizer.load(arguments.tokenizer), {}
-    start = time.perf_counter()
-    tokenizer = train_tokenizer(texts([source]), arguments.vocab_size)
-    return tokenizer, {"train_seconds": time.perf_counter() - start}
+        return Tokenizer.load(arguments.tokenizer)
+    return train_tokenizer(texts([source]), arguments.vocab_size)
 
 
 def _print(result: dict) -> None:
     print(f"{result['source']} x {result['copies']}: {result['documents']:,} documents, "
-          f"{result['megabytes']:.1f} MB, vocabulary {result['vocab_size']:,}, "
-          f"{machine()}")
+          f"{result['megabytes']:.1f} MB, vocabulary {result['vocab_size']:,}, {machine()}")
     print(f"{'':34}{'MB/s':>8}{'ratio':>8}")
     print(f"{'tokenizers encode_batch, in memory':34}{result['peer_mb_per_second']:8.2f}{1:8.2f}")
     print(f"{'fira data, file to shards':34}{result['fira_mb_per_second']:8.2f}"
           f"{result['ratio']:8.2f}")
     print(f"ids equal on every document: {result['ids_equal']}")
-    if "train_seconds" in result:
-        print(f"tokenizer trained in {result['train_seconds']:.1f} s, "
-              f"{result['megabytes'] / result['train_seconds']:.1f} MB/s")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ would run it. FIRA: its loss, its AdamW, and on a CPU glibc's freed memory kept 
 `allocation` measures what that gains). transformers: model(input_ids, labels=...).loss, fused
 AdamW, the default allocation. Utilization is the FLOPs of the active parameters per second over the
 measured rate of one large matrix product (fp32 on a CPU, bf16 on CUDA). Memory is each process's
-peak. The group `save` saves model and optimizer after AdamW's first step in place of a step: its
-peer is torch.save with fsync.
+peak. The group `save` saves in place of a step; its peer is torch.save with fsync.
 """
 from __future__ import annotations
 
@@ -17,7 +16,6 @@ import argparse
 import itertools
 import math
 import multiprocessing
-import os
 import resource
 import statistics
 import tempfile
@@ -30,9 +28,9 @@ from typing import Any
 import torch
 from record import append, machine, new_parser, peak_memory, reset_peak
 
-from fira.checkpoint import TOKENIZER_FILES, Checkpoints
+from fira.checkpoint import Checkpoints
 from fira.data.batches import Batch
-from fira.files import sync
+from fira.files import replacing
 from fira.loss.head import next_token_loss
 from fira.model import build_meta
 from fira.model.spec import FIRA2Spec, FIRASpec
@@ -47,6 +45,7 @@ SMALL = {"num_layers": 2, "vocab_size": 8192}
 FOUNDING = {"dropout": 0.1, "context": 3072}
 MIXTRAL = {"n_head": 12, "n_kv_head": 12, "d_ff": 3072, "num_experts": 4, "context": 1024}
 QWEN = {"n_head": 12, "n_kv_head": 4, "d_ff": 256, "num_experts": 64, "top_k": 8, "context": 1024}
+Step = Callable[[Sequence[torch.Tensor]], None]
 Side = tuple[str, str, Any]  # name, program (fira, or a class of transformers), shape
 
 
@@ -77,8 +76,7 @@ GROUPS: dict[str, Callable[[dict[str, int]], list[Side]]] = {
 }
 
 
-def training_step(layout: Layout, config: OptimConfig,
-                  max_norm: float = MAX_NORM) -> Callable[[Sequence[torch.Tensor]], None]:
+def training_step(layout: Layout, config: OptimConfig, max_norm: float = MAX_NORM) -> Step:
     """A function that makes one optimizer step, as the training loop makes it.
 
     It takes this rank's micro-batches of token ids, each [B, T + 1] on the CPU.
@@ -96,7 +94,7 @@ def training_step(layout: Layout, config: OptimConfig,
     return step
 
 
-def fira_step(spec: Any, device: torch.device) -> Callable[[Sequence[torch.Tensor]], None]:
+def fira_step(spec: Any, device: torch.device) -> Step:
     layout = Layout(Mesh(device=device), build_meta(spec), seed=0)
     for block in layout.model.blocks if device.type == "cuda" else ():
         block.compile(fullgraph=True)
@@ -104,8 +102,7 @@ def fira_step(spec: Any, device: torch.device) -> Callable[[Sequence[torch.Tenso
     return training_step(layout, OptimConfig(lr=1e-4), math.inf)
 
 
-def peer_step(kind: str, spec: Any,
-              device: torch.device) -> Callable[[Sequence[torch.Tensor]], None]:
+def peer_step(kind: str, spec: Any, device: torch.device) -> Step:
     import transformers
 
     shape: dict[str, Any] = {"vocab_size": spec.vocab_size}
@@ -140,16 +137,14 @@ def peer_step(kind: str, spec: Any,
     return step
 
 
-def save_step(who: str, spec: Any,
-              device: torch.device) -> Callable[[Sequence[torch.Tensor]], None]:
-    """A function that saves a model and its optimizer state, in place of a step."""
+def save_step(who: str, spec: Any, device: torch.device) -> Step:
+    """A function that saves a model and its optimizer state after AdamW's first step."""
     layout, numbers = Layout(Mesh(device=device), build_meta(spec), seed=0), itertools.count()
     optimizer = make_optimizer(layout.model, OptimConfig())
     torch.stack([parameter.sum() for parameter in layout.model.parameters()]).sum().backward()
     update(optimizer, 0.0, 1.0)
-    scratch = tempfile.TemporaryDirectory(dir=".")  # on the disk, where /tmp may be memory
-    folder = Path(scratch.name)
-    for name in TOKENIZER_FILES:
+    folder = Path((scratch := tempfile.TemporaryDirectory(dir=".")).name)  # /tmp may be memory
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).touch()
     checkpoints = Checkpoints(folder, folder)
 
@@ -159,9 +154,8 @@ def save_step(who: str, spec: Any,
             checkpoints.wait()
             checkpoints.prune(None)
         else:
-            torch.save([layout.model.state_dict(), optimizer.state_dict()], folder / "new.pt")
-            sync(folder / "new.pt")
-            os.replace(folder / "new.pt", folder / "state.pt")
+            with replacing(folder / "state.pt") as partial:
+                torch.save([layout.model.state_dict(), optimizer.state_dict()], partial)
     return save
 
 
