@@ -110,7 +110,8 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(verb, refused):
     (["train", "nowhere.toml"], ["nowhere.toml does not exist", "tiny"]),
     (["generate", "run", "hi", "--top-k", "0"], ["'--top-k'", "x>=1"]),
     (["generate", "run", "hi", "--top-p", "1.5"], ["'--top-p'", "0<x<=1"]),
-    (["eval", "run"], ["Missing option '--text'", "fira eval --help"]),
+    (["eval", "run"], ["give --text, or --suite", "fira eval --help"]),
+    (["eval", "run", "--text", "a.txt", "--task", "b.jsonl"], ["give --text, or --suite"]),
     (["data", "sotu", "--out", "x"], ["Missing option '--tokenizer'"]),
 ])
 def test_wrong_usage_is_one_line_and_exit_code_2(words, expected, refused):

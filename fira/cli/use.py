@@ -21,31 +21,59 @@ from fira.cli.command import (
 
 @click.command("eval", epilog=example("fira eval out/quickstart/run --text README.md", RUN))
 @click.argument("run", type=EXISTING)
-@click.option("--text", "texts", multiple=True, required=True, metavar="SOURCE",
+@click.option("--text", "texts", multiple=True, metavar="SOURCE",
               help="Text to score, given as for fira data; may be repeated.")
+@click.option("--suite", "suites", multiple=True, metavar="NAME",
+              help="Suite of standard sets (docs/evaluation.md); may be repeated.")
+@click.option("--task", "files", multiple=True, metavar="FILE",
+              help="JSON lines with a task of your own (docs/evaluation.md); may be repeated.")
+@click.option("--data", default=".", metavar="FOLDER", show_default="here",
+              help="Folder with the files of the suites, or hub.")
+@click.option("--limit", type=click.IntRange(1), show_default="all",
+              help="Number of rows of each task to use.")
+@click.option("--letters", is_flag=True, help="Let the model choose the letter of an option.")
+@click.option("--resume", is_flag=True, help="Keep the finished tasks in the file of --json.")
 @click.option("--context", type=click.IntRange(2), show_default="the training length",
-              help="Largest number of tokens in the model's context.")
-@click.option("--routing", is_flag=True, help="Also measure how far the experts specialize.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+              help="Largest number of tokens in the model's context, for --text.")
+@click.option("--routing", is_flag=True,
+              help="Also measure how far the experts specialize on --text.")
+@click.option("--json", "target", is_flag=False, flag_value="-", metavar="[FILE]",
+              help="Write one JSON object into a file, or print it.")
 @device_option
-def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bool, as_json: bool,
-             device: str) -> None:
-    """Measure bits per byte and loss of a model on any text.
+def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bool,
+             target: str | None, device: str, **tasks: Any) -> None:
+    """Measure a model on any text, or on standard tasks.
 
-    Every byte is scored exactly once, so models with different tokenizers can be compared.
+    Every byte of a text is scored exactly once, so models with different tokenizers can be
+    compared.
     """
     import json
 
-    from fira.eval.bits_per_byte import evaluate as score_text
+    from fira.files import write_json
     from fira.runlog import console, visible
 
-    result = score_text(run, list(texts), context, device, console())
-    if routing:
-        from fira.eval.specialization import specialization
+    if bool(texts) == bool(tasks["suites"] or tasks["files"]):
+        raise click.UsageError("give --text, or --suite and --task, to say what to measure")
+    file = None if target in (None, "-") else Path(target)
+    if texts:
+        from fira.eval.bits_per_byte import evaluate as score_text
 
-        result["routing"] = specialization(str(run), list(texts), device)
-    if as_json:
+        result = score_text(run, list(texts), context, device, console())
+        if routing:
+            from fira.eval.specialization import specialization
+
+            result["routing"] = specialization(str(run), list(texts), device)
+        if file:
+            write_json(file, result)
+    else:
+        from fira.eval.measure import measure, show
+
+        result = measure(run, target=file, device=device, screen=console(), **tasks)
+        if not target:
+            show(result)
+    if target == "-":
         click.echo(json.dumps(result))
+    if target or not texts:
         return
     routed = result.pop("routing", {})
     layers = routed.pop("token_information", ())

@@ -91,6 +91,31 @@ def read(given: list[Input], how: Reading = DEFAULT, start: tuple[int, int] = (0
         before += given[file].size or done
 
 
+def records(source: str) -> Iterator[tuple[str, Any]]:
+    """The value in each line of a .jsonl file, or each row of a hub data set, with its place.
+
+    Raises ValueError, one line with the place, for what cannot be read.
+    """
+    place, *more = inputs([source])
+    where = place.name
+    try:
+        if more:
+            raise ValueError("it holds several files; name one of them")
+        with contextlib.ExitStack() as stack:
+            for number, _, row in (_hub(place, DEFAULT) if place.ending == "hub" else _lines(
+                    *stack.enter_context(_opened(place, DEFAULT.encoding)))):
+                where = f"{place.name}:{number}"
+                if isinstance(row, dict):
+                    yield where, row
+                elif row.strip():
+                    _check(row, DEFAULT.encoding)
+                    yield where, json.loads(row)
+    except Exception as error:  # every format has its own
+        line = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{where}: cannot be read ({line}); write one JSON object per line, or "
+                         "fetch the file again") from None
+
+
 def group(stream: Iterable[Item], limit: int) -> Iterator[list[Item]]:
     """The stream in lists of about `limit` characters, of which an item has at least one."""
     total = 0

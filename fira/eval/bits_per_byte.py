@@ -12,29 +12,20 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from fira.data.sources import inputs
 from fira.data.text import Item, items, total_bytes
+from fira.eval.score import Window
+from fira.eval.score import score as score_windows
 from fira.infer.load import load
-from fira.loss.head import token_losses
 from fira.model.generate import window_length
 from fira.runlog import ProgressLine
 
-BATCH_TOKENS = 8192  # bounds the memory; does not change the result
 SORTED = 1024  # windows that are sorted by length together, so that batches need little padding
-
-
-class Window(NamedTuple):
-    """Tokens to read and predict; the first `known` were scored by the window before."""
-
-    tokens: list[int]
-    known: int
 
 
 def evaluate(run: str | Path, sources: list[str], context: int | None = None, device: str = "auto",
@@ -55,7 +46,7 @@ def evaluate(run: str | Path, sources: list[str], context: int | None = None, de
 
 
 def score(model: Any, tokenizer: Any, texts: Iterable[Item], context: int | None = None,
-          batch_tokens: int = BATCH_TOKENS,
+          batch_tokens: int | None = None,
           progress: Callable[[Item, int], None] | None = None) -> dict[str, Any]:
     """Bits per byte, nats per token, perplexity and the counts they rest on.
 
@@ -72,9 +63,10 @@ def score(model: Any, tokenizer: Any, texts: Iterable[Item], context: int | None
     was_training = model.training
     model.eval()
     try:
-        for batch in batches(windows(totals.count(texts), context, tokenizer.end_of_text),
-                             batch_tokens):
-            nats += batch_nats(model, *pad(batch, model))
+        stream = windows(totals.count(texts), context, tokenizer.end_of_text)
+        while group := list(itertools.islice(stream, SORTED)):
+            nats += sum(float(costs_P2[:, 0].sum()) for (costs_P2,) in score_windows(
+                model, [[window] for window in group], batch_tokens))
             if progress and totals.item:
                 progress(totals.item, totals.bytes)
     finally:
@@ -119,42 +111,6 @@ def windows(parts: Iterable[tuple[list[int], bool]], context: int,
 def stride(context: int) -> int:
     """How far windows advance: half of what the model reads."""
     return max(1, context // 2)
-
-
-def batches(stream: Iterator[Window], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[Window]]:
-    """Windows of about equal length, in batches of at most `batch_tokens` with padding."""
-    while group := list(itertools.islice(stream, SORTED)):
-        batch: list[Window] = []
-        for window in sorted(group, key=lambda window: len(window.tokens)):
-            if batch and (len(batch) + 1) * len(window.tokens) > batch_tokens:
-                yield batch
-                batch = []
-            batch.append(window)
-        yield batch
-
-
-def pad(batch: list[Window], model: Any) -> tuple[Tensor, Tensor]:
-    """A batch as tokens [B, T + 1] and a mask [B, T] of the places whose next token is scored.
-
-    Padding follows the text, so that it changes nothing.
-    """
-    length = max(len(window.tokens) for window in batch) - 1
-    tokens_BT = torch.zeros(len(batch), length + 1, dtype=torch.long)
-    scored_BT = torch.zeros(len(batch), length, dtype=torch.bool)
-    for row, (tokens, known) in enumerate(batch):
-        tokens_BT[row, :len(tokens)] = torch.tensor(tokens)
-        scored_BT[row, known:len(tokens) - 1] = True
-    device = next(model.parameters()).device
-    return tokens_BT.to(device), scored_BT.to(device)
-
-
-@torch.inference_mode()
-def batch_nats(model: Any, tokens_BT: Tensor, scored_BT: Tensor) -> float:
-    """Negative log-likelihood, in nats, of the tokens that a batch has to score."""
-    x_ND = model.features(tokens_BT[:, :-1])[scored_BT]
-    weight_VD, bias_V = model.head_weights()
-    losses_N = token_losses(x_ND, weight_VD, bias_V, tokens_BT[:, 1:][scored_BT])
-    return float(losses_N.cpu().double().sum())
 
 
 class _Totals:

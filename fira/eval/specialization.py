@@ -19,12 +19,14 @@ from torch import Tensor
 
 from fira.data.sources import inputs
 from fira.data.text import items
-from fira.eval.bits_per_byte import batch_nats, batches, bits_per_byte, pad, windows
+from fira.eval.bits_per_byte import bits_per_byte, windows
+from fira.eval.score import TreeBatch, batches, make_tree
 from fira.infer.load import load
 from fira.model.generate import window_length
 from fira.model.moe import MoE
 from fira.model.router import Watch, routers
 
+BATCH_TOKENS = 8192
 TOKENS = 1_000_000  # of the text's beginning; more does not change a digit that is shown
 
 
@@ -42,17 +44,19 @@ def specialization(run: str, sources: list[str], device: str = "auto") -> dict[s
     size = sum(int(sizes[ids].sum()) for ids, _ in parts if ids)
     if size == 0:
         raise ValueError("the text is empty, nothing to route; give a file with text in it")
-    given = [pad(batch, model) for batch in batches(
-        windows(parts, window_length(model), tokenizer.end_of_text))]
+    trees = [make_tree([window]) for window in windows(parts, window_length(model),
+                                                       tokenizer.end_of_text)]
+    given = [TreeBatch([trees[number] for number in numbers], model) for numbers in batches(
+        {number: len(tree.tokens) for number, tree in enumerate(trees)}, BATCH_TOKENS)]
     nats, read, experts = 0.0, [], []
     with Watch(model) as watch:
-        for tokens_BT, scored_BT in given:
-            nats += batch_nats(model, tokens_BT, scored_BT)
-            read.append(tokens_BT[:, :-1][scored_BT].cpu())
-            experts.append([experts_NK[scored_BT.flatten()].cpu() for experts_NK in watch.experts
+        for batch in given:
+            nats += batch.costs(model)[:, 0].sum()
+            read.append(batch.tokens_N[batch.places_P].cpu())
+            experts.append([experts_NK[batch.places_P].cpu() for experts_NK in watch.experts
                             if experts_NK is not None])
     with _exchanged(model):
-        exchanged = sum(batch_nats(model, *batch) for batch in given)
+        exchanged = sum(batch.costs(model)[:, 0].sum() for batch in given)
     tokens_N = torch.cat(read)
     return {"tokens": len(tokens_N), "bits_per_byte": bits_per_byte(nats, size),
             "bits_per_byte_experts_exchanged": bits_per_byte(exchanged, size),

@@ -1,0 +1,257 @@
+"""A model's results on tasks: accuracy, bits per byte, floors, an interval, the experts' load."""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fira.convert.files import Loaded
+from fira.data.chat import prompt_ids
+from fira.data.tokenizer import TURN_END
+from fira.eval.score import Loads, Window, encode_rows, score
+from fira.eval.suites import open_suite, open_task
+from fira.eval.task import Row, Task
+from fira.files import read_json, sha256, write_text
+from fira.infer.engine import Engine
+from fira.infer.load import load
+from fira.infer.request import SamplingParams
+from fira.model import build
+from fira.model.files import ADAPTER, WEIGHTS, knows_chat
+from fira.model.generate import window_length
+from fira.model.router import routers
+from fira.runlog import ProgressLine
+from fira.runtime import versions
+
+RULE = ("after end-of-text, context and continuation are encoded together; the likeliest "
+        "continuation, also per byte without white space at its ends; a tie is shared; a gold text "
+        "is right if each of its tokens is the likeliest; chat answers are greedy")
+FLOOR_ROWS = 200  # that the random-weight model scores, evenly spread over the task
+TIE = 1e-6  # relative; nats that are closer are the same
+ANSWER_TOKENS = 256
+Values = list["float | None"]  # one for each row; None for a row that was left out
+
+
+def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: str = ".",
+            target: Path | None = None, limit: int | None = None, resume: bool = False,
+            letters: bool = False, device: str = "auto", screen: Console | None = None
+            ) -> dict[str, Any]:
+    """Results of a run's newest step on suites and on task files ("own").
+
+    They are written to `target` after each task; with `resume` those that are there are kept.
+    Raises ValueError, one line, for sets that are missing or wrong, damaged weights, and rows of
+    messages for a model without chat turns.
+    """
+    screen = screen or Console(quiet=True)
+    if resume and not target:
+        raise ValueError("--resume continues the file of --json FILE; give both")
+    old = read_json(target, "leave out --resume") if resume and target else {}
+    chosen: dict[str, list[Task]] = {}
+    for name in suites:
+        chosen[name], missing = open_suite(name, data, limit, letters)
+        if missing:
+            screen.print(f"suite {name}: {data} has no {', '.join(missing)}", soft_wrap=True)
+    if files:
+        chosen["own"] = [open_task(Path(file).name, file, limit, letters) for file in files]
+    loaded = load(run, device)
+    weights = loaded.folder / (WEIGHTS if (loaded.folder / WEIGHTS).exists() else ADAPTER)
+    result = {"run": str(loaded.folder), "model_sha256": sha256(weights), "versions": versions()}
+    found = old["suites"] if old.get("model_sha256") == result["model_sha256"] else {}
+    for suite, tasks in chosen.items():
+        if found.get(suite, {}).get("protocol") != _protocol(tasks):
+            found[suite] = {"protocol": _protocol(tasks), "tasks": {}}
+    todo = [(found[suite]["tasks"], task) for suite, tasks in chosen.items() for task in tasks
+            if task.name not in found[suite]["tasks"]]
+    random = build(loaded.model.spec, 0, next(loaded.model.parameters()).device)
+    start = time.monotonic()
+    with ProgressLine("eval", screen) as line:
+        def show(share: float) -> None:
+            line.update((number + share) / len(todo), task.name, time.monotonic() - start)
+
+        for number in range(len(todo)):
+            results, task = todo[number]
+            results[task.name] = judge(loaded, task, random, show)
+            if target:
+                write_text(target, json.dumps({**result, "suites": found}) + "\n")
+    return {**result, "suites": found}
+
+
+def _protocol(tasks: list[Task]) -> dict[str, Any]:
+    """The rule, each task's form, and a hash of the exact requests of all."""
+    return {"rule": RULE, "tasks": {task.name: task.protocol for task in tasks},
+            "sha256": hashlib.sha256("".join(task.sha256 for task in tasks).encode()).hexdigest()}
+
+
+def judge(loaded: Loaded, task: Task, random: Any, progress: Callable[[float], None]
+          ) -> dict[str, Any]:
+    """The result of a task; its lists have None for a row that was left out. `random` is a model of
+    the same shape with random weights."""
+    found, loads_LE = (_generate(loaded, task.rows, progress) if task.rows[0].messages
+                       else _compare(loaded, task.rows, random, progress))
+    n, accuracy = sum(value is not None for value in found["correct"]), mean(found["correct"])
+    floors = {"majority": majority(task.rows), **found.pop("floors")}
+    low, high = wilson((accuracy or 0) * n, n)
+    room = 1 - floors["majority"]
+    return {"n": n, "accuracy": accuracy, "bits_per_byte": mean(found["item_bits"]),
+            "floors": floors, "interval": [low, high],
+            "at_chance": low <= max(floors["majority"], floors.get("unigram") or 0),
+            "centred": 1 - (1 - accuracy) / room if room and accuracy is not None else None,
+            "groups": [row.group for row in task.rows], "experts": experts(loaded.model, loads_LE),
+            **found}
+
+
+def _compare(loaded: Loaded, rows: Sequence[Row], random: Any, progress: Callable[[float], None]
+             ) -> tuple[dict[str, Any], np.ndarray]:
+    given = encode_rows(loaded.tokenizer, rows, window_length(loaded.model))
+    loads = Loads(loaded.model)
+    with loads:
+        costs = score(loaded.model, given.rows, progress=progress)
+    nats = _sums(costs)
+    exact = {number: float((options[0][:, 1] == 0).all())  # gold texts
+             for number, options in enumerate(costs) if len(options) == 1}
+    right, per_byte = ([exact.get(number, value) for number, value in enumerate(
+        best(rows, nats, each))] for each in (False, True))
+    some = slice(None, None, math.ceil(len(rows) / FLOOR_ROWS))
+    floors = {"unigram": mean(best(rows, unigram(given.rows, loaded.model.spec.vocab_size))),
+              "random": mean(best(rows[some], _sums(score(random, given.rows[some]))))}
+    bits = [options[row.gold] / math.log(2) / size(row.options[row.gold][1]) if options else None
+            for row, options in zip(rows, nats, strict=True)]
+    return {"correct": right, "accuracy_per_byte": mean(per_byte), "item_bits": bits,
+            "floors": floors, **given._asdict(), "rows": len(rows)}, loads.counts_LE
+
+
+def _sums(costs: list[list[np.ndarray]]) -> list[list[float]]:
+    return [[float(cost_P2[:, 0].sum()) for cost_P2 in options] for options in costs]
+
+
+def _generate(loaded: Loaded, rows: Sequence[Row], progress: Callable[[float], None]
+              ) -> tuple[dict[str, Any], np.ndarray]:
+    if not knows_chat(loaded.folder):
+        raise ValueError("the rows are chat messages, but the model was not trained on chat "
+                         "turns; use a tuned model, or rows with a context")
+    params = SamplingParams(ANSWER_TOKENS, 0.0, stop_ids=(loaded.tokenizer.special(TURN_END),))
+    engine = Engine(loaded.model, loaded.tokenizer, max_waiting=len(rows))
+    events: dict[int, list[Any]] = {}  # of the rows whose prompt fits
+    for number, row in enumerate(rows):
+        ids = prompt_ids(loaded.tokenizer, row.messages, tuned=True)
+        if len(ids) <= engine.capacity:
+            engine.add(ids, params, events.setdefault(number, []).append)
+    while engine.step():
+        progress(engine.stats["finished"] / len(rows))
+    engine.close()
+    if error := next((found[-1].error for found in events.values() if found[-1].error), None):
+        raise ValueError(error)
+    right = [row.score("".join(event.text for event in events[number])) if number in events
+             else None for number, row in enumerate(rows)]
+    return {"correct": right, "accuracy_per_byte": None, "item_bits": [None] * len(rows),
+            "floors": {}, "cut": [], "unsplit": [], "rows": len(rows),
+            "left_out": [number for number, value in enumerate(right) if value is None]
+            }, np.array(engine.loads)
+
+
+def size(continuation: str) -> int:
+    """Bytes of a continuation without white space at its ends."""
+    return max(1, len(continuation.strip().encode()))
+
+
+def best(rows: Sequence[Row], nats: Sequence[Sequence[float]], per_byte: bool = False) -> Values:
+    """1 for a row whose gold option has the fewest nats; a share of 1 if others have as few; 0 for
+    a gold text, which has no other option."""
+    found: Values = []
+    for row, options in zip(rows, nats, strict=True):
+        costs = np.array(options) / ([size(end) for _, end in row.options]
+                                     if per_byte and options else 1)
+        equal = np.isclose(costs, costs.min(initial=math.inf), rtol=TIE, atol=0)
+        found.append((len(equal) > 1) * float(equal[row.gold] / equal.sum()) if options else None)
+    return found
+
+
+def majority(rows: Sequence[Row]) -> float:
+    """What the best constant answer gets: the commonest gold text, or chance among the options."""
+    chance = [1 / len(row.options) if len(row.options) > 1 else 0.0 for row in rows]
+    fixed = len({frozenset(end for _, end in row.options) for row in rows}) == 1
+    commonest = Counter(row.answers[0] for row in rows).most_common(1)[0][1] / len(rows)
+    return max(sum(chance) / len(rows), commonest if fixed else 0.0)
+
+
+def unigram(rows: Sequence[Sequence[Window]], vocab_size: int) -> list[list[float]]:
+    """Nats of every option by token frequencies alone, counted in all options and contexts."""
+    counts_V = np.ones(vocab_size)
+    for options in rows:
+        for tokens, _ in options:
+            np.add.at(counts_V, tokens[1:], 1)
+    nats_V = -np.log(counts_V / counts_V.sum())
+    return [[float(nats_V[tokens[known + 1:]].sum()) for tokens, known in options]
+            for options in rows]
+
+
+def experts(model: Any, loads_LE: np.ndarray) -> dict[str, Any] | None:
+    """The load per layer, its distance from the load on the text of training (half the sum of
+    differences, 0..1) and the three most over-used experts. None for a dense model."""
+    layers = routers(model)
+    if not layers:
+        return None
+    load_LE = loads_LE / np.maximum(loads_LE.sum(axis=1, keepdims=True), 1)
+    usual_LE = np.array([router.load_share_E.tolist() for router in layers])
+    ratio_LE = load_LE / np.maximum(usual_LE, 1e-9)
+    top = sorted(np.ndindex(ratio_LE.shape), key=lambda place: -ratio_LE[place])[:3]
+    return {"load": load_LE.round(5).tolist(),
+            "distance": (abs(load_LE - usual_LE).sum(axis=1) / 2).tolist(),
+            "over_used": [{"layer": layer, "expert": expert,
+                           "ratio": float(ratio_LE[layer, expert])} for layer, expert in top]}
+
+
+def mean(values: Values) -> float | None:
+    """Of the values that are not None; None if all are."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a rate (Wilson 1927)."""
+    if not n:
+        return 0.0, 1.0
+    p, scale = correct / n, 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
+    middle = (p + z * z / (2 * n)) / scale
+    return middle - half, middle + half
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a table for each suite; rates in percent, experts as layer.expert."""
+    screen = Console(highlight=False)
+    screen.width = max(screen.width, 120)
+    for suite, content in result["suites"].items():
+        tasks = content["tasks"]
+        bits, accuracy, centred = (mean([task[name] for task in tasks.values()])
+                                   for name in ("bits_per_byte", "accuracy", "centred"))
+        shown = Table("task", title=f"{suite}: {_number(bits)} bits per byte, accuracy "
+                      f"{_percent(accuracy)}, centred {_percent(centred)}", title_justify="left",
+                      box=None, padding=(0, 1, 0, 0))
+        for title in ("n", "bits/byte", "right", "95%", "per byte", "floors", "", "experts"):
+            shown.add_column(title, justify="right")
+        for name, task in tasks.items():
+            shown.add_row(
+                name.partition("/")[2] or name, f"{task['n']:,}", _number(task["bits_per_byte"]),
+                _percent(task["accuracy"]), _percent(*task["interval"]),
+                _percent(task["accuracy_per_byte"]), _percent(*task["floors"].values()),
+                "at chance" * task["at_chance"],
+                " ".join(f"{one['layer']}.{one['expert']} x{one['ratio']:.1f}"
+                         for one in (task["experts"] or {"over_used": []})["over_used"]))
+        screen.print(shown)
+
+
+def _percent(*values: float | None) -> str:
+    return " ".join("-" if value is None else f"{100 * value:.1f}" for value in values)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

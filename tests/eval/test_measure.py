@@ -1,0 +1,119 @@
+"""Results: right, by chance, per byte, with an interval; written as they come and continued."""
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import fira.eval.measure as measure_module
+from fira.eval.measure import best, majority, measure, unigram, wilson
+from fira.eval.score import encode_rows
+from fira.eval.task import make_row
+from fira.files import write_manifest
+
+QUESTION = {"context": "The Union is", "continuations": [" strong", " and"], "gold": 0}
+CHAT = {"messages": [{"role": "user", "content": "The state"}], "answer": "x", "checker": "regex"}
+
+
+def choices(*golds, ends=(" a", " bbb", " c")):
+    return [make_row({"context": f"{n}", "continuations": list(ends), "gold": gold}, "row")
+            for n, gold in enumerate(golds)]
+
+
+@pytest.mark.parametrize("nats, right, per_byte", [
+    ([1.0, 2.0, 3.0], 1.0, 0.0), ([2.0, 1.0, 3.0], 0.0, 0.0), ([2.0, 2.0, 3.0], 0.5, 0.0),
+    ([1.0, 3.0, 1.0 + 1e-9], 0.5, 1 / 3), ([2.0, 2.0, 2.0], 1 / 3, 0.0), ([], None, None)])
+def test_the_fewest_nats_are_the_answer_and_ties_are_shared(nats, right, per_byte):
+    rows = choices(0)
+    assert best(rows, [nats]) == [pytest.approx(right)]
+    assert best(rows, [nats], per_byte=True) == [pytest.approx(per_byte)]
+
+
+def test_floors_are_the_best_constant_answer_and_token_frequencies(tokenizer):
+    pairs = [make_row({"good": f"{n} is", "bad": f"{n} are"}, "row") for n in range(3)]
+    assert [majority(choices(0, 1, 2)), majority(choices(1, 1, 1, 0)), majority(pairs)] == [
+        pytest.approx(1 / 3), pytest.approx(3 / 4), pytest.approx(1 / 2)]
+    rows = choices(0, 0, ends=(" the", " zqx zqx"))
+    nats = unigram(encode_rows(tokenizer, rows, 64).rows, tokenizer.vocab_size)
+    assert best(rows, nats) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("correct, n, low, high", [
+    (0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662), (0, 0, 0.0, 1.0)])
+def test_the_interval_is_wilsons(correct, n, low, high):
+    assert wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    def write(*rows, name="mine.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+    return write
+
+
+def test_a_task_of_ones_own_gives_a_table_and_one_json_object(fira, run, task_file, tmp_path):
+    file, target = task_file(QUESTION, {**QUESTION, "gold": 1}, QUESTION), tmp_path / "out.json"
+    shown = fira("eval", run, "--task", file, "--device", "cpu")
+    assert shown.code == 0 and "mine.jsonl" in shown.out and "at chance" in shown.out, shown.err
+    assert fira("eval", run, "--task", file, "--json", target, "--limit", 2).out == ""
+    found = json.loads(target.read_text())
+    own = found["suites"]["own"]
+    task = own["tasks"]["mine.jsonl"]
+    assert task["n"] == 2 and sum(task["correct"]) == 1 and task["at_chance"]
+    assert task["floors"]["majority"] == 0.5 and len(task["item_bits"]) == 2
+    assert task["experts"]["load"] and len(task["experts"]["over_used"]) == 3
+    assert sum(task["experts"]["load"][0]) == pytest.approx(1, abs=1e-4)
+    assert len(own["protocol"]["sha256"]) == len(found["model_sha256"]) == 64
+    assert json.loads(fira("eval", run, "--task", file, "--limit", 2, "--json").out) == found
+
+
+def test_an_interrupted_run_keeps_what_is_finished_and_resume_goes_on(run, task_file, tmp_path,
+                                                                      monkeypatch):
+    files = [str(task_file(QUESTION, name=f"{name}.jsonl")) for name in "abc"]
+    whole = measure(run, [], files, device="cpu")
+    target, calls = tmp_path / "out.json", []
+    judge = measure_module.judge
+
+    def interrupted(loaded, task, *others):
+        calls.append(task.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return judge(loaded, task, *others)
+
+    monkeypatch.setattr(measure_module, "judge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(run, [], files, target=target, device="cpu")
+    assert measure(run, [], files, target=target, device="cpu", resume=True) == whole
+    assert calls == ["a.jsonl", "b.jsonl", "c.jsonl", "c.jsonl"]
+    measure(run, [], files, target=target, device="cpu", resume=True, limit=1)
+    assert len(calls) == 4
+    measure(run, [], files[:2], target=target, device="cpu", resume=True)  # another protocol
+    assert len(calls) == 6
+
+
+def test_chat_rows_are_answered_by_a_tuned_model_and_refused_for_another(run, task_file, refused,
+                                                                         tmp_path):
+    file = task_file({**CHAT, "answer": "."}, {**CHAT, "answer": "^$"})
+    assert "not trained on chat turns; use a tuned model" in refused("eval", run, "--task", file)
+    tuned = shutil.copytree(run, tmp_path / "tuned")
+    for config in tuned.glob("step-*/config.json"):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "chat": True}))
+        write_manifest(config.parent)
+    (task,) = measure(tuned, [], [str(file)], device="cpu")["suites"]["own"]["tasks"].values()
+    assert task["n"] == 2 and sum(task["correct"]) == 1 and task["bits_per_byte"] is None
+    assert sum(task["experts"]["load"][0]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--suite", "mmlu"], "has none of the sets of suite mmlu; give as --data"),
+    (["--task", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--task", "{file}", "--resume"], "--resume continues the file of --json FILE; give both"),
+    (["--task", "{file}", "--json", "{file}", "--resume"], "); leave out --resume"),
+])
+def test_wrong_use_is_one_line(run, task_file, refused, words, expected, tmp_path):
+    file = task_file(QUESTION, QUESTION)
+    line = refused("eval", run, "--data", tmp_path, *(word.format(file=file) for word in words))
+    assert expected in line
