@@ -25,7 +25,7 @@ from fira.cli.command import (
               help="Text to score, given as for fira data; may be repeated.")
 @click.option("--suite", "suites", multiple=True, metavar="NAME",
               help="Suite of standard sets (docs/evaluation.md); may be repeated.")
-@click.option("--task", "files", multiple=True, metavar="FILE",
+@click.option("--task", "files", multiple=True, type=click.Path(dir_okay=False),
               help="JSON lines with a task of your own (docs/evaluation.md); may be repeated.")
 @click.option("--data", default=".", metavar="FOLDER", show_default="here",
               help="Folder with the files of the suites, or hub.")

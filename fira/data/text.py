@@ -96,20 +96,14 @@ def records(source: str) -> Iterator[tuple[str, Any]]:
 
     Raises ValueError, one line with the place, for what cannot be read.
     """
-    place, *more = inputs([source])
-    where = place.name
+    where, (place,) = source, inputs([source])
     try:
-        if more:
-            raise ValueError("it holds several files; name one of them")
         with contextlib.ExitStack() as stack:
             for number, _, row in (_hub(place, DEFAULT) if place.ending == "hub" else _lines(
                     *stack.enter_context(_opened(place, DEFAULT.encoding)))):
                 where = f"{place.name}:{number}"
-                if isinstance(row, dict):
-                    yield where, row
-                elif row.strip():
-                    _check(row, DEFAULT.encoding)
-                    yield where, json.loads(row)
+                if isinstance(row, dict) or row.strip():
+                    yield where, row if isinstance(row, dict) else json.loads(row)
     except Exception as error:  # every format has its own
         line = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{where}: cannot be read ({line}); write one JSON object per line, or "
