@@ -1,26 +1,33 @@
-"""In-context copying: how much less a passage costs when it is read a second time.
+"""Beside `fira eval`: in-context copying, and the speed of tasks against lm-eval's own backend.
 
-A model without induction heads (Olsson et al. 2022) gains little from having read the same words
-before; with good ones it predicts them almost surely.
+Induction heads (Olsson et al. 2022) make a passage cost less when it is read again.
 
-    python benchmarks/copying.py out/small --text held_out.txt
+    python benchmarks/run_scores.py out/small --text held_out.txt
+    python benchmarks/run_scores.py out/small --task sets/arc_easy.test.jsonl
 """
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from record import append, new_parser
+from record import append, new_parser, time_in_turns
+from rich.console import Console
 
+from fira.convert.hf import export_run
 from fira.data.sources import inputs
 from fira.data.text import items
+from fira.eval.score import encode_rows, score
+from fira.eval.suites import open_task
 from fira.infer.load import load
 from fira.loss.head import token_losses
 from fira.model.generate import window_length
 
 PASSAGES = 64  # of the text's beginning
 ROWS = 8       # passages at a time
+TASK_ROWS = 200
 
 
 @torch.inference_mode()
@@ -64,18 +71,39 @@ def _passages(tokenizer: Any, sources: list[str], length: int) -> Iterator[list[
             ids = []
 
 
+def compare(run: str, file: str, scratch: Path) -> dict[str, Any]:
+    """Seconds of both sides, and the largest difference of a log-probability."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    model, tokenizer, _ = load(run, "cpu")
+    export_run(Path(run), scratch / "hf", None, Console(quiet=True))
+    peer = HFLM(pretrained=str(scratch / "hf"), device="cpu", batch_size=16, dtype="float32")
+    rows = open_task("task", file, TASK_ROWS).rows
+    requests = [Instance("loglikelihood", {}, ("<|endoftext|>" * bool(context) + context, end), n)
+                for row in rows for n, (context, end) in enumerate(row.options)]
+    found: dict[str, Any] = {}
+    seconds = time_in_turns({
+        "fira": lambda: found.update(ours=score(
+            model, encode_rows(tokenizer, rows, model.spec.context).rows)),
+        "lm-eval": lambda: found.update(theirs=peer.loglikelihood(requests, disable_tqdm=True))},
+                            repeats=1, warm_up=0)
+    ours = [-cost_P2[:, 0].sum() for costs in found["ours"] for cost_P2 in costs]
+    return {"requests": len(requests), "seconds": seconds, "difference": max(
+        abs(mine - other) for mine, (other, _) in zip(ours, found["theirs"], strict=True))}
+
+
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="run folders")
-    parser.add_argument("--text", action="append", required=True, help="held-out text")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--text", action="append", default=[], help="held-out text")
+    parser.add_argument("--task", help="file of a published set, to score beside lm-eval")
     options = parser.parse_args()
-    print(f"{'run':30}{'passages':>10}{'first':>10}{'again':>10}  nats per token")
     for run in options.runs:
-        found = copying(run, options.text, options.device)
-        print(f"{run:30}{found['passages']:10}{found['nats_per_token_first']:10.3f}"
-              f"{found['nats_per_token_again']:10.3f}")
-        append(options.json, {"run": run, "text": options.text, **found})
+        with tempfile.TemporaryDirectory() as folder:
+            found = (compare(run, options.task, Path(folder)) if options.task else
+                     copying(run, options.text))
+        print(run, *(f"{name}: {value}" for name, value in found.items()), sep="\n  ")
+        append(options.json, {"run": run, "text": options.text, "task": options.task, **found})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Copying: a passage read twice, by the definition."""
 from __future__ import annotations
 
-import copying
+import run_scores
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +11,7 @@ from fira.infer.load import load
 
 def test_a_passage_is_scored_when_first_read_and_when_read_again(trained_run, corpus):
     text_file = min(corpus.iterdir())
-    found = copying.copying(str(trained_run), [str(text_file)], "cpu")
+    found = run_scores.copying(str(trained_run), [str(text_file)], "cpu")
     model, tokenizer, _ = load(trained_run, "cpu")
     length = model.trained_length // 2
     ids = torch.tensor(tokenizer.encode(text_file.read_text(encoding="utf-8")))
