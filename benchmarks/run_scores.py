@@ -1,6 +1,4 @@
-"""Beside `fira eval`: in-context copying, and the speed of tasks against lm-eval's own backend.
-
-Induction heads (Olsson et al. 2022) make a passage cost less when it is read again.
+"""In-context copying (Olsson et al. 2022), and the speed of tasks against lm-eval's own backend.
 
     python benchmarks/run_scores.py out/small --text held_out.txt
     python benchmarks/run_scores.py out/small --task sets/arc_easy.test.jsonl
@@ -27,7 +25,6 @@ from fira.model.generate import window_length
 
 PASSAGES = 64  # of the text's beginning
 ROWS = 8       # passages at a time
-TASK_ROWS = 200
 
 
 @torch.inference_mode()
@@ -78,13 +75,13 @@ def compare(run: str, file: str, scratch: Path) -> dict[str, Any]:
     model, tokenizer, _ = load(run, "cpu")
     export_run(Path(run), scratch / "hf", None, Console(quiet=True))
     peer = HFLM(pretrained=str(scratch / "hf"), device="cpu", batch_size=16, dtype="float32")
-    rows = open_task("task", file, TASK_ROWS).rows
+    rows = open_task("task", file, 200).rows
     requests = [Instance("loglikelihood", {}, ("<|endoftext|>" * bool(context) + context, end), n)
                 for row in rows for n, (context, end) in enumerate(row.options)]
     found: dict[str, Any] = {}
     seconds = time_in_turns({
-        "fira": lambda: found.update(ours=score(
-            model, encode_rows(tokenizer, rows, model.spec.context).rows)),
+        "fira": lambda: found.update(ours=score(model, encode_rows(
+            tokenizer, rows, model.spec.context).rows)),
         "lm-eval": lambda: found.update(theirs=peer.loglikelihood(requests, disable_tqdm=True))},
                             repeats=1, warm_up=0)
     ours = [-cost_P2[:, 0].sum() for costs in found["ours"] for cost_P2 in costs]
@@ -100,8 +97,8 @@ def main() -> None:
     options = parser.parse_args()
     for run in options.runs:
         with tempfile.TemporaryDirectory() as folder:
-            found = (compare(run, options.task, Path(folder)) if options.task else
-                     copying(run, options.text))
+            found = compare(run, options.task, Path(folder)) if options.task else copying(
+                run, options.text)
         print(run, *(f"{name}: {value}" for name, value in found.items()), sep="\n  ")
         append(options.json, {"run": run, "text": options.text, "task": options.task, **found})
 
