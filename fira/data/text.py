@@ -93,9 +93,7 @@ def read(given: list[Input], how: Reading = DEFAULT, start: tuple[int, int] = (0
 
 def records(source: str) -> Iterator[tuple[str, Any]]:
     """The value in each line of a .jsonl file, or each row of a hub data set, with its place.
-
-    Raises ValueError, one line with the place, for what cannot be read.
-    """
+    Raises ValueError, one line with the place, for what cannot be read."""
     where, (place,) = source, inputs([source])
     try:
         with contextlib.ExitStack() as stack:
@@ -106,8 +104,8 @@ def records(source: str) -> Iterator[tuple[str, Any]]:
                     yield where, row if isinstance(row, dict) else json.loads(row)
     except Exception as error:  # every format has its own
         line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{where}: cannot be read ({line}); write one JSON object per line, or "
-                         "fetch the file again") from None
+        raise ValueError(f"{where}: cannot be read ({line}); write one JSON object per line"
+                         ) from None
 
 
 def group(stream: Iterable[Item], limit: int) -> Iterator[list[Item]]:

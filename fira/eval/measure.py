@@ -233,14 +233,14 @@ def show(result: dict[str, Any]) -> None:
         tasks = content["tasks"]
         bits, accuracy, centred = (mean([task[name] for task in tasks.values()])
                                    for name in ("bits_per_byte", "accuracy", "centred"))
-        shown = Table("task", title=f"{suite}: {_number(bits)} bits per byte, accuracy "
+        shown = Table("task", title=f"{suite}: {_bits(bits)} bits per byte, accuracy "
                       f"{_percent(accuracy)}, centred {_percent(centred)}", title_justify="left",
                       box=None, padding=(0, 1, 0, 0))
         for title in ("n", "bits/byte", "right", "95%", "per byte", "floors", "", "experts"):
             shown.add_column(title, justify="right")
         for name, task in tasks.items():
             shown.add_row(
-                name.partition("/")[2] or name, f"{task['n']:,}", _number(task["bits_per_byte"]),
+                name.partition("/")[2] or name, f"{task['n']:,}", _bits(task["bits_per_byte"]),
                 _percent(task["accuracy"]), _percent(*task["interval"]),
                 _percent(task["accuracy_per_byte"]), _percent(*task["floors"].values()),
                 "at chance" * task["at_chance"],
@@ -249,9 +249,9 @@ def show(result: dict[str, Any]) -> None:
         screen.print(shown)
 
 
+def _bits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _percent(*values: float | None) -> str:
     return " ".join("-" if value is None else f"{100 * value:.1f}" for value in values)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -1,16 +1,13 @@
 """Log-probabilities of continuations, each given its context.
 
-Context and continuation are encoded together, after the end-of-text token, and divided where a
-token ends at their border. Where none does, the token across the border counts as the
-continuation's, and the row is counted. A context that is too long loses its beginning, and a row
-whose continuation alone is too long is left out; both are named.
+Context and continuation are encoded together, after the end-of-text token, and divided at their
+border; a token across it counts as the continuation's. The options of a row share their first
+tokens, which are read once: a row is a tree, in which each option's own tokens follow the shared
+ones. A batch is one flat row of all trees' tokens, without padding; only attention distinguishes
+them, so a score does not depend on what is beside it.
 
-The options of a row share their first tokens, which are read once: a row is a tree, in which each
-option's own tokens follow the shared ones. A batch is one flat row of all trees' tokens, without
-padding; only attention distinguishes them, so a score does not depend on what is beside it.
-
-On a CPU each thread reads batches of its own, with operations of one thread. When OpenMP's threads
-share an operation they wait for each other, spinning, and on a busy machine that takes most time.
+On a CPU each thread reads batches of its own, with operations of one thread. OpenMP's threads that
+share an operation spin while they wait for each other, which on a busy machine takes most time.
 """
 from __future__ import annotations
 
@@ -43,12 +40,12 @@ class Window(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The options of each row; none for the rows `left_out`."""
+    """The options of each row, none for those left out; the others are numbers of rows."""
 
     rows: list[list[Window]]
-    cut: list[int]  # numbers of rows whose contexts lost their beginning, equally
-    left_out: list[int]  # ... with a continuation longer than the model reads
-    unsplit: list[int]  # ... with a token across a border
+    cut: list[int]  # whose contexts lost their beginning, equally
+    left_out: list[int]  # which have a continuation longer than the model reads
+    unsplit: list[int]  # which have a token across a border
 
 
 class Tree(NamedTuple):
@@ -168,10 +165,7 @@ class TreeBatch:
 
     def __init__(self, trees: Sequence[Tree], model: Any) -> None:
         device = next(model.parameters()).device
-        tokens: list[int] = []
-        positions: list[int] = []
-        places: list[int] = []
-        targets: list[int] = []
+        tokens, positions, places, targets = (list[int]() for _ in range(4))
         self.options: list[list[list[int]]] = []  # of each tree, the predictions of each option
         for tree in trees:
             places += [len(tokens) + place for place in tree.places]

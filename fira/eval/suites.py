@@ -100,17 +100,13 @@ def _find(name: str, data: str) -> dict[str, str]:
         place, stem = f"/{path.relative_to(data).as_posix()}", path.name.split(".")[0]
         inside = f"/{name}/" in place
         if (not (inside or f"/{name}." in place) or not path.name.endswith(ENDINGS)
-                or "/mc_" in place or path.suffix == ".json" and not _is_bigbench(path)):
+                or "/mc_" in place or path.suffix == ".json"
+                and '"examples"' not in path.read_text(encoding="utf-8")):
             continue
         label = f"{name}/{stem}" if inside and stem != "requests" else name
         rank = next(n for n, split in enumerate(SPLITS) if split in place.rpartition(name)[2])
         best[label] = min(best.get(label, (rank, str(path))), (rank, str(path)))
     return {label: path for label, (_, path) in best.items()}
-
-
-def _is_bigbench(path: Path) -> bool:
-    with open(path, encoding="utf-8") as file:
-        return '"examples"' in file.read(1 << 14)
 
 
 def _with_shots(rows: list[Row], number: int, shots: int) -> Row:

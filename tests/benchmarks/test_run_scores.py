@@ -1,8 +1,8 @@
 """Copying: a passage read twice, by the definition."""
 from __future__ import annotations
 
-import run_scores
 import pytest
+import run_scores
 import torch
 from torch.nn import functional as F
 

@@ -19,19 +19,17 @@ START = "<|endoftext|>"  # our text begins after it; lm-eval adds it to an empty
 CHOICES = {"text": ["a thin wire", "a thick blanket"], "label": ["A", "B"]}
 TASKS = {  # records as published, and lm-eval's stock prompt of the set
     "arc_easy": ([{"question": f"Which keeps {thing} warm?", "choices": CHOICES, "answerKey": key}
-                  for thing, key in (("milk", "B"), ("a naïve café", "A"), ("tea", "B"))],
+                  for thing, key in (("milk", "B"), ("a naïve café", "A"))],
                  {"doc_to_text": START + "Question: {{question}}\nAnswer:",
                   "doc_to_choice": "{{choices.text}}",
                   "doc_to_target": "{{choices.label.index(answerKey)}}"}),
-    "piqa": ([{"goal": "open a jar", "sol1": "twist the lid", "sol2": "eat it", "label": 0},
-              {"goal": "dry hands", "sol1": "in water", "sol2": "with a towel", "label": 1}],
+    "piqa": ([{"goal": "open a jar", "sol1": "twist the lid", "sol2": "eat it", "label": 0}],
              {"doc_to_text": START + "Question: {{goal}}\nAnswer:", "doc_to_target": "label",
               "doc_to_choice": "{{[sol1, sol2]}}"}),
     "lambada": ([{"text": "the state of the union is strong"}, {"text": "he saw `` it ''"}],
                 {"doc_to_text": START + "{{text.split(' ')[:-1]|join(' ')}}",
                  "doc_to_target": "{{' '+text.split(' ')[-1]}}", "output_type": "loglikelihood"}),
-    "blimp": ([{"sentence_good": "She sings.", "sentence_bad": "She sing."},
-               {"sentence_good": "Who left?", "sentence_bad": "Who did left?"}],
+    "blimp": ([{"sentence_good": "Who left?", "sentence_bad": "Who did left?"}],
               {"doc_to_text": "", "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
                "doc_to_target": 0, "target_delimiter": ""}),
 }

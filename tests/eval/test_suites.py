@@ -13,8 +13,6 @@ CHOICES = {"text": ["air", "rock"], "label": ["A", "B"]}
 RECORDS = {  # a record, the first context, the continuations, the gold one
     "arc": ({"question": "Why?", "choices": CHOICES, "answerKey": "B"},
             "Question: Why?\nAnswer:", [" air", " rock"], 1),
-    "mmlu": ({"question": "2?", "subject": "s", "choices": ["1", "2"], "answer": 1},
-             "Question: 2?\nAnswer:", [" 1", " 2"], 1),
     "hellaswag": ({"activity_label": "Run", "ctx_a": "He [x] runs.", "ctx_b": "he", "label": "1",
                    "endings": ["stops [title] now", "falls"]},
                   "Run: He runs. He", [" stops. now", " falls"], 1),
@@ -29,8 +27,6 @@ RECORDS = {  # a record, the first context, the continuations, the gold one
                     "answer": "2"}, "The bus", [" was late."] * 2, 1),
     "pubmedqa": ({"question": "Q?", "context": "C.", "long_answer": "L", "final_decision": "no"},
                  "Abstract: C.\nQuestion: Q?\nAnswer:", [" yes", " no", " maybe"], 1),
-    "medqa": ({"question": "Q?", "options": {"A": "a", "B": "b"}, "answer_idx": "B"},
-              "Question: Q?\nAnswer:", [" a", " b"], 1),
     "bigbench": ({"input": "The athlete ", "target_scores": {"admires": 1, "admire": 0}},
                  "The athlete", [" admires", " admire"], 0),
     "blimp": ({"sentence_good": "She sings.", "sentence_bad": "She sing."},
@@ -107,7 +103,6 @@ def test_examples_come_from_other_rows_and_the_hash_is_that_of_the_requests(sets
 
 @pytest.mark.parametrize("suite, content, expected", [
     ("nothing", "", "suite 'nothing' is unknown; choose one of blimp, commonsense"),
-    ("mmlu", "", "none of the sets of suite mmlu; give as --data a folder with a file like mmlu"),
     ("lambada", "", "lambada.jsonl has no rows"),
     ("lambada", "{\n", "lambada.jsonl:1: cannot be read (Expecting property name"),
     ("lambada", '{"passage": "a"}\n', "lambada.jsonl:1: field 'answer' is missing"),
