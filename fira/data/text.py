@@ -104,8 +104,9 @@ def records(source: str) -> Iterator[tuple[str, Any]]:
                     yield where, row if isinstance(row, dict) else json.loads(row)
     except Exception as error:  # every format has its own
         line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{where}: cannot be read ({line}); write one JSON object per line"
-                         ) from None
+        rule = "check the name and the network" if place.ending == "hub" else (
+            "write one JSON object per line")
+        raise ValueError(f"{where}: cannot be read ({line}); {rule}") from None
 
 
 def group(stream: Iterable[Item], limit: int) -> Iterator[list[Item]]:
