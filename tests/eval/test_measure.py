@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import fira.eval.measure as measure_module
-from fira.eval.measure import best, majority, measure, unigram, wilson
+from fira.eval.measure import best, majority, measure, unigram
 from fira.eval.score import encode_rows
 from fira.eval.task import make_row
 from fira.files import write_manifest
@@ -37,12 +37,6 @@ def test_floors_are_the_best_constant_answer_and_token_frequencies(tokenizer):
     rows = choices(0, 0, ends=(" the", " zqx zqx"))
     nats = unigram(encode_rows(tokenizer, rows, 64).rows, tokenizer.vocab_size)
     assert best(rows, nats) == [1.0, 1.0]
-
-
-@pytest.mark.parametrize("correct, n, low, high", [
-    (0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662), (0, 0, 0.0, 1.0)])
-def test_the_interval_is_wilsons(correct, n, low, high):
-    assert wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.fixture
