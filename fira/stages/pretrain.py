@@ -1,6 +1,8 @@
 """Pre-training: the next token of prepared text."""
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,15 +54,16 @@ def recipe(config: PretrainConfig, sources: list[Source], tokenizer: Tokenizer,
 
     def probe() -> tuple[dict[str, float], Score]:
         full, row = config.train.sequence_length, dict[str, float]()
-        mean = dict.fromkeys(("loss", "bits_per_byte"), 0.0)
+        mean: dict[str, float] = {}
         length = min(layout.model.trained_length or full, full)
         for source in sources:
             found = validate(layout, sequential(
                 source.held_out, length, config.train.micro_batch * full // length, end_of_text),
                 token_bytes_V)
             for name, value in found.items():
-                mean[name] += source.share * value
                 row[source.label(name)] = value
+                mean[name] = (math.hypot if name.endswith("error") else operator.add)(
+                    mean.get(name, 0.0), source.share * value)
         return row | mean, Score("bits_per_byte", mean["bits_per_byte"])
 
     return Recipe(batches, next_token_loss, probe)

@@ -13,24 +13,34 @@ from fira.parallel.layout import Layout
 
 
 def validate(layout: Layout, batches: Iterable[Any], token_bytes_V: Tensor) -> dict[str, float]:
-    """Mean loss in nats per token, and bits per byte of the text that the targets stand for.
+    """Mean loss in nats per token, and bits per byte of the text that the targets stand for, with
+    its standard error if there are several windows.
 
     The ranks of a layout take the batches in turns and add up what they found. `token_bytes_V`
     holds the length of every token in bytes. Special tokens stand for no text: they count in the
-    loss and not in bits per byte.
+    loss and not in bits per byte. The error takes windows as independent, so it is too small where
+    documents are much longer.
     """
     layout.model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)  # nats, nats of text tokens, tokens, bytes
+    sums_55 = torch.zeros(5, 5, dtype=torch.float64)  # of products of the five columns below
     for batch, mine in layout.take_turns(batches):
         losses_BT = layout.score(_losses, batch)
         if losses_BT is None or not mine:
             continue
         losses_BT = losses_BT.cpu().double()
-        bytes_BT = token_bytes_V[batch.targets_BT]
-        sums += torch.stack([losses_BT.sum(), losses_BT[bytes_BT > 0].sum(),
-                             bytes_BT.new_tensor(bytes_BT.numel()), bytes_BT.sum()])
-    nats, text_nats, tokens, text_bytes = layout.sum(sums).tolist()
-    return {"loss": nats / tokens, "bits_per_byte": text_nats / math.log(2) / text_bytes}
+        bytes_BT = token_bytes_V[batch.targets_BT].double()
+        ones_BT = torch.ones_like(losses_BT)
+        rows_B5 = torch.stack([(losses_BT * (bytes_BT > 0)).sum(1), bytes_BT.sum(1),
+                               losses_BT.sum(1), ones_BT.sum(1), ones_BT[:, 0]], dim=1)
+        sums_55 += rows_B5.T @ rows_B5
+    sums_55 = layout.sum(sums_55)
+    text_nats, size, nats, tokens, windows = sums_55[4].tolist()
+    row = {"loss": nats / tokens, "bits_per_byte": text_nats / math.log(2) / size}
+    if windows > 1:  # variance of a ratio: mean square of nats - ratio * bytes over windows
+        weights_5 = torch.tensor([1, -text_nats / size, 0, 0, 0], dtype=torch.float64)
+        square = float(weights_5 @ sums_55 @ weights_5) * windows / (windows - 1)
+        row["bits_per_byte_error"] = math.sqrt(max(square, 0.0)) / math.log(2) / size
+    return row
 
 
 def _losses(model: Any, batch: Any) -> Tensor:
