@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fira import runtime
+from fira.runtime import machine
 
 PEERS = ("transformers", "xllamacpp", "gguf", "openai", "schemathesis")  # xllamacpp is llama.cpp
 
@@ -44,18 +44,6 @@ def time_in_turns(sides: dict[str, Callable[[], object]], repeats: int,
             sides[name]()
             seconds[name].append(time.perf_counter() - began)
     return {name: found[warm_up:] for name, found in seconds.items()}
-
-
-def machine() -> str:
-    """Processor, number of cores and GPU, in words."""
-    name = platform.processor() or platform.machine()
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        name = next((line.partition(":")[2].strip() for line in path.read_text().splitlines()
-                     if line.startswith("model name")), name)
-    torch = sys.modules.get("torch")
-    gpu = f", {torch.cuda.get_device_name()}" if torch and torch.cuda.is_available() else ""
-    return f"{name}, {runtime.workers()} cores{gpu}"
 
 
 def append(path: Path | None, result: dict[str, Any],

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,15 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def machine() -> str:
+    """Processor, number of cores and GPU, in words."""
+    path, torch = Path("/proc/cpuinfo"), sys.modules.get("torch")
+    found = re.search(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
+    name = found[1] if found else platform.processor() or platform.machine()
+    gpu = f", {torch.cuda.get_device_name()}" if torch and torch.cuda.is_available() else ""
+    return f"{name}, {workers()} cores{gpu}"
 
 
 def commit() -> str | None:

@@ -6,6 +6,7 @@ files of `shard_tokens` ids, so position p is in shard p // shard_tokens.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -65,6 +66,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             raise ValueError(f"{file}: splits.{name}.tokens={split.tokens} or shard_tokens={full} "
                              f"does not agree with the sizes of its shards; {again}")
     return manifest
+
+
+def describe(folders: Iterable[str | Path]) -> dict[str, Any]:
+    """What the record of a run says of its data: sources without their paths, tokens, checksums; of
+    licenses it knows that of the installed speeches."""
+    manifests = {Path(folder) / MANIFEST: read_manifest(folder) for folder in folders}
+    sources = [name if name.startswith("hub:") else "sotu" if name.startswith("sotu/")
+               else Path(name).name for manifest in manifests.values()
+               for name, *_ in manifest["inputs"]]
+    return {"sources": list(dict.fromkeys(sources))[:20], "sha256": list(map(sha256, manifests)),
+            "licenses": "public domain" if set(sources) == {"sotu"} else None,
+            "tokens": sum(one["splits"]["train"]["tokens"] for one in manifests.values())}
 
 
 class ShardWriter:

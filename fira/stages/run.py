@@ -17,6 +17,7 @@ from rich.console import Console
 from fira import files, runtime
 from fira.checkpoint import Checkpoints, read_weights, restore
 from fira.config import ConfigError
+from fira.data.shards import describe
 from fira.data.tokenizer import Tokenizer
 from fira.model import build_meta
 from fira.model.files import CONFIG, knows_chat, read_config
@@ -91,7 +92,7 @@ def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
     _speed_up(layout.model, config.train.recompute, mesh, screen)
     log: RunLog | NoLog = NoLog()
     if mesh.rank == 0:
-        _write_config(run, stage, plan)
+        _write_config(run, stage, plan, folder)
         sinks = tracker(run, state.step, config.model_dump())
         log = RunLog.resume(run, state.step, say, sinks=sinks)
     _introduce(config, state, start, mesh, screen)
@@ -145,7 +146,7 @@ def _check_same_tokenizer(step: Path, tokenizer: Tokenizer, folder: Path) -> Non
                          f"with --tokenizer {step}")
 
 
-def _write_config(run: Path, stage: Stage, plan: Plan) -> None:
+def _write_config(run: Path, stage: Stage, plan: Plan, data: Path) -> None:
     count = count_parameters(build_meta(plan.config.model))
     files.write_json(run / CONFIG, {
         "preset": plan.preset, "stage": stage.name,
@@ -153,6 +154,7 @@ def _write_config(run: Path, stage: Stage, plan: Plan) -> None:
         "config": plan.config.model_dump(), "argv": sys.argv,
         "parameters": {"total": count.total, "active": count.active},
         "versions": runtime.versions(), "commit": runtime.commit(),
+        "machine": runtime.machine(), "data": describe(plan.config.data.mix or [data]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
 
