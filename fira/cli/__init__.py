@@ -7,12 +7,12 @@ import click
 from fira.cli.command import run_command
 from fira.cli.move import export, import_
 from fira.cli.training import data, plan, quickstart, tokenizer, train
-from fira.cli.use import chat, check, evaluate, generate, report, serve, show
+from fira.cli.use import card, chat, check, evaluate, generate, report, serve, show
 
 VERBS: dict[str, tuple[click.Command, ...]] = {
     "Prepare": (tokenizer, data),
     "Train": (quickstart, train, plan),
-    "Measure": (evaluate, show, report, check),
+    "Measure": (evaluate, show, report, card, check),
     "Use": (generate, chat, serve),
     "Move": (export, import_),
 }

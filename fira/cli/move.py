@@ -26,12 +26,14 @@ def export_hf(run: Path, folder: Path, dtype: str | None) -> None:
     """Write RUN as a Hugging Face model.
 
     FOLDER is created. A FIRA2 model becomes a Qwen3 model, which transformers 4 and 5 load without
-    other code. A FIRA model is written together with its code, for trust_remote_code=True.
+    other code. A FIRA model is written together with its code, for trust_remote_code=True. The
+    model card, README.md, is that of fira card.
     """
     from fira.convert.hf import export_run
+    from fira.report.card import make_card
     from fira.runlog import console
 
-    export_run(run, folder, dtype, console())
+    export_run(run, folder, dtype, console(), make_card)
 
 
 @export.command("gguf", epilog=example(

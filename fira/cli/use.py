@@ -1,4 +1,4 @@
-"""The verbs that read a run: eval, show, report, check, generate, chat, serve."""
+"""The verbs that read a run: eval, show, report, card, check, generate, chat, serve."""
 from __future__ import annotations
 
 import sys
@@ -33,6 +33,10 @@ from fira.cli.command import (
               help="Number of rows of each task to use.")
 @click.option("--letters", is_flag=True, help="Let the model choose the letter of an option.")
 @click.option("--resume", is_flag=True, help="Keep the finished tasks in the file of --json.")
+@click.option("--against", type=EXISTING, metavar="RUN2",
+              help="Run, or file of --json, whose results on the same tasks are subtracted.")
+@click.option("--leak", type=EXISTING, metavar="DATA",
+              help="Data folder in whose training text the items are searched.")
 @click.option("--context", type=click.IntRange(2), show_default="the training length",
               help="Largest number of tokens in the model's context, for --text.")
 @click.option("--routing", is_flag=True,
@@ -66,11 +70,7 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
         if file:
             write_json(file, result)
     else:
-        from fira.eval.measure import measure, show
-
-        result = measure(run, target=file, device=device, screen=console(), **tasks)
-        if not target:
-            show(result)
+        result = _measure_tasks(run, file, not target, device=device, screen=console(), **tasks)
     if target == "-":
         click.echo(json.dumps(result))
     if target or not texts:
@@ -82,6 +82,28 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
     for number, layer in enumerate(layers):
         click.echo(f"layer {number}: the token determines {layer['information']:.1%} of the "
                    f"expert, {layer['by_chance']:.1%} by chance")
+
+
+def _measure_tasks(run: Path, file: Path | None, shown: bool, against: Path | None,
+                   leak: Path | None, resume: bool, **options: Any) -> dict[str, Any]:
+    from fira.data.shards import read_manifest
+    from fira.eval.compare import add_comparison
+    from fira.eval.leak import add_leaks
+    from fira.eval.measure import measure, show
+    from fira.files import read_json, write_json
+
+    if leak:
+        read_manifest(leak)  # refuses another folder before the long work
+    other = (None if against is None else measure(against, **options) if against.is_dir()
+             else read_json(against, "give a run, or a file that fira eval --json wrote"))
+    result = measure(run, target=file, resume=resume, **options)
+    tables = [*([add_leaks(result, leak)] if leak else []),
+              *([add_comparison(result, other)] if other else [])]
+    if file:
+        write_json(file, result)
+    if shown:
+        show(result, *tables)
+    return result
 
 
 @click.command(epilog=example("fira show fira-334m model.num_experts=8", PRESETS))
@@ -136,6 +158,20 @@ def report(run: Path) -> None:
     for path in write_report(run):
         click.echo(visible(str(path)))
     print_summary(run, console())
+
+
+@click.command(epilog=example("fira card out/quickstart/run --license apache-2.0", RUN))
+@click.argument("run", type=EXISTING)
+@click.option("--license", "license_id", show_default="as on the present card, or unknown",
+              help="License of the weights, by its name on the Hugging Face hub.")
+def card(run: Path, license_id: str | None) -> None:
+    """Write the model card of RUN, README.md, from its records.
+
+    Results that fira eval RUN --suite NAME --json RUN/eval-NAME.json wrote are on the card.
+    """
+    from fira.report.card import write_card
+
+    click.echo(write_card(run, license_id))
 
 
 @click.command(epilog=example(

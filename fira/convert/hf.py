@@ -6,6 +6,7 @@ so it is loaded with trust_remote_code=True.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ MODELLING = Path(__file__).with_name("modeling_fira.py")
 IMPORT = "import"  # the stage of a model that was trained elsewhere
 
 
-def export_run(run: Path, folder: Path, dtype: str | None, screen: Console) -> None:
-    """Write the newest step of `run` as the new Hugging Face folder `folder` and say how to load
-    it. Raises ValueError, one line, if that is not possible."""
+def export_run(run: Path, folder: Path, dtype: str | None, screen: Console,
+               card: Callable[[Path], str] = lambda run: "") -> None:
+    """Write the newest step of `run` as the new Hugging Face folder `folder`, with what `card`
+    says of the run as README.md, and say how to load it. Raises ValueError, one line, if that is
+    not possible."""
     check_new(folder)
     model, tokenizer, _ = load_run(run)
-    write_model(model, tokenizer, folder, dtype)
+    write_model(model, tokenizer, folder, dtype, card(run))
     code = ", trust_remote_code=True" if model.spec.architecture == "fira" else ""
     screen.print(f'wrote {folder}; load it with AutoModelForCausalLM.from_pretrained("{folder}"'
                  f"{code})", soft_wrap=True)
@@ -52,7 +55,8 @@ def import_run(folder: Path, run: Path, screen: Console) -> None:
                  f"--from {run} data.folder=DATA", soft_wrap=True)
 
 
-def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | None = None) -> None:
+def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | None = None,
+                card: str = "") -> None:
     """Write `model` into the new `folder`, its weights in `dtype` (as they are, if None)."""
     check_router(model)
     kept = next(model.parameters()).dtype if dtype is None else DTYPES[dtype]
@@ -69,6 +73,8 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | Non
                   partial / WEIGHTS, metadata={"format": "pt"})
         write_json(partial / CONFIG, config)
         write_json(partial / "generation_config.json", _generation(tokenizer))
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         if not fira2:
             shutil.copyfile(MODELLING, partial / MODELLING.name)
         write_manifest(partial)

@@ -18,6 +18,7 @@ from fira.convert.files import Loaded
 from fira.data.chat import prompt_ids
 from fira.data.tokenizer import TURN_END
 from fira.eval.score import Loads, Window, encode_rows, score
+from fira.eval.statistics import wilson
 from fira.eval.suites import open_suite, open_task
 from fira.eval.task import Row, Task
 from fira.files import read_json, sha256, write_text
@@ -98,7 +99,7 @@ def judge(loaded: Loaded, task: Task, random: Any, progress: Callable[[float], N
                        else _compare(loaded, task.rows, random, progress))
     n, accuracy = sum(value is not None for value in found["correct"]), mean(found["correct"])
     floors = {"majority": majority(task.rows), **found.pop("floors")}
-    low, high = wilson((accuracy or 0) * n, n)
+    low, high = wilson(found["correct"])
     room = 1 - floors["majority"]
     return {"n": n, "accuracy": accuracy, "bits_per_byte": mean(found["item_bits"]),
             "floors": floors, "interval": [low, high],
@@ -215,18 +216,8 @@ def mean(values: Values) -> float | None:
     return sum(there) / len(there) if there else None
 
 
-def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% interval of a rate (Wilson 1927)."""
-    if not n:
-        return 0.0, 1.0
-    p, scale = correct / n, 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    middle = (p + z * z / (2 * n)) / scale
-    return middle - half, middle + half
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print a table for each suite; rates in percent, experts as layer.expert."""
+def show(result: dict[str, Any], *more: Table) -> None:
+    """Print a table for each suite, and more; rates in percent, experts as layer.expert."""
     screen = Console(highlight=False)
     screen.width = max(screen.width, 120)
     for suite, content in result["suites"].items():
@@ -247,6 +238,7 @@ def show(result: dict[str, Any]) -> None:
                 " ".join(f"{one['layer']}.{one['expert']} x{one['ratio']:.1f}"
                          for one in (task["experts"] or {"over_used": []})["over_used"]))
         screen.print(shown)
+    screen.print(*more, sep="\n")
 
 
 def _bits(value: float | None) -> str:
