@@ -44,7 +44,7 @@ def find_tokenizer(search: Path, run: Path) -> Path | None:
 def find_data(search: Path, run: Path) -> list[str]:
     """The run's prepared data, else a data folder below `search`, else the text files there.
 
-    Parquet files are preferred to lines of JSON, those to plain text and that to the rest, because
+    Parquet files are preferred to lines of JSON, those to tables, plain text and the rest, because
     text beside a data set is seldom part of it. Raises ValueError if there is nothing, or more than
     one data folder.
     """
@@ -57,7 +57,7 @@ def find_data(search: Path, run: Path) -> list[str]:
     if prepared:
         return [str(prepared[0])]
     text = [path for path in text_files(search, {}) if path.name.lower() not in NO_TEXT]
-    for kinds in ((".parquet",), LINES, (".txt", ".md"), ("",)):
+    for kinds in ((".parquet",), LINES, (".csv", ".tsv"), (".txt", ".md"), ("",)):
         if chosen := [str(path) for path in text if any(map(path.name.lower().count, kinds))]:
             return chosen
     missing = "" if search.is_dir() else " (there is no such folder)"
