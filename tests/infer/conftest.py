@@ -11,12 +11,12 @@ from fira.model.files import save_weights
 from fira.model.spec import FIRA2Spec
 from tests.models import build
 
-TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 8]
+TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 80]
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(TEXT, vocab_size=310)
+    return train_tokenizer([*TEXT, "user assistant " * 400], vocab_size=310)
 
 
 @pytest.fixture(scope="session")

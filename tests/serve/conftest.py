@@ -18,7 +18,7 @@ from fira.serve.process import architecture, listen
 from fira.serve.server import Server
 from tests.models import build
 
-TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 8]
+TEXT = ["The state of the Union is strong. Größe, naïve café, 你好 and 🙂🙃 are text too. " * 80]
 
 
 class FakeEngine:
