@@ -102,7 +102,8 @@ class ShardWriter:
         self.bytes += text_bytes
         self.documents += ends
         while len(ids):
-            head, ids = np.split(ids, [self.shard_tokens - self.tokens])
+            room = self.shard_tokens - self.tokens
+            head, ids = ids[:room], ids[room:]
             self.stream.write(head.astype(self.dtype, copy=False).tobytes())
             self.tokens += len(head)
             if self.tokens == self.shard_tokens:

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import pyarrow
-import pyarrow.compute
 import pyarrow.parquet
 
 from fira.data import encoder
@@ -68,11 +67,9 @@ def items(given: list[Input], file: int = 0, number: int = 0) -> Iterator[Item]:
 
 def read(given: list[Input], how: Reading = DEFAULT, start: tuple[int, int] = (0, 0),
          held_out_from: int | None = None) -> Iterator[Item]:
-    """Stream `given` from item start[1] of input start[0] on, with what is left out.
-
-    Validation begins at character `held_out_from` of the whole text; the document there is cut in
-    two. Raises ValueError, one line with file and place, for what cannot be read.
-    """
+    """Stream `given` from item start[1] of input start[0] on, with what is left out. Validation
+    begins at character `held_out_from` of the whole text; the document there is cut in two. Raises
+    ValueError, one line with file and place, for what cannot be read."""
     seen: set[bytes] = set()
     left = sys.maxsize if held_out_from is None else held_out_from
     first = 0 if how.deduplicate or held_out_from is not None else start[0]  # what came before
@@ -145,7 +142,7 @@ def _chosen(place: Input, how: Reading, seen: set[bytes]) -> Iterator[Item]:
         if item.left_out:
             yield item
         elif item.text or begun:
-            *parts, last = chunks(item.text)
+            *parts, last = chunks(item.text) if len(item.text) > encoder.CHUNK else [item.text]
             yield from (item._replace(text=part, ends=False) for part in parts)
             yield item._replace(text=last) if parts else item
             begun = not item.ends
@@ -224,14 +221,15 @@ def _text(stream: TextIO, position: Callable[[], int], place: Input,
     yield Item(text, done=position(), where=place.name)
 
 
-def _lines(stream: TextIO, position: Callable[[], int]) -> Rows:
+def _lines(stream: TextIO, position: Callable[[], int], done: int = 0) -> Rows:
     for number in itertools.count(1):
         line = stream.readline(LONGEST)
         if len(line) == LONGEST:
             raise ValueError(f"line {number} has {LONGEST:,} characters or more; cut it in several")
         if not line:
             return
-        yield number, position(), line
+        done = position() if number % 64 == 1 else done  # it asks the system
+        yield number, done, line
 
 
 def _table(stream: TextIO, position: Callable[[], int], form: str) -> Rows:
@@ -258,7 +256,9 @@ def _parquet(place: Input, how: Reading) -> Rows:
         for batch in file.iter_batches(16, columns=[key], use_threads=False):
             column = batch.column(0)
             if pyarrow.types.is_struct(column.type):
-                column = pyarrow.compute.struct_field(column, key.split(".")[1:])
+                from pyarrow import compute  # its import takes 20 ms, in every process
+
+                column = compute.struct_field(column, key.split(".")[1:])
             for value in column:
                 number += 1
                 done = (place.size or 0) * number // file.metadata.num_rows
@@ -286,13 +286,14 @@ def _of_rows(rows: Rows, place: Input, how: Reading) -> Iterator[Item]:
         where = f"{place.name}:{number}"
         try:
             text = _text_of(row, how) or ""
-            yield Item(text, bool(text), done=done, where=where, left_out="" if text else EMPTY)
+            yield Item(text, bool(text), 0, 0, done, where, "" if text else EMPTY)
         except ValueError as error:
             yield Item("", False, done=done, where=f"{where}: {error}", left_out=UNREADABLE)
 
 
 def _text_of(row: Any, how: Reading) -> str | None:
     """The text under the key of a row, which may be a line of JSON; None if it is null."""
+    escaped = not isinstance(row, str) or "\\u" in row  # only then can the value hold more
     if isinstance(row, str):
         _check(row, how.encoding)
         try:
@@ -311,7 +312,7 @@ def _text_of(row: Any, how: Reading) -> str | None:
         has = ", ".join(list(row)[:12]) or "none" if isinstance(row, dict) else "not an object"
         raise ValueError(f"no string under the key {key} (keys: {has}); give fira data the right "
                          "one with --text-key, or rename it to text")
-    if value and _is_bad(value):
+    if value and escaped and _is_bad(value):
         _check(value.replace("\0", ""), how.encoding)
         to_utf8(value)
     return value
