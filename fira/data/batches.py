@@ -200,14 +200,17 @@ class TextBatches:
                  for first in range(0, own.sum(), rows)], places, self._epochs(places))
 
     def describe(self, state: Any) -> str:
-        """How much of each text was read. Raises ValueError if a text of the run is missing."""
+        """How much of each text was read; "" if there is but one, unread. Raises ValueError if a
+        text of the run is missing."""
         if gone := state.position.keys() - {source.key for source in self.sources}:
             raise ValueError(f"this run has read a text with the manifest {min(gone)}, which "
                              f"{', '.join(source.folder for source in self.sources)} lacks; give "
                              "the folder that it was begun with, or start a new run with --from")
-        read = self._epochs(self._places(state)).values()
-        return ", ".join(f"{source.name}: {source.share:.1%} of the tokens, {epochs:g} epochs "
-                         "read" for source, epochs in zip(self.sources, read, strict=True))
+        read = [f"{epochs:.2f}" for epochs in self._epochs(self._places(state)).values()]
+        if len(read) == 1:
+            return f"epochs of the text read: {read[0]}" if state.tokens else ""
+        return ", ".join(f"{source.name}: {source.share:.1%} of the tokens, {epochs} epochs read"
+                         for source, epochs in zip(self.sources, read, strict=True))
 
     def _places(self, state: Any) -> dict[str, Place]:
         """Those in `state`. A run that recorded none has read the tokens that it counted."""

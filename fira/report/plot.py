@@ -20,7 +20,7 @@ from fira.report.read import Run, numbers, read_run
 
 PICTURE = "training_progress.png"
 BASE_KEYS = {"kind", "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds",
-             "imbalance", "dead", "skipped"}  # of a step row; every other number is a metric
+             "imbalance", "dead", "skipped", "epochs"}  # of a step row; other numbers are metrics
 # Colors that color-blind readers can tell apart (Okabe & Ito 2008).
 INK, QUIET, GRID = "#1c2024", "#626b77", "#e5e7eb"
 TRAINING, VALIDATION, OTHER = "#0072b2", "#d55e00", "#44546a"
@@ -83,7 +83,7 @@ def draw_progress(run: Run) -> Figure:
     if np.isfinite(numbers(run.steps, "imbalance")).any():
         panels["imbalance"] = "expert imbalance (CV of load; 0 is even)"
     panels |= {name: words(name) for row in run.steps for name, value in row.items()
-               if name not in BASE_KEYS and isinstance(value, int | float)}
+               if name.split('/')[0] not in BASE_KEYS and isinstance(value, int | float)}
     columns = min(3, len(panels))
     rows, width = math.ceil(len(panels) / columns), 6 // columns
     title = f"{run.name}\n" + "  ·  ".join(" ".join(fact) for fact in summary(run)[:5])

@@ -96,7 +96,8 @@ def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
         sinks = tracker(run, state.step, config.model_dump())
         log = RunLog.resume(run, state.step, say, sinks=sinks)
     _introduce(config, state, start, mesh, screen)
-    screen.print(text, soft_wrap=True)
+    if text:
+        screen.print(text, soft_wrap=True)
     return Loop(layout, optimizer, config.train, config.schedule, recipe, log, checkpoints, screen,
                 state)
 
