@@ -70,10 +70,10 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
         if file:
             write_json(file, result)
     else:
-        result = _measure_tasks(run, file, not target, device=device, screen=console(), **tasks)
+        result = _measure_tasks(run, file, target != "-", device=device, screen=console(), **tasks)
     if target == "-":
         click.echo(json.dumps(result))
-    if target or not texts:
+    if target == "-" or not texts:
         return
     routed = result.pop("routing", {})
     layers = routed.pop("token_information", ())
