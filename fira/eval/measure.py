@@ -39,6 +39,10 @@ FLOOR_ROWS = 200  # that the random-weight model scores, evenly spread over the 
 TIE = 1e-6  # relative; nats that are closer are the same
 ANSWER_TOKENS = 256
 Values = list["float | None"]  # one for each row; None for a row that was left out
+SPECIAL_ROWS = {  # what is said of rows that are not read as they are: the list of their numbers
+    "have a continuation longer than the model reads and are left out": "left_out",
+    "are longer than the model reads and lose the beginning of their context": "cut",
+    "have a token across the border, which counts as the continuation's": "unsplit"}
 
 
 def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: str = ".",
@@ -238,6 +242,12 @@ def show(result: dict[str, Any], *more: Table) -> None:
                 " ".join(f"{one['layer']}.{one['expert']} x{one['ratio']:.1f}"
                          for one in (task["experts"] or {"over_used": []})["over_used"]))
         screen.print(shown)
+        for name, task in tasks.items():
+            for reason, key in SPECIAL_ROWS.items():
+                if rows := task.get(key):
+                    numbers = ", ".join(str(row + 1) for row in rows[:3])
+                    screen.print(f"{name}: {len(rows):,} of {task['rows']:,} rows {reason}: "
+                                 f"{numbers}{', ...' * (len(rows) > 3)}", style="yellow")
     screen.print(*more, sep="\n")
 
 

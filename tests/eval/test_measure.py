@@ -64,6 +64,15 @@ def test_a_task_of_ones_own_gives_a_table_and_one_json_object(fira, run, task_fi
     assert json.loads(fira("eval", run, "--task", file, "--limit", 2, "--json").out) == found
 
 
+def test_rows_that_are_not_read_whole_are_named(fira, run, task_file):
+    long = "The state of the Union. " * 40
+    shown = fira("eval", run, "--task", task_file(
+        {"context": "The", "answer": " state"}, {"context": long, "answer": " It"},
+        {"context": "The", "answer": f" {long}"}), "--device", "cpu").out
+    assert "1 of 3 rows are longer than the model reads and lose the beginning" in shown
+    assert "context: 2\n" in shown and "and are left out: 3\n" in shown
+
+
 def test_an_interrupted_run_keeps_what_is_finished_and_resume_goes_on(run, task_file, tmp_path,
                                                                       monkeypatch):
     files = [str(task_file(QUESTION, name=f"{name}.jsonl")) for name in "abc"]
