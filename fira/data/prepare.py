@@ -221,13 +221,18 @@ class _Job:
 
     def _write(self, batch: list[Item], encoded: Encoded) -> None:
         every = self.recipe["validation_every"]
+        parts: dict[str, list[tuple[np.ndarray, int, bool]]] = {split: [] for split in self.writers}
         for item, (ids, size) in zip(batch, encoded, strict=True):
             if item.left_out:
                 note(self.left_out, item.left_out, item.where)
             held_out = (item.held_out or item.file >= self.recipe["train_inputs"]
                         or every and self.documents % every == every - 1)
-            self.writers["validation" if held_out else "train"].add(ids, size, item.ends)
+            parts["validation" if held_out else "train"].append((ids, size, item.ends))
             self.documents += item.ends
+        for split, found in parts.items():
+            if found:
+                rows, sizes, ends = zip(*found, strict=True)
+                self.writers[split].add(np.concatenate(rows), sum(sizes), sum(ends))
         self.place = [batch[-1].file, batch[-1].number + 1]
 
     def _commit(self) -> None:
@@ -269,7 +274,7 @@ def _encoded(batches: Iterator[list[Item]], folder: Path, tokenizer: Tokenizer,
     pool = ProcessPoolExecutor(workers, context, _start_worker, (str(folder),))
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_work, batch)))
+            waiting.append((batch, pool.submit(_work, [item[:2] for item in batch])))
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -279,14 +284,14 @@ def _encoded(batches: Iterator[list[Item]], folder: Path, tokenizer: Tokenizer,
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode(tokenizer: Tokenizer, batch: list[Item]) -> Encoded:
-    """Ids, with end-of-text after the end of a document, and UTF-8 bytes of each item."""
+def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[Any, ...]]) -> Encoded:
+    """Ids of texts, with end-of-text where a document ends, and the UTF-8 bytes of each."""
     dtype, end = dtype_for(tokenizer.vocab_size), np.uint32(tokenizer.end_of_text)
     found = []
-    for item in batch:
-        ids = tokenizer.encode_array(item.text)
-        ids = np.append(ids, end) if item.ends else ids
-        found.append((ids.astype(dtype), len(item.text.encode("utf-8"))))
+    for text, ends, *_ in batch:
+        ids = tokenizer.encode_array(text)
+        ids = np.append(ids, end) if ends else ids
+        found.append((ids.astype(dtype), len(text.encode("utf-8"))))
     return found
 
 
@@ -308,7 +313,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(batch: list[Item]) -> Encoded:
+def _work(batch: list[tuple[str, bool]]) -> Encoded:
     return _encode(_tokenizer, batch)
 
 

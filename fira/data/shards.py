@@ -97,10 +97,10 @@ class ShardWriter:
         self.tokens = state["open_tokens"]  # in the open shard
         self.stream = self._reopen()
 
-    def add(self, ids: np.ndarray, text_bytes: int, ends: bool) -> None:
-        """Append the ids of a document, or of a part of one."""
+    def add(self, ids: np.ndarray, text_bytes: int, documents: int) -> None:
+        """Append ids of `text_bytes` bytes, in which that many documents end."""
         self.bytes += text_bytes
-        self.documents += ends
+        self.documents += documents
         while len(ids):
             room = self.shard_tokens - self.tokens
             head, ids = ids[:room], ids[room:]
