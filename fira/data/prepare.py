@@ -11,11 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import multiprocessing
-import multiprocessing.connection
-import os
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,10 +23,11 @@ import numpy as np
 from rich.console import Console
 
 from fira import runtime
-from fira.data.shards import SPLITS, ShardWriter, dtype_for, read_manifest
+from fira.data.shards import SPLITS, ShardWriter, read_manifest
 from fira.data.sources import DEFAULT, Input, Reading, Tally, find, listed, note
 from fira.data.text import Item, group, read, total_bytes
 from fira.data.tokenizer import BYTES_PER_MERGE, Tokenizer, train_tokenizer
+from fira.data.worker import Encoded, dtype_for, encode_batch, start_worker, work
 from fira.files import MANIFEST, read_json, remove, write_json
 from fira.runlog import ProgressLine
 
@@ -38,7 +35,6 @@ JOURNAL = "journal.json"
 BATCH_CHARS = 1 << 20    # characters of text sent to a worker at once
 WORKER_BYTES = 16 << 20  # less input than this is tokenized before a second process has started
 COMMIT_SECONDS = 5.0     # time between two journal entries
-Encoded = list[tuple[np.ndarray, int]]  # ids and number of UTF-8 bytes of each item of a batch
 
 
 def learn_tokenizer(sources: Sequence[str], folder: Path, vocab_size: int, max_bytes: int,
@@ -267,14 +263,14 @@ def _encoded(batches: Iterator[list[Item]], folder: Path, tokenizer: Tokenizer,
     """Batches with their ids, in order; several workers have a few batches in progress."""
     if workers == 1:
         for batch in batches:
-            yield batch, _encode(tokenizer, batch)
+            yield batch, encode_batch(tokenizer, batch)
         return
     context = multiprocessing.get_context("spawn")  # fork is unsafe in a process with threads
     waiting: collections.deque[tuple[list[Item], Future[Encoded]]] = collections.deque()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (str(folder),))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (str(folder),))
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_work, [item[:2] for item in batch])))
+            waiting.append((batch, pool.submit(work, [item[:2] for item in batch])))
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -282,39 +278,6 @@ def _encoded(batches: Iterator[list[Item]], folder: Path, tokenizer: Tokenizer,
             yield done, future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _encode(tokenizer: Tokenizer, batch: Sequence[tuple[Any, ...]]) -> Encoded:
-    """Ids of texts, with end-of-text where a document ends, and the UTF-8 bytes of each."""
-    dtype, end = dtype_for(tokenizer.vocab_size), np.uint32(tokenizer.end_of_text)
-    found = []
-    for text, ends, *_ in batch:
-        ids = tokenizer.encode_array(text)
-        ids = np.append(ids, end) if ends else ids
-        found.append((ids.astype(dtype), len(text.encode("utf-8"))))
-    return found
-
-
-_tokenizer: Tokenizer  # in a worker process: set once, when it starts
-
-
-def _start_worker(folder: str) -> None:
-    global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    _tokenizer = Tokenizer.load(folder)
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent has ended, even if the parent was killed."""
-    multiprocessing.connection.wait([parent])
-    os._exit(1)
-
-
-def _work(batch: list[tuple[str, bool]]) -> Encoded:
-    return _encode(_tokenizer, batch)
 
 
 @contextlib.contextmanager

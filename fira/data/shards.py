@@ -37,11 +37,6 @@ class _Manifest(BaseModel):
     tokenizer_hash: str
 
 
-def dtype_for(vocab_size: int) -> str:
-    """The smaller of the two unsigned types that holds every id."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a data folder. Raises ValueError if the folder is not (yet) one."""
     file = Path(folder) / MANIFEST

@@ -156,9 +156,9 @@ def test_what_is_left_out_is_counted_once_also_after_an_interruption(tokenizer, 
             raise KeyboardInterrupt
         return encode(tokenizer, batch)
 
-    encode = module._encode
+    encode = module.encode_batch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_encode", stop)
+        patch.setattr(module, "encode_batch", stop)
         prepare(*arguments, reading=Reading(skip_bad=True))
     manifest = prepare(*arguments, reading=Reading(skip_bad=True))
     assert manifest["left_out"] == {
@@ -179,9 +179,9 @@ def test_long_text_file_resumes_inside_the_document(tokenizer, speeches, tmp_pat
             raise KeyboardInterrupt
         return encode(tokenizer, batch)
 
-    encode = module._encode
+    encode = module.encode_batch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_encode", stop)
+        patch.setattr(module, "encode_batch", stop)
         prepare(*arguments, validation_every=0)
     journal = json.loads((tmp_path / "data" / "journal.json").read_text())
     assert journal["place"] == [0, 9] and journal["documents"] == 0
