@@ -40,6 +40,9 @@ def read(file: Path) -> Reference:
     """The tokenizer in a tokenizer.json. Raises ValueError, one line, if it is not as stated above,
     or not a tokenizer."""
     description = read_json(file, "give one written by fira or the tokenizers library", MOST_BYTES)
+    if isinstance(description.get("vocab"), list):
+        raise ValueError(f"{file} is a tekken file, which FIRA does not read; give the "
+                         "tokenizer.json of the same model")
     largest = 0
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # the library says
         largest = max(description["model"]["vocab"].values())

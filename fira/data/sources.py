@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import functools
 import glob
+import hashlib
 import importlib.util
 import os
 import re
@@ -47,6 +48,30 @@ class Reading:
     skip_bad: bool = _option(False, "Leave out what cannot be read, and count it.")
     deduplicate: bool = _option(False, "Leave out documents that are equal to an earlier one.")
     min_chars: int = _option(0, "Leave out documents of fewer characters.")
+    min_letters: float = _option(0.0, "Leave out documents with a smaller share of letters (0..1).")
+    max_repeated: float = _option(1.0, "Leave out documents with a larger share in repeated lines.")
+
+    def unfit(self, text: str, seen: set[bytes]) -> str:
+        """Why a document is left out, or ""; `seen` are hashes of the documents before.
+
+        The rules know no language: the shares of letters, of any script, and of characters in lines
+        that stood in the document before (Rae et al. 2021, 2112.11446, appendix A1).
+        """
+        if len(text) < self.min_chars:
+            return f"shorter than {self.min_chars} characters"
+        if self.min_letters and sum(map(str.isalpha, text)) < self.min_letters * len(text):
+            return f"less than {self.min_letters:g} of it letters"
+        if self.max_repeated < 1:
+            lines = [line for line in map(str.strip, text.split("\n")) if line]
+            once, size = sum(map(len, set(lines))), sum(map(len, lines))
+            if size - once > self.max_repeated * size:
+                return f"more than {self.max_repeated:g} of it in repeated lines"
+        if self.deduplicate:
+            key = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            if key in seen:
+                return "duplicate"
+            seen.add(key)
+        return ""
 
 
 DEFAULT = Reading()

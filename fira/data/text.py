@@ -15,7 +15,6 @@ import codecs
 import contextlib
 import csv
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -137,7 +136,7 @@ def _chosen(place: Input, how: Reading, seen: set[bytes]) -> Iterator[Item]:
     """The items of one input. A document that is read in parts is neither compared nor judged."""
     begun = False  # a part of a document was read, but not yet its last part
     for item in _read_file(place, how):
-        if item.text and item.ends and not begun and (why := _unfit(item.text, how, seen)):
+        if item.text and item.ends and not begun and (why := how.unfit(item.text, seen)):
             item = item._replace(text="", ends=False, left_out=why)
         if item.left_out:
             yield item
@@ -148,18 +147,6 @@ def _chosen(place: Input, how: Reading, seen: set[bytes]) -> Iterator[Item]:
             begun = not item.ends
     if begun:
         yield Item("")
-
-
-def _unfit(text: str, how: Reading, seen: set[bytes]) -> str:
-    """Why a document is left out, or ""; `seen` are hashes of the documents before."""
-    if len(text) < how.min_chars:
-        return f"shorter than {how.min_chars} characters"
-    if how.deduplicate:
-        key = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        if key in seen:
-            return "duplicate"
-        seen.add(key)
-    return ""
 
 
 def _read_file(place: Input, how: Reading) -> Iterator[Item]:

@@ -262,6 +262,17 @@ def test_files_named_as_validation_beside_training_files_are_held_out(tmp_path, 
     assert list(map(len, everything[:2])) == [len(train + held_out + others) - 1, 1]
 
 
+@pytest.mark.parametrize("text, how, reason", [
+    ("buy now\nbuy now\nread this\n\nbuy now", Reading(max_repeated=0.3),
+     "more than 0.3 of it in repeated lines"),
+    ("1 22 333 4444 x", Reading(min_letters=0.4), "less than 0.4 of it letters"),
+    ("\u4f60\u597d\n12\n34", Reading(min_letters=0.2, max_repeated=0.3), "")])
+def test_documents_of_repeated_lines_or_few_letters_are_left_out(jsonl, text, how, reason):
+    sources = inputs([jsonl([text])])
+    assert [item.left_out for item in read(sources, how)] == [reason]
+    assert [item.left_out for item in read(sources)] == [""]
+
+
 def test_duplicates_and_short_documents_are_left_out_also_when_reading_begins_later(jsonl):
     sources = inputs([jsonl(["one two", "six", "one two"]), jsonl(["one two", "seven"], "z.jsonl")])
     how = Reading(deduplicate=True, min_chars=4)

@@ -179,6 +179,9 @@ def test_files_without_a_byte_level_tokenizer_are_refused(tokenizer, tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="give the tokenizer.json of a byte-level BPE"):
             Tokenizer.load(tmp_path / name)
+    (tmp_path / "tekken.json").write_text('{"config": {}, "vocab": [], "special_tokens": []}')
+    with pytest.raises(ValueError, match="is a tekken file, which FIRA does not read; give the"):
+        Tokenizer.load(tmp_path / "tekken.json")
     Reference(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"tokenizer.json: WordLevel .* needs byte-level BPE"):
         Tokenizer.load(tmp_path)
