@@ -58,7 +58,10 @@ def test_readers_leave_a_save_under_way_alone(finished, fira, text_file, tmp_pat
                       ["show", finished], ["export", "hf", finished, tmp_path / "hf"]):
             assert fira(*words).code == 0
         assert fira("train", "--run", finished, "--resume").code == 1
-    assert content(finished) == before
+        assert content(finished) == before
+        assert fira("report", finished).code == 0  # which writes pictures into the run
+    after = content(finished)
+    assert all(after[name] == before[name] for name in before if not str(name).endswith(".png"))
 
 
 def swap(old, new):
