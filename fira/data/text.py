@@ -102,7 +102,7 @@ def records(source: str) -> Iterator[tuple[str, Any]]:
         line = str(error).strip().split("\n")[0] or type(error).__name__
         rule = "check the name and the network" if place.ending == "hub" else (
             "write one JSON object per line")
-        raise ValueError(f"{where}: cannot be read ({line}); {rule}") from None
+        raise ValueError(f"{where}: cannot be read ({line}); {rule}") from error
 
 
 def group(stream: Iterable[Item], limit: int) -> Iterator[list[Item]]:
@@ -165,9 +165,11 @@ def _read_file(place: Input, how: Reading) -> Iterator[Item]:
                 yield from _text(stream, position, place, how)
     except Exception as error:  # every format has its own
         line = str(error).strip().split("\n")[0] or type(error).__name__
-        yield Item("", False, left_out=UNREADABLE, where=(
-            f"{place.name}: cannot be read to its end as {form} ({line}); check the file and its "
-            "encoding, or fetch it again"))
+        where = (f"{place.name}: cannot be read to its end as {form} ({line}); check the file and "
+                 "its encoding, or fetch it again")
+        if not how.skip_bad:
+            raise ValueError(where) from error
+        yield Item("", False, left_out=UNREADABLE, where=where)
 
 
 @contextlib.contextmanager

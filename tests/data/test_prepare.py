@@ -144,6 +144,19 @@ def test_of_few_documents_the_end_is_held_out_and_said_before(tokenizer, speeche
         assert tokenizer.decode(ids).replace("<|endoftext|>", "") == "".join(speeches[:texts])
 
 
+def interrupted(monkeypatch, last, *arguments, **options):
+    """A preparation that is stopped at the first batch after item `last`."""
+    def stop(tokenizer, batch):
+        if batch[0].number > last:
+            raise KeyboardInterrupt
+        return encode(tokenizer, batch)
+
+    encode = module.encode_batch
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "encode_batch", stop)
+        prepare(*arguments, **options)
+
+
 def test_what_is_left_out_is_counted_once_also_after_an_interruption(tokenizer, tmp_path,
                                                                      monkeypatch, small_commits):
     rows = [{"text": f"document {number}" if number % 3 else None} for number in range(90)]
@@ -151,15 +164,7 @@ def test_what_is_left_out_is_counted_once_also_after_an_interruption(tokenizer, 
     source.write_text("\n".join(map(json.dumps, rows)) + "\n{")
     arguments = ([str(source)], tmp_path / "data", tokenizer)
 
-    def stop(tokenizer, batch):
-        if batch[0].number > 50:
-            raise KeyboardInterrupt
-        return encode(tokenizer, batch)
-
-    encode = module.encode_batch
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "encode_batch", stop)
-        prepare(*arguments, reading=Reading(skip_bad=True))
+    interrupted(monkeypatch, 50, *arguments, reading=Reading(skip_bad=True))
     manifest = prepare(*arguments, reading=Reading(skip_bad=True))
     assert manifest["left_out"] == {
         "null or empty": {"count": 30, "first": [f"{source}:{line}" for line in (1, 4, 7)]},
@@ -174,15 +179,7 @@ def test_long_text_file_resumes_inside_the_document(tokenizer, speeches, tmp_pat
     (tmp_path / "long.txt").write_text(text)
     arguments = ([str(tmp_path / "long.txt")], tmp_path / "data", tokenizer)
 
-    def stop(tokenizer, batch):
-        if batch[0].number > 8:
-            raise KeyboardInterrupt
-        return encode(tokenizer, batch)
-
-    encode = module.encode_batch
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "encode_batch", stop)
-        prepare(*arguments, validation_every=0)
+    interrupted(monkeypatch, 8, *arguments, validation_every=0)
     journal = json.loads((tmp_path / "data" / "journal.json").read_text())
     assert journal["place"] == [0, 9] and journal["documents"] == 0
     prepare(*arguments, validation_every=0)
