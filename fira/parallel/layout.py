@@ -98,6 +98,9 @@ class Layout:
                           check: Callable[[], None]) -> tuple[float, dict[str, float]]:
         if self.mesh.size > 1:
             check()
+        if self.model.trained_length is not None:  # a model made elsewhere knows all its context
+            self.model.trained_length = max(self.model.trained_length,
+                                            *(batch.tokens_BT.shape[1] for batch in batches))
         counts = [(batch.weight, batch.tokens_BT.numel()) for batch in batches]
         totals = self.sum(torch.tensor(counts, dtype=torch.float64).sum(0))
         weight, tokens = (totals / self.mesh.sizes["pipeline"]).tolist()

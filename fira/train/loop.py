@@ -205,9 +205,6 @@ class Loop:
         seed_step(self.config.seed, state.step, layout.mesh.rank)
         layout.model.train()
         batches, position, read = self.recipe.batches.batch(state, self.fraction)
-        if layout.model.trained_length is not None:  # a model made elsewhere knows all its context
-            layout.model.trained_length = max(layout.model.trained_length,
-                                              batches[0].tokens_BT.shape[1])
         tokens = sum(batch.tokens_BT.numel() for batch in batches) * layout.mesh.batch_ranks
         loss, metrics = layout.forward_backward(batches, self.recipe.loss_fn, self._check_signal)
         norm = layout.gradient_norm()
