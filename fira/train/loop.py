@@ -228,7 +228,7 @@ class Loop:
         self.log.write("step", state.step, **row)
         if health and self._checkpoint_due():
             self.log.write("routing", state.step, **health)
-        line.update(self.fraction, self._note(row), self._seconds())
+        line.update(min(self.fraction, 1.0), self._note(row), self._seconds())
         if health:
             self._watch_routing(health)
         self._limit_skips(updated, loss, norm)
