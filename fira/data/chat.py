@@ -7,31 +7,46 @@ renderer, byte-pair encoding may join that with the newline before it.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fira.data.tokenizer import TURN_END, TURN_START, Tokenizer
 
 ROLES = ("system", "user", "assistant")
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]],
-           add_generation_prompt: bool = True) -> list[int]:
-    """Ids of `messages` ({"role", "content"}), with the head of an assistant's turn at their end.
+class Turn(NamedTuple):
+    """A message as ids: `ids[start:stop]` are its text and the token that ends the turn."""
+
+    role: str
+    ids: list[int]
+    start: int
+    stop: int
+
+
+def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Iterator[Turn]:
+    """Each of `messages` ({"role", "content"}) as ids.
 
     Raises ValueError for an unknown role, a message without text, or a tokenizer without ChatML.
     """
     start, end = tokenizer.special(TURN_START), tokenizer.special(TURN_END)
     newline = tokenizer.encode("\n")
-    ids: list[int] = []
     for number, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"message {number} has role {role!r}; use one of: {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"message {number} has no text under content; give a string")
-        ids += [start, *tokenizer.encode(f"{role}\n{content}"), end, *newline]
+        ids = [start, *tokenizer.encode(f"{role}\n{content}"), end]
+        yield Turn(role, ids + newline, 1 + len(tokenizer.encode(f"{role}\n")), len(ids))
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]],
+           add_generation_prompt: bool = True) -> list[int]:
+    """Ids of `messages`, with the head of an assistant's turn at their end; raises as `turns`."""
+    ids = [id for turn in turns(tokenizer, messages) for id in turn.ids]
     if add_generation_prompt:
-        ids += [start, *tokenizer.encode("assistant\n")]
+        ids += [tokenizer.special(TURN_START), *tokenizer.encode("assistant\n")]
     return ids
 
 

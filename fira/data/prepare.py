@@ -24,8 +24,8 @@ from rich.console import Console
 
 from fira import runtime
 from fira.data.shards import SPLITS, ShardWriter, read_manifest
-from fira.data.sources import DEFAULT, Input, Reading, Tally, find, listed, note
-from fira.data.text import Item, group, read, total_bytes
+from fira.data.sources import DEFAULT, Input, Reading, Tally, find, listed, note, total_bytes
+from fira.data.text import Item, group, read
 from fira.data.tokenizer import BYTES_PER_MERGE, Tokenizer, train_tokenizer
 from fira.data.worker import Encoded, dtype_for, encode_batch, start_worker, work
 from fira.files import MANIFEST, read_json, remove, write_json

@@ -103,6 +103,12 @@ def inputs(sources: Sequence[str]) -> list[Input]:
     return [*_expanded(sources, {}).values()]
 
 
+def total_bytes(given: list[Input]) -> int | None:
+    """Bytes of all inputs; None if the size of one is not known in advance."""
+    sizes = [one.size for one in given]
+    return None if None in sizes else sum(size for size in sizes if size)
+
+
 def find(sources: Sequence[str],
          validation: Sequence[str] = ()) -> tuple[list[Input], list[Input], Tally]:
     """Inputs for training and for validation, and the files that are passed over.

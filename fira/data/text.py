@@ -87,22 +87,39 @@ def read(given: list[Input], how: Reading = DEFAULT, start: tuple[int, int] = (0
         before += given[file].size or done
 
 
-def records(source: str) -> Iterator[tuple[str, Any]]:
-    """The value in each line of a .jsonl file, or each row of a hub data set, with its place.
-    Raises ValueError, one line with the place, for what cannot be read."""
-    where, (place,) = source, inputs([source])
-    try:
-        with contextlib.ExitStack() as stack:
-            for number, _, row in (_hub(place, DEFAULT) if place.ending == "hub" else _lines(
-                    *stack.enter_context(_opened(place, DEFAULT.encoding)))):
-                where = f"{place.name}:{number}"
-                if isinstance(row, dict) or row.strip():
-                    yield where, row if isinstance(row, dict) else json.loads(row)
-    except Exception as error:  # every format has its own
-        line = str(error).strip().split("\n")[0] or type(error).__name__
-        rule = "check the name and the network" if place.ending == "hub" else (
-            "write one JSON object per line")
-        raise ValueError(f"{where}: cannot be read ({line}); {rule}") from error
+def records(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Every record of `sources`, with its place: the value in each line of JSON lines, each element
+    of a JSON array, each row of a Parquet file or hub data set. Raises ValueError, one line with
+    the place, for what cannot be read."""
+    for place in inputs(sources):
+        where = place.name
+        try:
+            with contextlib.ExitStack() as stack:
+                for number, row in _rows(place, stack):
+                    where = f"{place.name}:{number}"
+                    if not isinstance(row, str) or row.strip():
+                        yield where, json.loads(row) if isinstance(row, str) else row
+        except Exception as error:  # every format has its own
+            line = str(error).strip().split("\n")[0] or type(error).__name__
+            rule = "check the name and the network" if place.ending == "hub" else (
+                "write one JSON object per line")
+            raise ValueError(f"{where}: cannot be read ({line}); {rule}") from error
+
+
+def _rows(place: Input, stack: contextlib.ExitStack) -> Iterator[tuple[int, Any]]:
+    """The number and the content of each record: an object, or a line of JSON."""
+    rows: Iterable[Any]
+    if place.ending == "hub":
+        rows = (row for *_, row in _hub(place, DEFAULT))
+    elif place.ending == ".parquet":
+        file = stack.enter_context(pyarrow.parquet.ParquetFile(place.path))
+        rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+    else:
+        lines = (row for *_, row in _lines(*stack.enter_context(_opened(place, DEFAULT.encoding))))
+        first = next(lines, "")
+        rows = (json.loads("".join([first, *lines])) if first.lstrip().startswith("[")
+                else itertools.chain([first], lines))
+    yield from enumerate(rows, start=1)
 
 
 def group(stream: Iterable[Item], limit: int) -> Iterator[list[Item]]:
@@ -115,12 +132,6 @@ def group(stream: Iterable[Item], limit: int) -> Iterator[list[Item]]:
         return total // limit
 
     return (list(items) for _, items in itertools.groupby(stream, number))
-
-
-def total_bytes(given: list[Input]) -> int | None:
-    """Bytes of all inputs; None if the size of one is not known in advance."""
-    sizes = [one.size for one in given]
-    return None if None in sizes else sum(size for size in sizes if size)
 
 
 def _split(item: Item, left: int) -> list[Item]:

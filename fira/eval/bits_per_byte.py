@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fira.data.sources import inputs
-from fira.data.text import Item, items, total_bytes
+from fira.data.sources import inputs, total_bytes
+from fira.data.text import Item, items
 from fira.eval.score import Window
 from fira.eval.score import score as score_windows
 from fira.infer.load import load

@@ -85,7 +85,7 @@ def open_task(name: str, source: str, limit: int | None = None, letters: bool = 
 
 def _records(source: str) -> Iterator[tuple[str, Any]]:
     if not source.endswith(".json"):
-        return records(source)
+        return records([source])
     content = read_json(Path(source), "give JSON lines, or a task of BIG-bench")
     return ((f"{source} example {n}", row)
             for n, row in enumerate(content.get("examples", []), start=1))

@@ -15,6 +15,7 @@ from torch import nn
 
 from fira.config import Config, parse
 from fira.files import MANIFEST, find_damage, inside, read_json, sha256, write_json
+from fira.model.adapter import attach_like, merge
 from fira.model.initialize import reset_buffers
 from fira.model.spec import FIRA2Spec, FIRASpec
 
@@ -25,7 +26,8 @@ INDEX = WEIGHTS + ".index.json"  # of models in several files, made elsewhere
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WITHDRAWN = ("z_weight", "init_std")  # settings of older files, which concern training alone
 # Types of numbers in a safetensors file, by the type that a model has in their place.
-FLOATS, KINDS = ("F32", "BF16", "F16", "F64"), {torch.int8: ("I8",), torch.uint8: ("U8",)}
+FLOATS, KINDS = ("F32", "BF16", "F16", "F64"), {torch.int8: ("I8",), torch.uint8: ("U8",),
+                                                     torch.int64: ("I64",)}
 
 
 class Base(Config):
@@ -90,10 +92,8 @@ def read_model(folder: str | Path, classes: Mapping[str, type[nn.Module]]) -> An
     with torch.device("meta"):
         model: Any = classes[spec.architecture](**spec.model_dump())
     if base := notes.pop("base"):
-        tensors = _read_adapted(folder, base, model.state_dict())
-    else:
-        tensors = read_tensors(folder / WEIGHTS, model.state_dict())
-    return assemble(model, tensors, notes)
+        return _read_adapted(model, folder, base, notes)
+    return assemble(model, read_tensors(folder / WEIGHTS, model.state_dict()), notes)
 
 
 def assemble(model: Any, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> Any:
@@ -202,19 +202,23 @@ def find_base(folder: Path, base: dict[str, str]) -> Path:
     return path
 
 
-def _read_adapted(folder: Path, base: dict[str, str],
-                  wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The `wanted` tensors: those in the adapter's file, and all others from its base."""
+def _read_adapted(model: Any, folder: Path, base: dict[str, str], notes: dict[str, Any]) -> Any:
+    """`model` with the weights of the adapter's base and the adapter merged into them."""
     weights = find_base(folder, base)
     with _opened(folder / ADAPTER) as file:
-        names = set(file.keys())
-    if unknown := sorted(names - wanted.keys()):
-        raise ValueError(f"{folder} was made with an adapter that this version cannot apply: the "
-                         f"model has no tensor {unknown[0]}; use the version of FIRA that made it, "
-                         f"or its base {base['path']}")
-    adapted = {name: wanted[name] for name in names}
-    rest = {name: tensor for name, tensor in wanted.items() if name not in names}
-    return read_tensors(weights, rest, more=True) | read_tensors(folder / ADAPTER, adapted)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        attach_like(model, tensors)
+        wanted = model.state_dict()
+        if unknown := sorted(tensors.keys() - wanted.keys()):
+            raise AttributeError(f"the model has no tensor {unknown[0]}")
+    except AttributeError as error:
+        raise ValueError(f"{folder} was made with an adapter that this version cannot apply: "
+                         f"{error}; use the version of FIRA that made it, or its base "
+                         f"{base['path']}") from None
+    below = {name: wanted[name] for name in wanted.keys() - tensors.keys()}
+    own = read_tensors(folder / ADAPTER, {name: wanted[name] for name in tensors})
+    return merge(assemble(model, read_tensors(weights, below, more=True) | own, notes))
 
 
 def check_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> None:

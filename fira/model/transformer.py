@@ -184,7 +184,8 @@ class Transformer(nn.Module):
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """weight_VD and bias_V of the head, for losses that never hold all logits."""
         head = getattr(self, self.after[-1])
-        return head.weight, getattr(head, "bias", None)
+        weight_VD = head.lora.added_to(head.weight) if hasattr(head, "lora") else head.weight
+        return weight_VD, getattr(head, "bias", None)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The head, for callers that need only some positions of `features`."""

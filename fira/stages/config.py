@@ -24,7 +24,7 @@ from fira.parallel.mesh import ParallelConfig
 from fira.runlog import METRICS, TABLE
 from fira.train.config import TrainConfig
 from fira.train.loop import Recipe
-from fira.train.optim import OptimConfig, ScheduleConfig
+from fira.train.optim import WEIGHT_DECAY, OptimConfig, ScheduleConfig
 
 ROWS = 64  # token rows come in multiples of it, which matrix units of GPUs need for full speed
 # Model settings that may change with --from, because they do not change what the model computes.
@@ -64,17 +64,34 @@ class RunConfig(Config):
                               "first to 0 or the second to 1")
 
 
-Opened = tuple[Path, Any]  # the folder of a stage's tokenizer, and its data
+class Opened(NamedTuple):
+    """The data of a run, checked: the folder of its tokenizer, and what the record says of it."""
+
+    folder: Path
+    data: Any
+    about: dict[str, Any]
 
 
 class Stage(NamedTuple):
     """One kind of training: open(config) checks the data before anything is written; recipe(config,
-    data, tokenizer, layout) makes the batches, the loss and the probe of this rank."""
+    data, tokenizer, layout) makes the batches, the loss and the probe of this rank.
+
+    adapt(config, model, tokenizer) may freeze parameters of a model on meta and add others;
+    begin(config, model, tokenizer) changes a model that has just got the weights of its start. A
+    stage without presets has the settings `preset`.
+    """
 
     name: str
     config: type[RunConfig]
     open: Callable[[Any], Opened]
     recipe: Callable[[Any, Any, Tokenizer, Layout], Recipe]
+    adapt: Callable[[Any, Any, Tokenizer], None] = lambda config, model, tokenizer: None
+    begin: Callable[[Any, Any, Tokenizer], None] = lambda config, model, tokenizer: None
+    preset: dict[str, Any] | None = None
+    weight_decay: float = WEIGHT_DECAY
+
+    def load(self, preset: str) -> dict[str, Any]:
+        return load_preset(preset) if self.preset is None else self.preset
 
 
 class Start(NamedTuple):
@@ -122,7 +139,7 @@ def configure(stage: Stage, preset: dict[str, Any], settings: Iterable[str],
 def configure_new(stage: Stage, preset: str, settings: Iterable[str], start: Start | None) -> Any:
     """`configure` for a run that begins. Unless `settings` or `start` say otherwise, its model gets
     the token rows that the data folder's tokenizer needs, up to a multiple of ROWS."""
-    config = configure(stage, load_preset(preset), settings, start)
+    config = configure(stage, stage.load(preset), settings, start)
     if start or config.data.folder is None:
         return config
     rows = -(-read_manifest(config.data.folder)["vocab_size"] // ROWS) * ROWS

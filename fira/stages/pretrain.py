@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fira.config import ConfigError
 from fira.data.batches import DataConfig, Source, TextBatches, open_sources, sequential
-from fira.data.shards import read_manifest
+from fira.data.shards import describe, read_manifest
 from fira.data.tokenizer import Tokenizer
 from fira.loss.head import next_token_loss
 from fira.parallel.layout import Layout
@@ -40,7 +40,7 @@ def open_data(config: PretrainConfig) -> Opened:
         if Tokenizer.load(source.folder).hash != read_manifest(source.folder)["tokenizer_hash"]:
             raise ValueError(f"{source.folder}/tokenizer.json is not the one that made its data "
                              "(see its manifest); copy that one back, or prepare the data again")
-    return Path(sources[0].folder), sources
+    return Opened(Path(sources[0].folder), sources, describe([one.folder for one in sources]))
 
 
 def recipe(config: PretrainConfig, sources: list[Source], tokenizer: Tokenizer,

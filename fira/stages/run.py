@@ -17,9 +17,9 @@ from rich.console import Console
 from fira import files, runtime
 from fira.checkpoint import Checkpoints, read_weights, restore
 from fira.config import ConfigError
-from fira.data.shards import describe
 from fira.data.tokenizer import Tokenizer
 from fira.model import build_meta
+from fira.model.adapter import adapters
 from fira.model.files import CONFIG, knows_chat, read_config
 from fira.model.moe import grouping_obstacle
 from fira.model.transformer import count_parameters
@@ -69,19 +69,22 @@ def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
           screen: Console, step: int | None) -> Loop:
     """The loop of a run that this process has claimed, at its newest checkpoint or at `step`."""
     say = partial(screen.print, soft_wrap=True)
-    config, start, folder = plan.config, plan.start, opened[0]
-    tokenizer = Tokenizer.load(folder)
-    checkpoints = Checkpoints(run, folder, mesh, keep_every=config.train.keep_every)
+    config, start, folder = plan.config, plan.start, opened.folder
+    tokenizer, model = Tokenizer.load(folder), build_meta(config.model)
+    check_vocabulary(tokenizer, config.model)
+    stage.adapt(config, model, tokenizer)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = start.folder if start and adapters(model) else None
+    checkpoints = Checkpoints(run, folder, mesh, base, config.train.keep_every)
     newest = mesh.first(lambda: checkpoints.newest_whole(say, step))
     origin = newest or (start.folder if start else None)
     if origin is not None:
         _check_same_tokenizer(origin, tokenizer, folder)
-    check_vocabulary(tokenizer, config.model)
 
-    layout = Layout(mesh, build_meta(config.model), config.train.seed)
+    layout = Layout(mesh, model, config.train.seed)
     _note(layout.model, stage, tokenizer, origin)
-    recipe = stage.recipe(config, opened[1], tokenizer, layout)
-    optimizer = make_optimizer(layout.model, config.optim)
+    recipe = stage.recipe(config, opened.data, tokenizer, layout)
+    optimizer = make_optimizer(layout.model, config.optim, stage.weight_decay)
     state = LoopState(**restore(newest, layout, optimizer)) if newest else LoopState()
     _check_length(plan, state)
     text = recipe.batches.describe(state)
@@ -89,13 +92,14 @@ def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
         kept.pop("average", None)
     if start and not newest:
         read_weights(start.folder, layout)
+        stage.begin(config, layout.model, tokenizer)
     _speed_up(layout.model, config.train.recompute, mesh, screen)
     log: RunLog | NoLog = NoLog()
     if mesh.rank == 0:
-        _write_config(run, stage, plan, folder)
+        _write_config(run, stage, plan, opened.about, trained)
         sinks = tracker(run, state.step, config.model_dump())
         log = RunLog.resume(run, state.step, say, sinks=sinks)
-    _introduce(config, state, start, mesh, screen)
+    _introduce(config, state, start, trained, mesh, screen)
     if text:
         screen.print(text, soft_wrap=True)
     return Loop(layout, optimizer, config.train, config.schedule, recipe, log, checkpoints, screen,
@@ -147,24 +151,26 @@ def _check_same_tokenizer(step: Path, tokenizer: Tokenizer, folder: Path) -> Non
                          f"with --tokenizer {step}")
 
 
-def _write_config(run: Path, stage: Stage, plan: Plan, data: Path) -> None:
+def _write_config(run: Path, stage: Stage, plan: Plan, about: dict[str, Any], trained: int) -> None:
     count = count_parameters(build_meta(plan.config.model))
     files.write_json(run / CONFIG, {
         "preset": plan.preset, "stage": stage.name,
         **({"from": str(plan.start.folder.resolve())} if plan.start else {}),
         "config": plan.config.model_dump(), "argv": sys.argv,
-        "parameters": {"total": count.total, "active": count.active},
+        "parameters": {"total": count.total, "active": count.active, "trained": trained},
         "versions": runtime.versions(), "commit": runtime.commit(),
-        "machine": runtime.machine(), "data": describe(plan.config.data.mix or [data]),
+        "machine": runtime.machine(), "data": about,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
 
-def _introduce(config: Any, state: LoopState, start: Start | None, mesh: Mesh,
+def _introduce(config: Any, state: LoopState, start: Start | None, trained: int, mesh: Mesh,
                screen: Console) -> None:
     """Say what is about to run, and where a resumed run continues."""
     count = count_parameters(build_meta(config.model))
     screen.print(f"{config.model.architecture}: {count.total / 1e6:.2f}M parameters, "
                  f"{count.active / 1e6:.2f}M active per token, on {mesh}", soft_wrap=True)
+    if trained != count.total:
+        screen.print(f"{trained / 1e6:.3f}M parameters are trained", soft_wrap=True)
     if start and not state.step:
         screen.print(f"starting from the weights in {start.folder}", soft_wrap=True)
     if state.step:

@@ -27,11 +27,11 @@ def validate(layout: Layout, batches: Iterable[Any], token_bytes_V: Tensor) -> d
         losses_BT = layout.score(_losses, batch)
         if losses_BT is None or not mine:
             continue
-        losses_BT = losses_BT.cpu().double()
-        bytes_BT = token_bytes_V[batch.targets_BT].double()
-        ones_BT = torch.ones_like(losses_BT)
+        losses_BT, scored_BT = losses_BT.cpu().double(), batch.targets_BT >= 0
+        bytes_BT = (token_bytes_V[batch.targets_BT.clamp(min=0)] * scored_BT).double()
         rows_B5 = torch.stack([(losses_BT * (bytes_BT > 0)).sum(1), bytes_BT.sum(1),
-                               losses_BT.sum(1), ones_BT.sum(1), ones_BT[:, 0]], dim=1)
+                               losses_BT.sum(1), scored_BT.sum(1).double(),
+                               torch.ones(len(bytes_BT), dtype=torch.float64)], dim=1)
         sums_55 += rows_B5.T @ rows_B5
     sums_55 = layout.sum(sums_55)
     text_nats, size, nats, tokens, windows = sums_55[4].tolist()

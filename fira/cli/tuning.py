@@ -1,0 +1,61 @@
+"""The verbs that change a trained model: tune."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fira.cli.command import EXISTING, NEW_FOLDER, device_option, example, settings_argument
+from fira.cli.training import run_training
+
+
+@click.command(epilog=example(
+    "fira tune out/quickstart/run --chat chats.jsonl --run out/chat"))
+@click.argument("source", required=False, metavar="RUN", type=EXISTING)
+@settings_argument
+@click.option("--chat", multiple=True, metavar="FILES",
+              help="Conversations: a file or folder of JSON lines, JSON or Parquet; may be "
+                   "repeated.")
+@click.option("--text", multiple=True, metavar="FILES",
+              help="Text to go on training with, as for fira data; may be repeated.")
+@click.option("--held-out", multiple=True, metavar="FILES",
+              help="Conversations to evaluate on, instead of a twentieth of the others.")
+@click.option("--general", multiple=True, metavar="FILES",
+              help="General text, or a folder that fira data wrote: for --replay, and to measure "
+                   "what is forgotten.")
+@click.option("--replay", type=click.FloatRange(0, 1, max_open=True), default=0.0,
+              show_default=True, help="Share of general text in what is read.")
+@click.option("--method", type=click.Choice(["full", "lora", "experts"]), default="lora",
+              show_default=True, help="What is trained: every weight, low-rank adapters, or "
+                                      "adapters of the experts that the data uses most.")
+@click.option("--rank", type=click.IntRange(1), default=16, show_default=True,
+              help="Rank of the adapters.")
+@click.option("--router", type=click.Choice(["freeze", "train"]),
+              show_default="freeze with adapters, train in full tuning",
+              help="Whether routers are trained.")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
+              help="How often the data is read.")
+@click.option("--run", "--run-folder", "run", type=NEW_FOLDER, required=True,
+              help="Folder of the new run.")
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of --run.")
+@device_option
+def tune(source: Path | None, settings: tuple[str, ...], run: Path, device: str, resume: bool,
+         epochs: float, method: str, rank: int, router: str | None, **data: Any) -> None:
+    """Train a run further on conversations or text.
+
+    RUN was trained here or imported. The loss is taken on assistant turns only. The base stays as it is: an adapter is a small run
+    that needs it.
+    """
+    from fira.runlog import console
+    from fira.stages.tune import tune as run_tune
+
+    if source is not None and "=" in str(source) and not source.exists():
+        settings, source = (str(source), *settings), None
+    if source is None and not resume:
+        raise click.UsageError("Missing argument 'RUN': only --resume --run FOLDER needs none")
+    options = {"method": method, "rank": rank,
+               "router": router or ("train" if method == "full" else "freeze")}
+    found = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+    run_training(lambda: run_tune(source, found, options, epochs, settings, run, device, resume,
+                                  console()), run)

@@ -1,0 +1,118 @@
+"""Files of conversations and of text become rows: token ids, and which of them are trained on.
+
+A conversation is trained on in its assistant turns only: their text and the token that ends the
+turn, never the head of the turn. Text is trained on in all of it.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fira.data.chat import turns
+from fira.data.sources import inputs
+from fira.data.text import items, records
+from fira.data.tokenizer import Tokenizer
+
+Messages = list[dict[str, Any]]
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+            "model": "assistant", "system": "system"}
+
+
+class Row(NamedTuple):
+    """Ids of a conversation or a piece of text, and whether each is a target: [n] both."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+
+def _pair(question: str, answer: str) -> Callable[[Any], Messages]:
+    def read(record: Any) -> Messages:
+        asked = "\n\n".join(text for text in (record[question], record.get("input")) if text)
+        return [{"role": "user", "content": asked},
+                {"role": "assistant", "content": record[answer]}]
+    return read
+
+
+# How the messages of a record are found: by its keys, in this order.
+FORMS: dict[tuple[str, ...], Callable[[Any], Messages]] = {
+    ("messages",): lambda record: record["messages"],
+    ("conversations",): lambda record: [
+        {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]}
+        for turn in record["conversations"]],
+    ("instruction", "output"): _pair("instruction", "output"),
+    ("prompt", "completion"): _pair("prompt", "completion"),
+}
+
+
+def find_form(record: Any) -> tuple[str, ...]:
+    """The keys of FORMS that a record has. Raises ValueError if it has none of them."""
+    for form in FORMS:
+        if isinstance(record, dict) and record.keys() >= set(form):
+            return form
+    keys = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
+    known = "; ".join(" and ".join(form) for form in FORMS)
+    raise ValueError(f"no conversation under the keys {keys}; use {known}")
+
+
+def conversations(sources: Sequence[str]) -> Iterator[tuple[str, Messages]]:
+    """The place and the messages of every record of `sources`, checked. Raises ValueError, one
+    line with the place, for a record that is no conversation."""
+    for where, record in records(sources):
+        try:
+            yield where, _checked(FORMS[find_form(record)](record))
+        except (TypeError, AttributeError, LookupError, ValueError) as error:
+            reason = f"field {error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{where}: {reason}; correct this row, or leave it out") from None
+
+
+def _checked(messages: Messages) -> Messages:
+    before = ""
+    for number, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        if role == before:
+            raise ValueError(f"message {number} is of the {role} like the one before it")
+        if role == "system" and number:
+            raise ValueError(f"message {number} is of the system, which speaks only first")
+        if role == "assistant" and not (isinstance(content, str) and content.strip()):
+            raise ValueError(f"message {number}, an answer, is empty")
+        before = role
+    return [message | {"content": message["content"].strip()} if message["role"] == "assistant"
+            else message for message in messages]
+
+
+def chat_row(tokenizer: Tokenizer, messages: Messages, longest: int) -> tuple[Row | None, int]:
+    """The row of a conversation, and how many turns were left out because it is too long.
+
+    Whole turns are kept while they fit into `longest` ids, up to an assistant's; None if not even
+    the first answer fits, or if none is trained on.
+    """
+    ids: list[int] = []
+    trained: list[bool] = []
+    kept = size = 0
+    for number, turn in enumerate(turns(tokenizer, messages), start=1):
+        answer = turn.role == "assistant" and messages[number - 1].get("train", True)
+        mask = np.zeros(len(turn.ids), bool)
+        mask[turn.start:turn.stop] = answer
+        ids += turn.ids
+        trained += mask.tolist()
+        if len(ids) > longest:
+            break
+        if answer:
+            kept, size = number, len(ids)
+    row = Row(np.array(ids[:size], np.int32), np.array(trained[:size], bool)) if size else None
+    return row, len(messages) - kept
+
+
+def text_rows(tokenizer: Tokenizer, sources: Sequence[str], longest: int) -> Iterator[Row]:
+    """Documents between end-of-text tokens, cut into rows of at most `longest` ids, each of which
+    begins with the last id of the one before it: every id is a target once."""
+    ids = [tokenizer.end_of_text]
+    for item in items(inputs(list(sources))):
+        ids += tokenizer.encode(item.text)
+        if item.ends:
+            ids.append(tokenizer.end_of_text)
+        while len(ids) >= longest or (item.ends and len(ids) > 1):
+            piece, ids = np.array(ids[:longest], np.int32), ids[longest - 1:]
+            yield Row(piece, np.arange(len(piece)) > 0)

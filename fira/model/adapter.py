@@ -1,0 +1,175 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, 2106.09685) on linears and on stacks of experts.
+
+    y = W x + SCALE * B (A x)          A [r, in], B [out, r]; one of each for every adapted expert
+
+An adapter is a module `lora` inside the module that it adapts, so all weights keep their names and
+its tensors are named after them: blocks.0.attention.qkv.lora.a. The names and shapes say all there
+is to know of an adapter: its rank, and which experts have one.
+
+A token passes through K experts, so each expert gets 1/K of the rank of the other linears: the
+adapted part of what a token reads is then the same share everywhere.
+
+Tokens that a base model was never trained on (those that begin and end chat turns) get rows of
+their own, added to their rows of the embedding and of the head.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fira.model.fast as fast
+from fira.model.moe import ExpertLinear
+
+SCALE = 2.0  # alpha / r in the paper's terms, for every rank
+
+
+class LowRank(nn.Module):
+    """x -> SCALE * B (A x); with an expert axis for rows sorted by expert.
+
+    `experts`: the experts of a stack that have an adapter, ascending; None means all.
+    """
+
+    experts: Tensor | None
+
+    def __init__(self, shape: Sequence[int], rank: int,
+                 experts: Sequence[int] | None = None) -> None:
+        super().__init__()
+        *stack, width_out, width_in = shape
+        stack = stack if experts is None else [len(experts)]
+        self.a = nn.Parameter(torch.empty(*stack, rank, width_in))
+        self.b = nn.Parameter(torch.empty(*stack, width_out, rank))
+        self.chosen = experts
+        self.register_buffer("experts", None if experts is None else torch.empty(
+            len(experts), dtype=torch.int64))
+
+    def reset_buffers(self) -> None:
+        if self.experts is not None:
+            self.experts.copy_(torch.tensor(self.chosen))
+
+    def initial_std(self, leaf: str) -> float:
+        """A keeps the size of its input, B is zero: an untrained adapter changes nothing."""
+        return self.a.shape[-1] ** -0.5 if leaf == "a" else 0.0
+
+    def forward(self, x: Tensor, counts_E: Tensor | None = None) -> Tensor:
+        if counts_E is None:
+            return SCALE * F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+        if self.experts is None:
+            return SCALE * self._experts(x, counts_E)
+        has_E = torch.zeros_like(counts_E, dtype=torch.bool).index_fill_(0, self.experts, True)
+        places = has_E.repeat_interleave(counts_E).nonzero().squeeze(1)
+        out_Ro = x.new_zeros(len(x), self.b.shape[1])
+        return out_Ro.index_add(0, places, SCALE * self._experts(
+            x[places], counts_E[self.experts]))
+
+    def _experts(self, rows_Ri: Tensor, counts_E: Tensor) -> Tensor:
+        inner_Rr = fast.expert_linear(rows_Ri, counts_E, self.a, None)
+        return fast.expert_linear(inner_Rr, counts_E, self.b, None)
+
+    @torch.no_grad()
+    def add_to(self, weight: Tensor) -> None:
+        where = slice(None) if self.experts is None else self.experts
+        weight[where] += (SCALE * (self.b.double() @ self.a.double())).to(weight.dtype)
+
+
+class TokenRows(nn.Module):
+    """What is added to the rows `tokens` of an embedding or a head: delta [S, D]."""
+
+    tokens: Tensor
+
+    def __init__(self, tokens: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.chosen = tokens
+        self.delta = nn.Parameter(torch.empty(len(tokens), width))
+        self.register_buffer("tokens", torch.empty(len(tokens), dtype=torch.int64))
+
+    def reset_buffers(self) -> None:
+        self.tokens.copy_(torch.tensor(self.chosen))
+
+    def initial_std(self, leaf: str) -> float:
+        return 0.0
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """What to add to the embeddings of tokens_BT."""
+        return (tokens_BT.unsqueeze(-1) == self.tokens).to(self.delta.dtype) @ self.delta
+
+    def added_to(self, weight_VD: Tensor) -> Tensor:
+        return weight_VD.index_add(0, self.tokens, self.delta.to(weight_VD.dtype))
+
+    @torch.no_grad()
+    def add_to(self, weight_VD: Tensor) -> None:
+        weight_VD.index_add_(0, self.tokens, self.delta.to(weight_VD.dtype))
+
+
+class Adapted:
+    """What a module with an adapter does: its own work, and the adapter's added to it."""
+
+    lora: nn.Module
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return super().forward(*inputs) + self.lora(*inputs)  # type: ignore[misc]
+
+
+@functools.cache
+def _adapted(kind: Any) -> Any:
+    return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
+
+
+def _put(module: Any, lora: nn.Module) -> None:
+    """Make `module` an adapted one: its class becomes `Adapted` before the class that it had."""
+    kind: Any = type(module)
+    module.lora = lora
+    module.__class__ = _adapted(kind)
+
+
+def attach(model: Any, rank: int, experts: Sequence[Sequence[int]] | None = None,
+           tokens: Sequence[int] = ()) -> None:
+    """Freeze `model` and give it adapters, without values, where its weights are.
+
+    `rank`: of every linear outside of experts. `experts`: those of each layer that get an adapter
+    (None: all). `tokens`: those whose rows of embedding and head train too.
+    """
+    model.requires_grad_(False)
+    for layer, block in enumerate(model.blocks):
+        chosen = None if experts is None else tuple(experts[layer])
+        for module in list(block.modules()):
+            if isinstance(module, nn.Linear):
+                _put(module, LowRank(module.weight.shape, rank))
+            elif isinstance(module, ExpertLinear) and chosen != ():
+                _put(module, LowRank(module.weight.shape, max(1, rank // model.spec.top_k), chosen))
+    if tokens:
+        for name in {"token_embedding", model.after[-1]}:
+            _put(getattr(model, name), TokenRows(tokens, model.spec.d_model))
+
+
+def adapters(model: nn.Module) -> dict[str, Any]:
+    """The adapted modules of a model by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora")}
+
+
+def attach_like(model: Any, tensors: dict[str, Tensor]) -> None:
+    """Give `model` the adapters that `tensors` are of, without their values."""
+    for name in tensors:
+        owner, _, leaf = name.rpartition(".lora.")
+        module = model.get_submodule(owner)
+        if leaf == "a":
+            chosen = tensors.get(f"{owner}.lora.experts")
+            _put(module, LowRank(module.weight.shape, tensors[name].shape[-2],
+                                 None if chosen is None else tuple(chosen.tolist())))
+        elif leaf == "delta":
+            _put(module, TokenRows(tuple(tensors[f"{owner}.lora.tokens"].tolist()),
+                                   tensors[name].shape[-1]))
+
+
+@torch.no_grad()
+def merge(model: Any) -> Any:
+    """Add every adapter to the weights under it and take it off, in place; returns the model."""
+    for module in adapters(model).values():
+        module.lora.add_to(module.weight)
+        del module.lora
+        module.__class__ = type(module).__mro__[2]
+    return model

@@ -1,0 +1,222 @@
+"""Tuning: a trained or imported model learns from conversations and text.
+
+Every weight is trained (full), or a low-rank adapter of each linear (lora), or adapters of those
+experts only that the data uses most (experts). A share of general text may be mixed in (replay), so
+that the model forgets less.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from torch import Tensor
+
+from fira.config import Config, ConfigError
+from fira.data.batches import Folder, Shards
+from fira.data.conversations import Row, chat_row, conversations, text_rows
+from fira.data.packs import PackedBatches, Packs, Part, Sequences, Windows, in_order
+from fira.data.shards import MANIFEST
+from fira.data.tokenizer import END_OF_TEXT, PAD, SPECIAL, TURN_END, Tokenizer
+from fira.files import read_json, sha256
+from fira.loss.head import next_token_loss
+from fira.model.adapter import attach
+from fira.model.files import CONFIG, knows_chat
+from fira.model.router import routers
+from fira.parallel.layout import Layout
+from fira.stages.config import Opened, RunConfig, Stage, configure, open_start
+from fira.stages.run import train_run
+from fira.train.loop import LoopState, Recipe, Score
+from fira.train.validate import validate
+
+HELD_OUT = 20  # every HELD_OUT-th row is held out where no file is
+EVALUATIONS = 4  # in a tuning; each also saves
+
+
+class TuneData(Config):
+    start: Folder = Field(description="step folder of the model that is tuned")
+    chat: list[Folder] = Field([], description="files or folders of conversations")
+    text: list[Folder] = Field([], description="files or folders of text")
+    held_out: list[Folder] = Field([], description="conversations or text to evaluate on; without "
+                                   "them a twentieth of the rows")
+    general: list[Folder] = Field([], description="general text, prepared by `fira data` or files: "
+                                  "for replay, and to see what is forgotten")
+    replay: float = Field(0.0, ge=0, lt=1, description="share of general text in what is read")
+
+
+class TuneOptions(Config):
+    method: Literal["full", "lora", "experts"] = Field("lora", description="what is trained")
+    rank: int = Field(16, ge=1, description="rank of adapters; of an expert's divided by top_k")
+    router: Literal["freeze", "train"] = Field("freeze", description="whether routers are trained")
+
+
+class TuneConfig(RunConfig):
+    """Everything that decides a tuning."""
+
+    data: TuneData
+    tune: TuneOptions = TuneOptions()
+
+
+class Data(NamedTuple):
+    """What a tuning reads, as sequences: to train on, to evaluate on, general text likewise."""
+
+    train: Sequences
+    held_out: Sequences
+    general: Sequences | None
+    general_held_out: Sequences | None
+    counts: dict[str, int]
+
+
+def open_data(config: TuneConfig) -> Opened:
+    """Read and pack everything. Raises ValueError, one line with the place, for what is wrong."""
+    data, length = config.data, config.train.sequence_length
+    tokenizer, counts = Tokenizer.load(data.start), dict.fromkeys(
+        ("rows", "rows shortened", "rows left out", "tokens", "tokens trained on"), 0)
+    rows = [*_chat_rows(tokenizer, data.chat, length + 1, counts),
+            *text_rows(tokenizer, data.text, length + 1)]
+    if data.held_out:
+        held_out = [*_chat_rows(tokenizer, data.held_out, length + 1, {**counts})]
+    else:
+        held_out, rows = rows[::HELD_OUT], [row for number, row in enumerate(rows)
+                                            if number % HELD_OUT]
+    counts |= {"rows": len(rows), "tokens": sum(len(row.ids) for row in rows),
+               "tokens trained on": sum(int(row.trained.sum()) for row in rows)}
+    general = _general(tokenizer, data.general, length)
+    found = Data(Packs(rows, length), Packs(held_out, length), *general, counts)
+    about = {"sources": [Path(name).name for name in (*data.chat, *data.text)], **counts,
+             "sha256": [found.train.key]}
+    return Opened(Path(data.start), found, about)
+
+
+def _chat_rows(tokenizer: Tokenizer, sources: Sequence[str], longest: int,
+               counts: dict[str, int]) -> Iterable[Row]:
+    for _, messages in conversations(sources) if sources else ():
+        row, cut = chat_row(tokenizer, messages, longest)
+        counts["rows left out"] += row is None
+        counts["rows shortened"] += row is not None and cut > 0
+        if row is not None:
+            yield row
+
+
+def _general(tokenizer: Tokenizer, sources: Sequence[str],
+             length: int) -> tuple[Sequences | None, Sequences | None]:
+    """General text to train on and to evaluate on."""
+    if not sources:
+        return None, None
+    if (Path(sources[0]) / MANIFEST).is_file():
+        train, held_out = (Windows(tokens, length, key) for tokens, key in (
+            (Shards(sources[0], split), sha256(Path(sources[0]) / MANIFEST)[:15] + split[0])
+            for split in ("train", "validation")))
+        return train, held_out
+    rows = list(text_rows(tokenizer, sources, length + 1))
+    return (Packs([row for number, row in enumerate(rows) if number % HELD_OUT], length),
+            Packs(rows[::HELD_OUT], length))
+
+
+def adapt(config: TuneConfig, model: Any, tokenizer: Tokenizer) -> None:
+    """Freeze what is not trained, and add adapters."""
+    if config.tune.method != "full":
+        attach(model, config.tune.rank, tokens=_new_tokens(config, tokenizer))
+    for router in routers(model):
+        router.requires_grad_(config.tune.router == "train")
+
+
+def begin(config: TuneConfig, model: Any, tokenizer: Tokenizer) -> None:
+    """Give tokens that were never trained the embedding and head of the end of text: it too stands
+    where something ends and something else begins."""
+    model.chat = bool(config.data.chat) or model.chat
+    tokens = list(_new_tokens(config, tokenizer))
+    for name in {"token_embedding", model.after[-1]} if tokens else ():
+        part = getattr(model, name)
+        rows = part.weight[tokenizer.end_of_text].detach().expand(len(tokens), -1)
+        with torch.no_grad():
+            if hasattr(part, "lora"):
+                part.lora.delta.copy_(rows - part.weight[tokens])
+            else:
+                part.weight[tokens] = rows
+
+
+def _new_tokens(config: TuneConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens of conversations, if the model was never trained on any."""
+    if not config.data.chat or knows_chat(config.data.start):
+        return ()
+    tokenizer.special(TURN_END)
+    names = tokenizer.added.keys() & set(SPECIAL) - {END_OF_TEXT, PAD}
+    return tuple(sorted(tokenizer.added[name] for name in names))
+
+
+def recipe(config: TuneConfig, data: Data, tokenizer: Tokenizer, layout: Layout) -> Recipe:
+    """Packed rows, cross-entropy of what is trained on, bits per byte of held-out rows."""
+    parts = [Part("target", data.train, 1 - config.data.replay)]
+    if config.data.replay and data.general is not None:
+        parts.append(Part("general", data.general, config.data.replay))
+    token_bytes_V = torch.zeros(config.model.vocab_size, dtype=torch.long)
+    sizes = torch.tensor([len(text) for text in tokenizer.token_bytes()])
+    token_bytes_V[:len(sizes)] = sizes
+    micro, most = config.train.micro_batch, config.train.validation_tokens
+
+    def probe() -> tuple[dict[str, float], Score]:
+        row = _validate(layout, data.held_out, micro, most, token_bytes_V)
+        if data.general_held_out is not None:
+            row |= {f"{name}/general": value for name, value in _validate(
+                layout, data.general_held_out, micro, most, token_bytes_V).items()}
+        return row, Score("bits_per_byte", row["bits_per_byte"])
+
+    return Recipe(PackedBatches(parts, config.train, layout.rows), next_token_loss, probe)
+
+
+def _validate(layout: Layout, sequences: Sequences, micro: int, most: int,
+              token_bytes_V: Tensor) -> dict[str, float]:
+    count = max(1, most // sequences.length)
+    return validate(layout, in_order(sequences, micro, count), token_bytes_V)
+
+
+TUNE = Stage("tune", TuneConfig, open_data, recipe, adapt, begin,
+             {"optim": {}, "train": {}}, weight_decay=0.0)
+
+
+def settings_for(run: Path, start: Path, method: str) -> list[str]:
+    """What the method and the tuned run suggest: its sequences, and a tenth of its rates for full
+    tuning."""
+    spec = open_start(start).spec
+    config: dict[str, Any] = {}
+    for record in (run / CONFIG, start.parent / CONFIG):
+        if record.is_file():
+            config = read_json(record, "restore the file").get("config") or config
+    length = min(spec.context, config.get("train", {}).get("sequence_length", 1024))
+    found = [f"train.sequence_length={length}", f"train.batch_tokens={16 * length}",
+             "train.micro_batch=4", "schedule.kind=cosine", "schedule.warmup=0.05"]
+    if method != "full":
+        return [*found, "optim.lr=2e-3"]
+    optim = config.get("optim", {"lr": 5e-4})
+    rates = {key: value / 10 for key, value in optim.items() if key.endswith("lr") and value}
+    kept = {key: optim[key] for key in ("rule", "expert_interval", "head_follows") if key in optim}
+    return found + [f"optim.{key}={value}" for key, value in {**rates, **kept}.items()]
+
+
+def tune(source: Path | None, data: dict[str, Any], options: dict[str, Any], epochs: float,
+         settings: Iterable[str], run: Path, device: str, resume: bool, screen: Console,
+         step: int | None = None) -> LoopState:
+    """`fira tune`: see `fira.stages.run.train_run`."""
+    if (run / CONFIG).exists() or source is None:
+        return train_run(TUNE, "tune", settings, run, device, resume, screen, source, step)
+    start = open_start(source)
+    if not data["chat"] and not data["text"]:
+        raise ConfigError("there is nothing to tune on; give --chat FILES or --text FILES")
+    preset = {"model": start.spec.model_dump(), "data": {"start": str(start.folder), **data},
+              "tune": options, "train": {"steps": 1}, "optim": {}}
+    settings = [*settings_for(source, start.folder, options["method"]), *settings]
+    stage = TUNE._replace(preset=preset)
+    config = configure(stage, preset, settings, start)
+    opened = stage.open(config)
+    if not {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}:
+        read = config.train.batch_size * (1 - config.data.replay)  # of the target, in a step
+        steps = math.ceil(epochs * len(opened.data.train) / read)
+        settings = [f"train.save_every={math.ceil(steps / EVALUATIONS)}", *settings,
+                    f"train.steps={steps}"]
+    stage = stage._replace(open=lambda _: opened)
+    return train_run(stage, "tune", settings, run, device, resume, screen, source, step)
