@@ -91,25 +91,35 @@ def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_e
 @click.command(epilog=example("fira quickstart train.minutes=2"))
 @click.option("--out", type=NEW_FOLDER, default=Path("out/quickstart"), show_default=True,
               help="Folder to write the tokenizer, the data and the run to.")
+@click.option("--chat", is_flag=True, help="Then tune the model on conversations for a minute and "
+                                           "a half, and talk with it.")
 @settings_argument
-def quickstart(out: Path, settings: tuple[str, ...]) -> None:
+def quickstart(out: Path, chat: bool, settings: tuple[str, ...]) -> None:
     """Train a small model on example text in about five minutes.
 
     Learns a tokenizer from 249 State of the Union addresses, which are installed with FIRA, trains
-    the preset tiny on them, and prints samples and what to try next.
+    the preset tiny on them, and prints samples and what to try next. What is done already in the
+    folder is not done again.
     """
     from fira.report.page import report as write_report
     from fira.report.read import read_run
     from fira.report.routing import routing_view
     from fira.runlog import console
-    from fira.stages.quickstart import next_steps
+    from fira.stages.quickstart import next_steps, quickstart_chat
     from fira.stages.quickstart import quickstart as run_quickstart
 
     run = run_training(lambda: run_quickstart(out, settings, console()), out / "run")
     console().print(routing_view(read_run(run)))
     for path in write_report(run):
         console().print(f"wrote {path}")
+    if chat:
+        run_training(lambda: quickstart_chat(out, console()), out / "chat")
     console().print(next_steps(out), soft_wrap=True)
+    if chat and sys.stdin.isatty():
+        from fira.infer.chat import chat as run_chat
+        from fira.infer.request import SamplingParams
+
+        run_chat(out / "chat", SamplingParams(max_new_tokens=60))
 
 
 @click.command(epilog=example(

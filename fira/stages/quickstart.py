@@ -1,4 +1,5 @@
-"""The whole path on real text: train a tokenizer, tokenize, train `tiny`, print samples."""
+"""The whole path on real text: train a tokenizer, tokenize, train `tiny`, print samples; then, if
+asked for, tune it into one that converses."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -11,14 +12,17 @@ from fira.config import load_preset
 from fira.data.prepare import learn_tokenizer, prepare
 from fira.infer.load import load
 from fira.infer.request import SamplingParams
-from fira.infer.text import complete
+from fira.infer.text import Conversation, complete
 from fira.runlog import RunLog
 from fira.stages.config import configure
 from fira.stages.pretrain import PRETRAIN, pretrain
+from fira.stages.tune import tune
 
 CORPUS = "sotu"
 PROMPTS = ("The state of the Union is", "Fellow citizens, our trade with foreign nations",
            "To our children")
+CHAT_MINUTES = 1.5
+QUESTIONS = ("Hello", "Who spoke in 1863?", "And in the year after?", "Thank you")
 
 
 def quickstart(out: Path, settings: Iterable[str], screen: Console) -> Path:
@@ -38,6 +42,17 @@ def quickstart(out: Path, settings: Iterable[str], screen: Console) -> Path:
     return run
 
 
+def quickstart_chat(out: Path, screen: Console) -> Path:
+    """Tune the run in `out` on conversations about the same addresses; returns the new run."""
+    run = out / "chat"
+    screen.print("conversations: questions on the same addresses, made by rule", soft_wrap=True)
+    data = {"chat": [CORPUS], "general": [str(out / "data")], "replay": 0.1}
+    tune(out / "run", data, {"method": "full", "router": "train"}, 1.0,
+         [f"train.minutes={CHAT_MINUTES}"], run, "auto", (run / "config.json").exists(), screen)
+    _print_conversation(run, screen)
+    return run
+
+
 def _print_samples(run: Path, screen: Console) -> None:
     """Print three samples and put them on record."""
     loaded = load(run)
@@ -51,11 +66,23 @@ def _print_samples(run: Path, screen: Console) -> None:
     log.close()
 
 
+def _print_conversation(run: Path, screen: Console) -> None:
+    loaded = load(run)
+    params = SamplingParams(max_new_tokens=60, temperature=0.0)
+    conversation = Conversation(loaded.model, loaded.tokenizer, True, params)
+    for question in QUESTIONS:
+        conversation.ask(question)
+        screen.print(Text.assemble("\n", (question, "bold"), "\n", "".join(conversation.reply())),
+                     soft_wrap=True)
+
+
 def next_steps(out: Path) -> str:
     """What to try after the quickstart."""
-    run = out / "run"
+    run, chat = out / "run", out / "chat"
+    tuned = [f"  fira chat {chat}", f"  fira serve {chat}"] if chat.is_dir() else [
+        f"  fira quickstart --chat --out {out}"]
     return "\n".join([
-        "\nnext:",
+        "\nnext:", *tuned,
         f'  fira generate {run} "My fellow Americans," --max-new-tokens 100',
         f"  fira eval {run} --text README.md",
         f"  fira train tiny data.folder={out / 'data'} train.minutes=30 --run out/longer",

@@ -7,12 +7,13 @@ that the model forgets less.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from rich.console import Console
 from torch import Tensor
 
@@ -37,13 +38,18 @@ HELD_OUT = 20  # every HELD_OUT-th row is held out where no file is
 EVALUATIONS = 4  # in a tuning; each also saves
 
 
+# A file, so that a run resumes from anywhere, or another source by its name.
+Files = list[Annotated[str, AfterValidator(
+    lambda name: os.path.abspath(name) if os.path.exists(name) else name)]]
+
+
 class TuneData(Config):
     start: Folder = Field(description="step folder of the model that is tuned")
-    chat: list[Folder] = Field([], description="files or folders of conversations")
-    text: list[Folder] = Field([], description="files or folders of text")
-    held_out: list[Folder] = Field([], description="conversations or text to evaluate on; without "
+    chat: Files = Field([], description="files or folders of conversations")
+    text: Files = Field([], description="files or folders of text")
+    held_out: Files = Field([], description="conversations or text to evaluate on; without "
                                    "them a twentieth of the rows")
-    general: list[Folder] = Field([], description="general text, prepared by `fira data` or files: "
+    general: Files = Field([], description="general text, prepared by `fira data` or files: "
                                   "for replay, and to see what is forgotten")
     replay: float = Field(0.0, ge=0, lt=1, description="share of general text in what is read")
 
