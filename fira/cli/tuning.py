@@ -44,8 +44,8 @@ def tune(source: Path | None, settings: tuple[str, ...], run: Path, device: str,
          epochs: float, method: str, rank: int, router: str | None, **data: Any) -> None:
     """Train a run further on conversations or text.
 
-    RUN was trained here or imported. The loss is taken on assistant turns only. The base stays as it is: an adapter is a small run
-    that needs it.
+    RUN was trained here or imported. The loss is taken on assistant turns only. The base stays as
+    it is: an adapter is a small run that needs it.
     """
     from fira.runlog import console
     from fira.stages.tune import tune as run_tune

@@ -76,9 +76,8 @@ class Stage(NamedTuple):
     """One kind of training: open(config) checks the data before anything is written; recipe(config,
     data, tokenizer, layout) makes the batches, the loss and the probe of this rank.
 
-    adapt(config, model, tokenizer) may freeze parameters of a model on meta and add others;
-    begin(config, model, tokenizer) changes a model that has just got the weights of its start. A
-    stage without presets has the settings `preset`.
+    adapt(config, model, tokenizer) may freeze parameters of a model on meta and add others. A stage
+    without presets has the settings `preset`.
     """
 
     name: str
@@ -86,7 +85,6 @@ class Stage(NamedTuple):
     open: Callable[[Any], Opened]
     recipe: Callable[[Any, Any, Tokenizer, Layout], Recipe]
     adapt: Callable[[Any, Any, Tokenizer], None] = lambda config, model, tokenizer: None
-    begin: Callable[[Any, Any, Tokenizer], None] = lambda config, model, tokenizer: None
     preset: dict[str, Any] | None = None
     weight_decay: float = WEIGHT_DECAY
 

@@ -92,7 +92,7 @@ def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
         kept.pop("average", None)
     if start and not newest:
         read_weights(start.folder, layout)
-        stage.begin(config, layout.model, tokenizer)
+    recipe.begin(run, not newest)
     _speed_up(layout.model, config.train.recompute, mesh, screen)
     log: RunLog | NoLog = NoLog()
     if mesh.rank == 0:

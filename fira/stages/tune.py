@@ -131,10 +131,10 @@ def adapt(config: TuneConfig, model: Any, tokenizer: Tokenizer) -> None:
         router.requires_grad_(config.tune.router == "train")
 
 
-def begin(config: TuneConfig, model: Any, tokenizer: Tokenizer) -> None:
+def learn_turns(config: Any, model: Any, tokenizer: Tokenizer) -> None:
     """Give tokens that were never trained the embedding and head of the end of text: it too stands
     where something ends and something else begins."""
-    model.chat = bool(config.data.chat) or model.chat
+    model.chat = True
     tokens = list(_new_tokens(config, tokenizer))
     for name in {"token_embedding", model.after[-1]} if tokens else ():
         part = getattr(model, name)
@@ -172,7 +172,11 @@ def recipe(config: TuneConfig, data: Data, tokenizer: Tokenizer, layout: Layout)
                 layout, data.general_held_out, micro, most, token_bytes_V).items()}
         return row, Score("bits_per_byte", row["bits_per_byte"])
 
-    return Recipe(PackedBatches(parts, config.train, layout.rows), next_token_loss, probe)
+    def begin(run: Path, fresh: bool) -> None:
+        if fresh and config.data.chat:
+            learn_turns(config, layout.model, tokenizer)
+
+    return Recipe(PackedBatches(parts, config.train, layout.rows), next_token_loss, probe, begin)
 
 
 def _validate(layout: Layout, sequences: Sequences, micro: int, most: int,
@@ -181,8 +185,7 @@ def _validate(layout: Layout, sequences: Sequences, micro: int, most: int,
     return validate(layout, in_order(sequences, micro, count), token_bytes_V)
 
 
-TUNE = Stage("tune", TuneConfig, open_data, recipe, adapt, begin,
-             {"optim": {}, "train": {}}, weight_decay=0.0)
+TUNE = Stage("tune", TuneConfig, open_data, recipe, adapt, {"optim": {}, "train": {}}, 0.0)
 
 
 def settings_for(run: Path, start: Path, method: str) -> list[str]:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -67,12 +68,14 @@ class Recipe(NamedTuple):
     """What a stage brings to the loop.
 
     loss_fn(model, batch) returns a mean loss and metrics by name, which are averaged by the
-    batches' weights. probe() evaluates the model: a row for the record, and its score.
+    batches' weights. probe() evaluates the model: a row for the record, and its score. begin(run,
+    fresh) is called when the model has its weights; `fresh`: those of the start, before any step.
     """
 
     batches: BatchSource
     loss_fn: LossFn
     probe: Probe
+    begin: Callable[[Path, bool], None] = lambda run, fresh: None
 
 
 @dataclass
