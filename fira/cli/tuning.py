@@ -19,8 +19,15 @@ from fira.cli.training import run_training
                    "repeated.")
 @click.option("--text", multiple=True, metavar="FILES",
               help="Text to go on training with, as for fira data; may be repeated.")
+@click.option("--prefer", multiple=True, metavar="FILES",
+              help="Pairs of answers (prompt, chosen, rejected) to learn a preference from, "
+                   "instead of --chat and --text; may be repeated.")
+@click.option("--beta", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True,
+              help="With --prefer: how strongly the model is held to what it was.")
+@click.option("--length-normalized", is_flag=True,
+              help="With --prefer: compare log-probabilities per token.")
 @click.option("--held-out", multiple=True, metavar="FILES",
-              help="Conversations to evaluate on, instead of a twentieth of the others.")
+              help="Conversations or pairs to evaluate on, instead of a twentieth of the others.")
 @click.option("--general", multiple=True, metavar="FILES",
               help="General text, or a folder that fira data wrote: for --replay, and to measure "
                    "what is forgotten.")
@@ -41,21 +48,31 @@ from fira.cli.training import run_training
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of --run.")
 @device_option
 def tune(source: Path | None, settings: tuple[str, ...], run: Path, device: str, resume: bool,
-         epochs: float, method: str, rank: int, router: str | None, **data: Any) -> None:
+         epochs: float, method: str, rank: int, router: str | None, beta: float,
+         length_normalized: bool, prefer: tuple[str, ...], **data: Any) -> None:
     """Train a run further on conversations or text.
 
     RUN was trained here or imported. The loss is taken on assistant turns only. The base stays as
     it is: an adapter is a small run that needs it.
     """
     from fira.runlog import console
+    from fira.stages.prefer import PREFER
+    from fira.stages.tune import TUNE
     from fira.stages.tune import tune as run_tune
 
     if source is not None and "=" in str(source) and not source.exists():
         settings, source = (str(source), *settings), None
     if source is None and not resume:
         raise click.UsageError("Missing argument 'RUN': only --resume --run FOLDER needs none")
-    options = {"method": method, "rank": rank,
-               "router": router or ("train" if method == "full" else "freeze")}
-    found = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
-    run_training(lambda: run_tune(source, found, options, epochs, settings, run, device, resume,
-                                  console()), run)
+    if not resume and bool(prefer) == bool(data["chat"] or data["text"]):
+        raise click.UsageError("give --chat FILES or --text FILES, or else --prefer FILES")
+    sections = {"tune": {"method": method, "rank": rank,
+                         "router": router or ("train" if method == "full" else "freeze")}}
+    if prefer:
+        sections["prefer"] = {"beta": beta, "normalized": length_normalized}
+        sections["data"] = {"chat": list(prefer), "held_out": list(data["held_out"])}
+    else:
+        sections["data"] = {key: list(value) if isinstance(value, tuple) else value
+                            for key, value in data.items()}
+    run_training(lambda: run_tune(source, sections, epochs, settings, run, device, resume,
+                                  console(), PREFER if prefer else TUNE), run)

@@ -126,3 +126,36 @@ def text_rows(tokenizer: Tokenizer, sources: Sequence[str], longest: int) -> Ite
         while len(ids) >= longest or (item.ends and len(ids) > 1):
             piece, ids = np.array(ids[:longest], np.int32), ids[longest - 1:]
             yield Row(piece, np.arange(len(piece)) > 0)
+
+
+def pairs(tokenizer: Tokenizer, sources: Sequence[str], longest: int,
+          counts: dict[str, int]) -> Iterator[Row]:
+    """Two rows for every record with a prompt, a chosen and a rejected answer, the chosen one
+    first; each is text or messages, and answers may hold the prompt too, as on the hub. Pairs of
+    more than `longest` ids are left out and counted. Raises ValueError, with the place."""
+    for where, record in _records(sources):
+        try:
+            both = [_answered(record, key) for key in ("chosen", "rejected")]
+            if both[0] == both[1]:
+                raise ValueError("chosen and rejected are equal")
+            rows = [chat_row(tokenizer, _checked(messages), longest)[0] for messages in both]
+        except (TypeError, AttributeError, LookupError, ValueError) as error:
+            reason = f"field {error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{where}: {reason}; correct this row, or leave it out") from None
+        counts["rows"] += 1
+        if None in rows or sum(len(row.ids) - 1 for row in rows if row) >= longest:
+            counts["rows left out"] += 1
+        else:
+            yield from (row for row in rows if row)
+
+
+def _answered(record: Any, key: str) -> Messages:
+    """The conversation that ends with an answer; only that answer is trained on."""
+    prompt, answer = record.get("prompt") or [], record[key]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    messages = answer if answer[0]["role"] != "assistant" else [*prompt, *answer]
+    return [message | {"train": number == len(messages) - 1}
+            for number, message in enumerate(messages)]

@@ -19,29 +19,30 @@ from fira.data.conversations import Row
 
 class Sequences(Protocol):
     """Something that has sequences of one length: `read(numbers)` gives ids, targets and positions
-    of some of them, int64 [3, B, T]; `key` is a checksum of all that they hold."""
+    of some of them, and perhaps more, [B, T] each; `key` is a checksum of all that they hold."""
 
     key: str
     length: int
 
     def __len__(self) -> int: ...
 
-    def read(self, numbers: np.ndarray) -> np.ndarray: ...
+    def read(self, numbers: np.ndarray) -> Sequence[np.ndarray]: ...
 
 
 class Packs:
     """Rows packed by best fit, the longest first: sequences have few empty places.
 
-    `length` T: a row of n ids takes n - 1 places, because its last id is only a target. Raises
-    ValueError if there is no row.
+    `length` T: a row of n ids takes n - 1 places, because its last id is only a target. Every
+    `together` consecutive rows stay together. Raises ValueError if there is no row.
     """
 
-    def __init__(self, rows: Sequence[Row], length: int) -> None:
+    def __init__(self, rows: Sequence[Row], length: int, together: int = 1) -> None:
         if not rows:
             raise ValueError("no row is left to train on; give more data, or longer sequences with "
                              f"train.sequence_length above {length}")
-        self.rows, self.length = rows, length
-        self.packs = pack([len(row.ids) - 1 for row in rows], length)
+        self.groups, self.length = [rows[first:first + together]
+                                    for first in range(0, len(rows), together)], length
+        self.packs = pack([sum(len(row.ids) - 1 for row in group) for group in self.groups], length)
         digest = hashlib.sha256(str(length).encode())
         for row in rows:
             digest.update(row.ids.tobytes() + row.trained.tobytes())
@@ -50,17 +51,17 @@ class Packs:
     def __len__(self) -> int:
         return len(self.packs)
 
-    def read(self, numbers: np.ndarray) -> np.ndarray:
+    def read(self, numbers: np.ndarray) -> Sequence[np.ndarray]:
         fields = np.zeros((3, len(numbers), self.length), np.int64)
         fields[1] = IGNORED
         for index, number in enumerate(numbers):
             end = 0
-            for row in (self.rows[one] for one in self.packs[number]):
+            for row in (row for one in self.packs[number] for row in self.groups[one]):
                 begin, end = end, end + len(row.ids) - 1
                 fields[0, index, begin:end] = row.ids[:-1]
                 fields[1, index, begin:end] = np.where(row.trained[1:], row.ids[1:], IGNORED)
                 fields[2, index, begin:end] = np.arange(end - begin)
-        return fields
+        return list(fields)
 
 
 class Windows:
@@ -72,11 +73,11 @@ class Windows:
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.length
 
-    def read(self, numbers: np.ndarray) -> np.ndarray:
+    def read(self, numbers: np.ndarray) -> Sequence[np.ndarray]:
         windows = np.stack([self.tokens[start:start + self.length + 1]
                             for start in numbers * self.length]).astype(np.int64)
         positions = np.broadcast_to(np.arange(self.length), windows[:, 1:].shape)
-        return np.stack([windows[:, :-1], windows[:, 1:], positions])
+        return windows[:, :-1], windows[:, 1:], positions
 
 
 def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
@@ -111,30 +112,33 @@ class Part(NamedTuple):
 
 class PackedBatches:
     """Batches of sequences from several parts, mixed by their shares; every part has an order of
-    its own in each epoch. `rows`: which rows of a batch this rank has."""
+    its own in each epoch. `rows`: which rows of a batch this rank has; `kind`: of a batch."""
 
     def __init__(self, parts: Sequence[Part], config: Any,
-                 rows: Callable[[int], slice] = slice) -> None:
-        self.parts, self.config, self.rows = parts, config, rows
+                 rows: Callable[[int], slice] = slice, kind: Any = PackedBatch) -> None:
+        self.parts, self.config, self.rows, self.kind = parts, config, rows, kind
         self.bounds = np.cumsum([part.share for part in parts])[:-1]
 
-    def batch(self, state: Any, fraction: float) -> tuple[list[PackedBatch], dict[str, int], Any]:
+    def batch(self, state: Any, fraction: float) -> tuple[list[Any], dict[str, int], Any]:
         """This rank's micro-batches, the sequences read of each part after them, epochs."""
         size, length = self.config.batch_size, self.config.sequence_length
         numbers = np.arange(size)
         chosen = np.searchsorted(self.bounds, (state.step * size + numbers) * GOLDEN % 1,
                                  side="right")
         own = np.isin(numbers, numbers[self.rows(size)])
-        fields, read = np.empty((3, size, length), np.int64), dict[str, int]()
+        fields, read = list[np.ndarray](), dict[str, int]()
         for index, (_, sequences, _) in enumerate(self.parts):
             mine, begun = chosen == index, self._begun(state, sequences)
             places = begun + np.cumsum(mine) - 1
             read[sequences.key] = begun + int(mine.sum())
             if (mine & own).any():
-                fields[:, mine & own] = sequences.read(self._order(
-                    places[mine & own], len(sequences)))
-        batches = [PackedBatch(*map(torch.from_numpy, fields[:, rows])) for rows in np.split(
-            numbers[own], range(self.config.micro_batch, own.sum(), self.config.micro_batch))]
+                found = sequences.read(self._order(places[mine & own], len(sequences)))
+                fields = fields or [np.empty((size, length), field.dtype) for field in found]
+                for field, values in zip(fields, found, strict=True):
+                    field[mine & own] = values
+        batches = [self.kind(*(torch.from_numpy(field[rows]) for field in fields)) for rows in
+                   np.split(numbers[own], range(self.config.micro_batch, own.sum(),
+                                                self.config.micro_batch))]
         return batches, read, self._epochs(read)
 
     def describe(self, state: Any) -> str:
@@ -162,8 +166,10 @@ class PackedBatches:
                 round(read[part.sequences.key] / len(part.sequences), 4) for part in self.parts}
 
 
-def in_order(sequences: Sequences, batch_size: int, most: int) -> Iterator[PackedBatch]:
-    """The first `most` sequences, each once, to validate on."""
-    for first in range(0, min(len(sequences), most), batch_size):
-        numbers = np.arange(first, min(first + batch_size, len(sequences), most))
-        yield PackedBatch(*map(torch.from_numpy, sequences.read(numbers)))
+def in_order(sequences: Sequences, batch_size: int, most: int | None = None,
+             kind: Any = PackedBatch) -> Iterator[Any]:
+    """Batches of the first `most` sequences, each once, to evaluate on."""
+    end = len(sequences) if most is None else min(len(sequences), most)
+    for first in range(0, end, batch_size):
+        fields = sequences.read(np.arange(first, min(first + batch_size, end)))
+        yield kind(*(torch.from_numpy(np.ascontiguousarray(field)) for field in fields))

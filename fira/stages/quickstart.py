@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -47,8 +48,10 @@ def quickstart_chat(out: Path, screen: Console) -> Path:
     run = out / "chat"
     screen.print("conversations: questions on the same addresses, made by rule", soft_wrap=True)
     data = {"chat": [CORPUS], "general": [str(out / "data")], "replay": 0.1}
-    tune(out / "run", data, {"method": "full", "router": "train"}, 1.0,
-         [f"train.minutes={CHAT_MINUTES}"], run, "auto", (run / "config.json").exists(), screen)
+    sections: dict[str, dict[str, Any]] = {
+        "data": data, "tune": {"method": "full", "router": "train"}}
+    tune(out / "run", sections, 1.0, [f"train.minutes={CHAT_MINUTES}"], run, "auto",
+         (run / "config.json").exists(), screen)
     _print_conversation(run, screen)
     return run
 

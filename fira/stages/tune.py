@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field
 from rich.console import Console
 from torch import Tensor
 
-from fira.config import Config, ConfigError
+from fira.config import Config
 from fira.data.batches import Folder, Shards
 from fira.data.conversations import Row, chat_row, conversations, text_rows
 from fira.data.packs import PackedBatches, Packs, Part, Sequences, Windows, in_order
@@ -207,25 +207,24 @@ def settings_for(run: Path, start: Path, method: str) -> list[str]:
     return found + [f"optim.{key}={value}" for key, value in {**rates, **kept}.items()]
 
 
-def tune(source: Path | None, data: dict[str, Any], options: dict[str, Any], epochs: float,
+def tune(source: Path | None, sections: dict[str, dict[str, Any]], epochs: float,
          settings: Iterable[str], run: Path, device: str, resume: bool, screen: Console,
-         step: int | None = None) -> LoopState:
-    """`fira tune`: see `fira.stages.run.train_run`."""
+         stage: Stage = TUNE) -> LoopState:
+    """`fira tune`: see `fira.stages.run.train_run`. `sections` are the settings of data and of what
+    the stage adds; the length of the run follows from `epochs`, unless settings give one."""
     if (run / CONFIG).exists() or source is None:
-        return train_run(TUNE, "tune", settings, run, device, resume, screen, source, step)
+        return train_run(stage, stage.name, settings, run, device, resume, screen, source)
     start = open_start(source)
-    if not data["chat"] and not data["text"]:
-        raise ConfigError("there is nothing to tune on; give --chat FILES or --text FILES")
-    preset = {"model": start.spec.model_dump(), "data": {"start": str(start.folder), **data},
-              "tune": options, "train": {"steps": 1}, "optim": {}}
-    settings = [*settings_for(source, start.folder, options["method"]), *settings]
-    stage = TUNE._replace(preset=preset)
-    config = configure(stage, preset, settings, start)
+    sections["data"]["start"] = str(start.folder)
+    stage = stage._replace(preset={"model": start.spec.model_dump(), "train": {"steps": 1},
+                                   "optim": {}, **sections})
+    settings = [*settings_for(source, start.folder, sections["tune"]["method"]), *settings]
+    config = configure(stage, stage.load(stage.name), settings, start)
     opened = stage.open(config)
     if not {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}:
-        read = config.train.batch_size * (1 - config.data.replay)  # of the target, in a step
+        read = config.train.batch_size * (1 - sections["data"].get("replay", 0.0))  # in a step
         steps = math.ceil(epochs * len(opened.data.train) / read)
         settings = [f"train.save_every={math.ceil(steps / EVALUATIONS)}", *settings,
                     f"train.steps={steps}"]
-    stage = stage._replace(open=lambda _: opened)
-    return train_run(stage, "tune", settings, run, device, resume, screen, source, step)
+    return train_run(stage._replace(open=lambda _: opened), stage.name, settings, run, device,
+                     resume, screen, source)
