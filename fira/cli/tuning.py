@@ -29,8 +29,9 @@ from fira.cli.training import run_training
 @click.option("--held-out", multiple=True, metavar="FILES",
               help="Conversations or pairs to evaluate on, instead of a twentieth of the others.")
 @click.option("--general", multiple=True, metavar="FILES",
+              show_default="the text that RUN was trained on, if it is there",
               help="General text, or a folder that fira data wrote: for --replay, and to measure "
-                   "what is forgotten.")
+                   "what is forgotten; self is text that the model writes itself.")
 @click.option("--replay", type=click.FloatRange(0, 1, max_open=True), default=0.0,
               show_default=True, help="Share of general text in what is read.")
 @click.option("--method", type=click.Choice(["full", "lora", "experts"]), default="lora",

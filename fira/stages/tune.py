@@ -6,8 +6,10 @@ that the model forgets less.
 """
 from __future__ import annotations
 
+import json
 import math
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -17,23 +19,27 @@ from pydantic import AfterValidator, Field
 from rich.console import Console
 from torch import Tensor
 
-from fira.config import Config
+from fira.config import Config, ConfigError
 from fira.data.batches import Folder, Shards
 from fira.data.conversations import Row, chat_row, conversations, text_rows
 from fira.data.packs import PackedBatches, Packs, Part, Sequences, Windows, in_order
 from fira.data.shards import MANIFEST
 from fira.data.tokenizer import END_OF_TEXT, PAD, SPECIAL, TURN_END, Tokenizer
-from fira.files import read_json, sha256
+from fira.files import read_json, sha256, write_text
+from fira.infer.load import load
 from fira.loss.head import next_token_loss
 from fira.model.adapter import attach
 from fira.model.files import CONFIG, knows_chat
+from fira.model.generate import window_length
 from fira.model.router import routers
 from fira.parallel.layout import Layout
+from fira.runlog import ProgressLine, console
 from fira.stages.config import Opened, RunConfig, Stage, configure, open_start
 from fira.stages.run import train_run
 from fira.train.loop import LoopState, Recipe, Score
 from fira.train.validate import validate
 
+OWN_TEXT, OWN_ROWS, OWN_BATCH = "self", 256, 32  # text that the model writes itself
 HELD_OUT = 20  # every HELD_OUT-th row is held out where no file is
 EVALUATIONS = 4  # in a tuning; each also saves
 
@@ -191,11 +197,7 @@ TUNE = Stage("tune", TuneConfig, open_data, recipe, adapt, {"optim": {}, "train"
 def settings_for(run: Path, start: Path, method: str) -> list[str]:
     """What the method and the tuned run suggest: its sequences, and a tenth of its rates for full
     tuning."""
-    spec = open_start(start).spec
-    config: dict[str, Any] = {}
-    for record in (run / CONFIG, start.parent / CONFIG):
-        if record.is_file():
-            config = read_json(record, "restore the file").get("config") or config
+    spec, config = open_start(start).spec, _record_of(run, start)
     length = min(spec.context, config.get("train", {}).get("sequence_length", 1024))
     found = [f"train.sequence_length={length}", f"train.batch_tokens={16 * length}",
              "train.micro_batch=4", "schedule.kind=cosine", "schedule.warmup=0.05"]
@@ -207,6 +209,45 @@ def settings_for(run: Path, start: Path, method: str) -> list[str]:
     return found + [f"optim.{key}={value}" for key, value in {**rates, **kept}.items()]
 
 
+def _find_general(data: dict[str, Any], source: Path, start: Path, run: Path) -> list[str]:
+    """General text as asked for, or what the run was trained on, if it is still there. Raises
+    ConfigError if there is none to replay."""
+    given = data.get("general") or []
+    if given == [OWN_TEXT]:
+        return [str(_write_own_text(start, run / "own_text.jsonl"))]
+    folder = _record_of(source, start).get("data", {}).get("folder")
+    if not given and folder and (Path(folder) / MANIFEST).is_file():
+        given = [folder]
+    if data.get("replay") and not given:
+        raise ConfigError(f"--replay {data['replay']:g} needs general text; give --general FILES, "
+                          f"or --general {OWN_TEXT} for text that the model writes itself")
+    return list(given)
+
+
+def _write_own_text(start: Path, path: Path) -> Path:
+    """Let the model write OWN_ROWS texts, each from the end-of-text token, at temperature 1."""
+    if not path.is_file():
+        model, tokenizer, _ = load(start)
+        length, rows, began = window_length(model), list[list[int]](), time.monotonic()
+        with ProgressLine("own text", console()) as line:
+            for seed in range(0, OWN_ROWS, OWN_BATCH):
+                rows += model.generate([[tokenizer.end_of_text]] * OWN_BATCH, length - 1,
+                                       seed=seed).tolist()
+                line.update(len(rows) / OWN_ROWS, f"{len(rows)} texts", time.monotonic() - began)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texts = (tokenizer.decode(row[1:]).partition(END_OF_TEXT)[0] for row in rows)
+        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts if text))
+    return path
+
+
+def _record_of(run: Path, start: Path) -> dict[str, Any]:
+    """The settings with which a run was trained; none of an import."""
+    for record in (run / CONFIG, start.parent / CONFIG):
+        if record.is_file() and (config := read_json(record, "restore the file").get("config")):
+            return config
+    return {}
+
+
 def tune(source: Path | None, sections: dict[str, dict[str, Any]], epochs: float,
          settings: Iterable[str], run: Path, device: str, resume: bool, screen: Console,
          stage: Stage = TUNE) -> LoopState:
@@ -215,14 +256,17 @@ def tune(source: Path | None, sections: dict[str, dict[str, Any]], epochs: float
     if (run / CONFIG).exists() or source is None:
         return train_run(stage, stage.name, settings, run, device, resume, screen, source)
     start = open_start(source)
-    sections["data"]["start"] = str(start.folder)
+    data = sections["data"]
+    data["start"] = str(start.folder)
+    if stage is TUNE:
+        data["general"] = _find_general(data, source, start.folder, run)
     stage = stage._replace(preset={"model": start.spec.model_dump(), "train": {"steps": 1},
                                    "optim": {}, **sections})
     settings = [*settings_for(source, start.folder, sections["tune"]["method"]), *settings]
     config = configure(stage, stage.load(stage.name), settings, start)
     opened = stage.open(config)
     if not {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}:
-        read = config.train.batch_size * (1 - sections["data"].get("replay", 0.0))  # in a step
+        read = config.train.batch_size * (1 - data.get("replay", 0.0))  # in a step
         steps = math.ceil(epochs * len(opened.data.train) / read)
         settings = [f"train.save_every={math.ceil(steps / EVALUATIONS)}", *settings,
                     f"train.steps={steps}"]
