@@ -219,4 +219,6 @@ def _sync_tree(path: Path) -> None:
     if path.is_dir():
         for inner in path.iterdir():
             _sync_tree(inner)
+            if inner.is_file():  # what safetensors writes, only its owner could read
+                inner.chmod(path.stat().st_mode & 0o666)
     sync(path)

@@ -94,7 +94,9 @@ def import_() -> None:
 @import_.command("hf", epilog=example("fira import hf out/hf out/again"))
 @click.argument("folder", type=EXISTING)
 @click.argument("run", type=NEW_FOLDER)
-def import_hf(folder: Path, run: Path) -> None:
+@click.option("--chat", type=click.Choice(["yes", "no"]), show_default="by its chat template",
+              help="Whether the model was tuned for chat.")
+def import_hf(folder: Path, run: Path, chat: str | None) -> None:
     """Convert the Hugging Face model in FOLDER into RUN.
 
     FOLDER contains a Qwen3 or Qwen3-MoE checkpoint. Nothing is downloaded.
@@ -102,4 +104,4 @@ def import_hf(folder: Path, run: Path) -> None:
     from fira.convert.hf import import_run
     from fira.runlog import console
 
-    import_run(folder, run, console())
+    import_run(folder, run, None if chat is None else chat == "yes", console())

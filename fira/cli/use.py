@@ -218,6 +218,8 @@ def chat(run: Path, system: str | None, device: str, precision: str, **sampling:
 @click.option("--keys", type=click.Path(dir_okay=False, path_type=Path),
               show_default="no key is required",
               help="File with the accepted API keys, one per line.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", show_default="none",
+              help="Origin of web pages that may call the server; may be repeated.")
 @click.option("--name", show_default="the run folder's name", help="The model's id in the API.")
 @click.option("--slots", type=click.IntRange(1), default=8, show_default=True,
               help="Number of responses that are generated at the same time.")

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fira.convert import qwen3
 from fira.convert.files import load_run
-from fira.convert.hf import check_router
+from fira.convert.hf import chat_template, check_router
 from fira.data.encoder import PATTERNS, pattern_of
 from fira.data.tokenizer import PAD, TURN_END, Tokenizer
 from fira.files import check_new, new_target, sha256, write_text
-from fira.model.fira2 import RMSNorm
 from fira.model.generate import window_length
+from fira.model.router import routers
 
 try:
     import gguf
@@ -38,12 +38,7 @@ CHAT_MODELFILE = """{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 """
-# A model that was not tuned for chat continues the text so far, as in fira chat. Every text begins
-# after an end-of-text token, as in training.
-BASE_MODELFILE = "{end}{{{{ .Prompt }}}}"
-BASE_TEMPLATE = (
-    "{end}{{% for message in messages %}}{{{{ message['content'] }}}}"
-    "{{% if message['role'] != 'user' %}}{{{{ '\n' }}}}{{% endif %}}{{% endfor %}}")
+BASE_MODELFILE = "{end}{{{{ .Prompt }}}}"  # a text after an end-of-text token, as in training
 
 
 def export_run(run: Path, file: Path, type_name: str, screen: Console) -> None:
@@ -78,8 +73,7 @@ def write_model(model: Any, tokenizer: Tokenizer, file: Path, type_name: str) ->
         writer = gguf.GGUFWriter(partial, ARCHITECTURE[qwen3.kind(model.spec)])
         _describe(writer, model, file.stem, type_name)
         _add_tokenizer(writer, tokenizer, model.spec.vocab_size)
-        template = tokenizer.settings.get("chat_template") if chat else None
-        writer.add_chat_template(template or BASE_TEMPLATE.format(end=end))
+        writer.add_chat_template(chat_template(tokenizer, chat))
         for name, tensor, type in planned:
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, type)
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), type)
@@ -100,11 +94,12 @@ def _check_model(model: Any) -> None:
         raise ValueError("a FIRA model cannot become a GGUF file, because llama.cpp has no model "
                          "with learned positions, LayerNorm and experts with biases; use fira "
                          "export hf, or train a FIRA2 model")
-    if spec.num_experts > 1 and spec.top_k == 1:
-        raise ValueError("a model with top_k=1 cannot become a GGUF file: FIRA multiplies the "
-                         "expert's output by its probability, but llama.cpp renormalizes the "
-                         "weights of the chosen experts, which makes this one 1; use fira export "
-                         "hf, or train with top_k=2")
+    if not all(router.renormalize for router in routers(model)):
+        raise ValueError("this model cannot become a GGUF file: it multiplies an expert's output "
+                         f"by its probability (top_k={spec.top_k}, renormalize="
+                         f"{str(spec.renormalize).lower()}), but llama.cpp renormalizes the "
+                         "weights of the chosen experts to the sum 1; use fira export hf, or train "
+                         "with model.top_k=2")
     check_router(model)
 
 
@@ -150,7 +145,7 @@ def _describe(writer: Any, model: Any, name: str, type_name: str) -> None:
              "embedding_length": spec.d_model, "feed_forward_length": spec.d_ff * spec.top_k,
              "head_count": spec.n_head, "head_count_kv": spec.n_kv_head,
              "key_length": spec.head_dim, "value_length": spec.head_dim,
-             "layer_norm_rms_eps": RMSNorm.eps, "rope_freq_base": spec.rope_theta,
+             "layer_norm_rms_eps": spec.norm_eps, "rope_freq_base": spec.rope_theta,
              "vocab_size": spec.vocab_size}
     if qwen3.kind(spec) == qwen3.MOE:
         facts |= {"expert_count": spec.num_experts, "expert_used_count": spec.top_k,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fira.convert import qwen3
 from fira.convert.files import load_run, write_run
-from fira.data.tokenizer import PAD, TURN_END, TURN_START, Tokenizer
+from fira.data.tokenizer import CHAT_TEMPLATE, PAD, TURN_END, TURN_START, Tokenizer
 from fira.files import check_new, inside, new_target, read_json, write_json, write_manifest
 from fira.model.files import CONFIG, INDEX, WEIGHTS, check_damage
 from fira.model.router import routers
@@ -26,6 +26,11 @@ from fira.model.router import routers
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODELLING = Path(__file__).with_name("modeling_fira.py")
 IMPORT = "import"  # the stage of a model that was trained elsewhere
+# A model that was not tuned for chat continues the text so far, as in fira chat. Every text begins
+# after an end-of-text token, as in training.
+BASE_TEMPLATE = (
+    "{end}{{% for message in messages %}}{{{{ message['content'] }}}}"
+    "{{% if message['role'] != 'user' %}}{{{{ '\n' }}}}{{% endif %}}{{% endfor %}}")
 
 
 def export_run(run: Path, folder: Path, dtype: str | None, screen: Console,
@@ -41,18 +46,29 @@ def export_run(run: Path, folder: Path, dtype: str | None, screen: Console,
                  f"{code})", soft_wrap=True)
 
 
-def import_run(folder: Path, run: Path, screen: Console) -> None:
+def import_run(folder: Path, run: Path, chat: bool | None, screen: Console) -> None:
     """Write the Qwen3 in a Hugging Face folder as the new run folder `run` and say how to use it.
+    `chat`: whether it was tuned for chat; None: its chat template decides, and a line says so.
 
     Raises ValueError, one line, if that is not possible.
     """
     check_new(run)
     model, tokenizer = read_model(folder)
+    why = "as --chat says"
+    if chat is None:
+        chat = TURN_START in str(tokenizer.settings.get("chat_template"))
+        why = (f"because it has {'a' if chat else 'no'} chat template with {TURN_START}; if that "
+               f"is wrong, import it again with --chat {'no' if chat else 'yes'}")
+    if chat and not {TURN_START, TURN_END} <= tokenizer.added.keys():
+        raise ValueError(f"{folder} cannot chat in FIRA: its tokenizer lacks {TURN_START} or "
+                         f"{TURN_END}; give --chat no")
+    model.chat = chat
     write_run(run, model, tokenizer, 0, {"stage": IMPORT, "preset": IMPORT,
                                          "imported_from": str(folder)})
     screen.print(f'wrote {run}; try fira generate {run} "...", or tune it: fira data TEXT '
                  f"--tokenizer {run / 'step-000000'} --out DATA, then fira train PRESET "
                  f"--from {run} data.folder=DATA", soft_wrap=True)
+    screen.print(f"it counts as {'' if chat else 'not '}tuned for chat, {why}", soft_wrap=True)
 
 
 def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | None = None,
@@ -64,11 +80,11 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | Non
     config = qwen3.describe(model.spec) if fira2 else _describe_fira(model.spec)
     kind = str(kept).removeprefix("torch.")
     config |= _token_ids(tokenizer) | {"dtype": kind, "torch_dtype": kind, "fira": {
-        "chat": bool(getattr(model, "chat", False)), "trained_length": model.trained_length,
+        "trained_length": model.trained_length,
         **{key: getattr(model.spec, key) for key in qwen3.TRAINING}}}
     named = (qwen3.tensors if fira2 else qwen3.weights)(model)  # FIRA keeps our names
     with new_target(folder) as partial:
-        tokenizer.save(partial)
+        tokenizer.save(partial, chat_template=chat_template(tokenizer, getattr(model, "chat", 0)))
         save_file({name: tensor.detach().to(kept).contiguous() for name, tensor in named},
                   partial / WEIGHTS, metadata={"format": "pt"})
         write_json(partial / CONFIG, config)
@@ -78,6 +94,14 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | Non
         if not fira2:
             shutil.copyfile(MODELLING, partial / MODELLING.name)
         write_manifest(partial)
+
+
+def chat_template(tokenizer: Tokenizer, chat: Any) -> str:
+    """The chat template of an exported model: its own ChatML, or the text of the messages."""
+    if not chat:
+        return BASE_TEMPLATE.format(end=tokenizer.decode([tokenizer.end_of_text]))
+    own = str(tokenizer.settings.get("chat_template"))
+    return own if TURN_START in own else CHAT_TEMPLATE
 
 
 def check_router(model: Any) -> None:
@@ -107,10 +131,9 @@ def read_model(folder: Path) -> tuple[Any, Tokenizer]:
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         ours = qwen3.table(config, "fira")
-        template = tokenizer.settings.get("chat_template") or ""
         model = qwen3.build_from(config, _read_tensors(folder), {
             "end_of_text": tokenizer.end_of_text, "trained_length": ours.get("trained_length"),
-            "stage": IMPORT, "chat": bool(ours.get("chat", TURN_START in str(template)))})
+            "stage": IMPORT})
         if tokenizer.vocab_size > model.spec.vocab_size:
             raise ValueError(f"tokenizer.json has {tokenizer.vocab_size} tokens but the model only "
                              f"{model.spec.vocab_size}; use the tokenizer that came with it")

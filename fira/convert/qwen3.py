@@ -16,7 +16,6 @@ from torch import Tensor
 from fira.config import ConfigError, parse
 from fira.model import build_meta
 from fira.model.files import Notes, assemble
-from fira.model.fira2 import RMSNorm
 from fira.model.spec import FIRA2Spec
 
 MOE, DENSE = "qwen3_moe", "qwen3"
@@ -30,7 +29,7 @@ STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)
 FIELDS = {"vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "num_layers",
           "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
           "head_dim": "head_dim", "max_position_embeddings": "context"}
-FIXED = {"hidden_act": "silu", "attention_bias": False, "rms_norm_eps": RMSNorm.eps,
+FIXED = {"hidden_act": "silu", "attention_bias": False,
          "use_sliding_window": False}  # what FIRA2 computes
 FIXED_MOE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 TRAINING = ("balance", "balance_weight")  # settings that only our own training reads
@@ -49,14 +48,14 @@ def describe(spec: FIRA2Spec) -> dict[str, Any]:
         **{their: getattr(spec, our) for their, our in FIELDS.items()}, **FIXED,
         "intermediate_size": spec.d_ff * spec.top_k, "tie_word_embeddings": spec.tied,
         "initializer_range": 0.02, "use_cache": True, "attention_dropout": 0.0,
-        "sliding_window": None, "rope_theta": spec.rope_theta,
+        "sliding_window": None, "rope_theta": spec.rope_theta, "rms_norm_eps": spec.norm_eps,
         "rope_parameters": {"rope_theta": spec.rope_theta, "rope_type": "default"}}
     if kind(spec) == DENSE:
         return config
     return config | FIXED_MOE | {
         "num_experts": spec.num_experts, "num_local_experts": spec.num_experts,
         "num_experts_per_tok": spec.top_k, "moe_intermediate_size": spec.d_ff,
-        "norm_topk_prob": spec.top_k > 1, "output_router_logits": False,
+        "norm_topk_prob": spec.renormalize and spec.top_k > 1, "output_router_logits": False,
         "router_aux_loss_coef": spec.balance_weight}
 
 
@@ -92,10 +91,11 @@ def separate(spec: FIRA2Spec, key: str, tensor: Tensor) -> Sequence[Tensor]:
 
 
 def tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its name in transformers; a tied head is a copy of the embedding."""
+    """Every tensor under its name in transformers. Only a Qwen3-MoE has a copy of the embedding as
+    its tied head: SGLang's ignores tie_word_embeddings and would compute with a random head."""
     for key, tensor in weights(model):
         yield from zip(names(model.spec, key), separate(model.spec, key, tensor), strict=True)
-    if model.spec.tied:
+    if model.spec.tied and kind(model.spec) == MOE:
         yield f"{NAMES['head']}.weight", model.state_dict()["token_embedding.weight"].clone()
 
 
@@ -112,8 +112,7 @@ def read_spec(config: dict[str, Any]) -> FIRA2Spec:
         "rope_type": rope.get("type", rope.get("rope_type", "default"))}
     wanted = FIXED | {"rope_type": "default"}
     if moe:
-        found = {"norm_topk_prob": False} | found
-        wanted |= FIXED_MOE | {"norm_topk_prob": top_k > 1}
+        wanted |= FIXED_MOE | ({"norm_topk_prob": False} if top_k == 1 else {})
     for key, value in wanted.items():
         if found.get(key, value) != value:
             raise ValueError(f"{key}={found[key]} is not what FIRA2 computes, which has "
@@ -124,6 +123,8 @@ def read_spec(config: dict[str, Any]) -> FIRA2Spec:
         "top_k": top_k, "tied": config.get("tie_word_embeddings", False),
         "d_ff": _need(config, "moe_intermediate_size" if moe else "intermediate_size"),
         "num_experts": _need(config, "num_experts", "num_local_experts") if moe else 1,
+        "norm_eps": found.get("rms_norm_eps", 1e-6),  # the defaults are Qwen3's
+        "renormalize": top_k == 1 or found.get("norm_topk_prob", False),
         "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
         **{key: ours[key] for key in TRAINING if key in ours}}
     try:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Reference
 
 from fira.data import bounds, encoder
 from fira.data.encoder import chunks, to_utf8
-from fira.files import read_json, write_json, write_text
+from fira.files import inside, read_json, write_json, write_text
 
 END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END_OF_TEXT, PAD, TURN_START, TURN_END, "<think>", "</think>", "<tool_call>",
@@ -32,6 +32,7 @@ CHAT_TEMPLATE = (  # ChatML; fira/data/chat.py gives the same ids
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 FILES = ("tokenizer.json", "tokenizer_config.json")
+INPUTS = {"model_input_names": ["input_ids", "attention_mask"]}  # transformers 4 would add others
 KNOWN = {  # vocabularies without a pattern, by a hash of their ids: pattern, and special tokens
     "3720a44527b7": (encoder.GPT2, {END_OF_TEXT: 50256}),  # GPT-2, r50k_base
     "f11a467d8170": (encoder.GPT2, {END_OF_TEXT: 50256}),  # p50k_base
@@ -58,7 +59,7 @@ class Tokenizer:
         _check_byte_level(self.description)
         self.added: dict[str, int] = {token["content"]: token["id"]  # special tokens among them
                                       for token in self.description["added_tokens"]}
-        self.settings = settings if settings is not None else _settings(self.added)
+        self.settings = (_settings(self.added) if settings is None else settings) | INPUTS
         self.vocab_size = 1 + max(*self.description["model"]["vocab"].values(),
                                   *self.added.values())
 
@@ -79,15 +80,20 @@ class Tokenizer:
         settings = read_json(beside, "copy it again, or delete it to use the settings that fira "
                              "writes") if beside.is_file() else None
         try:
-            return cls(reference, settings)
+            tokenizer = cls(reference, settings)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
+        template = inside(file.parent, "chat_template.jinja")  # it outranks the settings' own
+        if template.is_file():
+            tokenizer.settings["chat_template"] = template.read_text("utf-8", "backslashreplace")
+        return tokenizer
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json in the form that transformers reads."""
+    def save(self, folder: str | Path, **settings: Any) -> None:
+        """Write tokenizer.json and tokenizer_config.json in the form that transformers reads;
+        `settings` replace the tokenizer's own."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_text(Path(folder) / "tokenizer.json", self.reference.to_str(pretty=True) + "\n")
-        write_json(Path(folder) / "tokenizer_config.json", self.settings)
+        write_json(Path(folder) / "tokenizer_config.json", self.settings | settings)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of `text`. Names of special tokens in it are ordinary text unless allowed."""

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fira.model.generate import check_sampling, sample
 
@@ -46,6 +47,7 @@ class SamplingParams:
     logprobs: int | None = None  # report each token's log-probability and this many likeliest ones
     prompt_logprobs: int | None = None  # the same for the prompt's tokens, in `End.prompt`
     experts: bool = False  # report the experts that processed each token, per layer
+    embed_from: int | None = None  # report `End.embedding`, of the prompt from this token on
 
     def __post_init__(self) -> None:
         check_sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
@@ -98,6 +100,7 @@ class End:
     new_tokens: int = 0
     stop: str | None = None  # the stop string that ended the text
     prompt: Sequence[TokenScore] = ()  # if prompt_logprobs was given
+    embedding: Sequence[float] = ()  # mean of the last hidden states, of length 1, if asked for
     error: str = ""  # one line, if reason is "error"
 
 
@@ -123,8 +126,10 @@ class Request:
         self.cancelled = False
         self.slot = -1  # none until its prompt is read
         self.read = self.cached = 0
-        self.scores_prompt = params.prompt_logprobs is not None  # such a prompt is read in full
-        self.prompt_scores = [TokenScore(prompt[0], None)] if self.scores_prompt else []
+        scored, embedded = params.prompt_logprobs is not None, params.embed_from is not None
+        self.scores_prompt = scored or embedded  # such a prompt is read in full
+        self.prompt_scores = [TokenScore(prompt[0], None)] if scored else []
+        self.hidden_D: Any = None  # sum of the last hidden states to embed
         self.ends = {*params.stop_ids} | (set() if params.ignore_end else {end_of_text})
         self.text = Release(token_bytes, params.stop)
         self.generator = torch.Generator(device)
@@ -143,7 +148,10 @@ class Request:
         return not self.new or self.unread > 1
 
     def score_prompt(self, model: Any, x_ND: Tensor) -> None:
-        """Score, if asked for, the prompt tokens that these rows predict; `read` tokens precede."""
+        """Score the prompt tokens that these rows predict and embed the rows, if asked for."""
+        if self.params.embed_from is not None and not self.new:
+            sum_D = x_ND[max(0, self.params.embed_from - self.read):].float().sum(dim=0)
+            self.hidden_D = sum_D if self.hidden_D is None else self.hidden_D + sum_D
         if self.params.prompt_logprobs is None or self.new:
             return
         targets = self.window[self.read + 1:self.read + 1 + len(x_ND)]
@@ -173,8 +181,9 @@ class Request:
         return "length" if len(self.new) >= self.params.max_new_tokens else None
 
     def end(self, reason: Reason, error: str = "") -> End:
+        embedding = () if self.hidden_D is None else F.normalize(self.hidden_D, dim=0).tolist()
         return End(reason, self.text.finish(), len(self.prompt), self.cached, len(self.new),
-                   self.text.stopped, tuple(self.prompt_scores), error)
+                   self.text.stopped, tuple(self.prompt_scores), embedding, error)
 
 
 def check_request(prompt: Sequence[int], params: SamplingParams, vocab_size: int,

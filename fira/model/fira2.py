@@ -38,10 +38,12 @@ class FIRA2(Transformer):
         self.token_embedding = embedding(spec.vocab_size, spec.d_model)
         self.rotary = Rotary(spec.context, spec.head_dim, spec.rope_theta)
         self.blocks = nn.ModuleList(Block(
-            RMSNorm(spec.d_model), Attention(spec), RMSNorm(spec.d_model),
+            RMSNorm(spec.d_model, spec.norm_eps), Attention(spec),
+            RMSNorm(spec.d_model, spec.norm_eps),
             make_layer(spec, SwiGLUExperts(spec.num_experts, spec.d_model, spec.d_ff),
-                       router_bias=False)) for _ in range(spec.num_layers))
-        self.norm = RMSNorm(spec.d_model)
+                       router_bias=False, renormalize=spec.renormalize))
+            for _ in range(spec.num_layers))
+        self.norm = RMSNorm(spec.d_model, spec.norm_eps)
         if not spec.tied:
             self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
         initialize(self)
@@ -58,10 +60,9 @@ class FIRA2(Transformer):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019)."""
 
-    eps = 1e-6  # Qwen3's
-
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.empty(width))  # [width]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,8 +77,8 @@ class Attention(nn.Module):
         self.heads = (spec.n_head, spec.n_kv_head, spec.n_kv_head)
         self.head_dim = spec.head_dim
         self.qkv = nn.Linear(spec.d_model, sum(self.heads) * spec.head_dim, bias=False)
-        self.query_norm = RMSNorm(spec.head_dim)
-        self.key_norm = RMSNorm(spec.head_dim)
+        self.query_norm = RMSNorm(spec.head_dim, spec.norm_eps)
+        self.key_norm = RMSNorm(spec.head_dim, spec.norm_eps)
         self.output = nn.Linear(spec.n_head * spec.head_dim, spec.d_model, bias=False)
 
     def forward(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor],

@@ -104,12 +104,13 @@ class Dense(nn.Module):
         return self.experts(x_ND, counts_E).view(x_BTD.shape)
 
 
-def make_layer(spec: Any, experts: nn.Module, router_bias: bool) -> MoE | Dense:
+def make_layer(spec: Any, experts: nn.Module, router_bias: bool,
+               renormalize: bool = True) -> MoE | Dense:
     """The feed-forward layer of a block: an MoE, or with one expert the dense baseline."""
     if spec.num_experts == 1:
         return Dense(experts)
     return MoE(Router(spec.d_model, spec.num_experts, spec.top_k, router_bias,
-                      METHODS[spec.balance], spec.balance_weight), experts)
+                      METHODS[spec.balance], spec.balance_weight, renormalize), experts)
 
 
 def apply_here(experts: nn.Module, rows_RD: Tensor, counts_E: Tensor) -> Tensor:

@@ -6,8 +6,8 @@
 
 Token-choice top-k routing (Shazeer et al. 2017), always in fp32. For K = 1 the division would make
 every weight the constant 1 and leave the router without a gradient from the language model's loss,
-so K = 1 keeps the raw probability (Switch, Fedus et al. 2021). In Qwen3-MoE these are
-`norm_topk_prob` true and false: an export of a K = 1 model must write false.
+so K = 1 keeps the raw probability (Switch, Fedus et al. 2021), and so does every K without
+`renormalize`. In Qwen3-MoE these are `norm_topk_prob` true and false.
 
 METHODS keep the experts evenly loaded:
 
@@ -141,12 +141,12 @@ class Router(nn.Module):
     num_estimates: Tensor
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, bias: bool,
-                 method: Method = METHODS["none"], balance_weight: float = 0.0) -> None:
+                 method: Method = METHODS["none"], balance_weight: float = 0.0,
+                 renormalize: bool = True) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.method = method
-        self.balance_weight = balance_weight
+        self.num_experts, self.top_k = num_experts, top_k
+        self.renormalize = renormalize and top_k > 1
+        self.method, self.balance_weight = method, balance_weight
         self.replay_NK: Tensor | None = None
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))  # [E, D]
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None  # [E]
@@ -178,7 +178,7 @@ class Router(nn.Module):
         probs_NE = logits_NE.softmax(dim=-1)
         experts_NK, threshold_N = self._choose(probs_NE.detach())
         weights_NK = probs_NE.gather(1, experts_NK)
-        if self.top_k > 1:
+        if self.renormalize:
             weights_NK = weights_NK / weights_NK.sum(dim=1, keepdim=True)
         if self.training:
             logsumexp_N = logits_NE.logsumexp(dim=1)

@@ -67,6 +67,8 @@ class FIRA2Spec(Spec):
     head_dim: Size = Field(64, multiple_of=2, description="width of one head")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     tied: bool = Field(True, description="head and token embedding are one matrix")
+    norm_eps: float = Field(1e-6, gt=0, le=1e-3, description="added to mean squares in RMSNorm")
+    renormalize: bool = Field(True, description="weights of several chosen experts sum to 1")
     look_back: bool = Field(False, description="initial heads attend to the tokens just before")
 
 

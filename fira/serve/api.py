@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from fira import __version__
 from fira.data.chat import prompt_ids
-from fira.data.tokenizer import TURN_END, Tokenizer
+from fira.data.tokenizer import PAD, TURN_END, Tokenizer
 from fira.infer.request import SamplingParams
 from fira.serve import schema
 from fira.serve.schema import MAX_CHOICES, APIError, ChatRequest, CompletionRequest
@@ -22,6 +22,7 @@ from fira.serve.schema import MAX_CHOICES, APIError, ChatRequest, CompletionRequ
 COMPLETION_TOKENS = 16  # OpenAI's default for a completion; a chat's default is what fits
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
                    "presence_penalty", "frequency_penalty", "seed")
+NO_TOP_K = (("top_k", 0), ("top_k", -1))
 
 
 @dataclass
@@ -35,6 +36,7 @@ class ServedModel:
     chat_tuned: bool  # whether the model was trained on chat turns
     created: int = 0  # seconds since 1970
     architecture: dict[str, str | int] | None = None  # shown in /v1/models
+    width: int = 0  # of the last hidden states, which become embeddings
 
     def __post_init__(self) -> None:
         names = self.tokenizer.token_bytes()
@@ -57,7 +59,7 @@ class ServedModel:
 class Generation:
     """What the engine is to generate for one request, and what the response needs to know."""
 
-    request: schema.GenerationRequest
+    request: Any  # a GenerationRequest, or an EmbeddingRequest, which generates nothing
     choices: list[tuple[list[int], SamplingParams]]  # prompt ids and parameters, by choice index
     echoes: list[str]  # for each choice, the prompt text to repeat before the generated text
     hidden_tokens: int = 0  # leading prompt ids that are not part of the caller's text
@@ -69,7 +71,7 @@ class Generation:
 
 
 def chat(request: ChatRequest, model: ServedModel) -> Generation:
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise APIError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     limit, other = request.max_completion_tokens, request.max_tokens
     if limit is not None and other is not None and limit != other:
@@ -90,6 +92,9 @@ def complete(request: CompletionRequest, model: ServedModel) -> Generation:
     if request.stream and request.echo and request.logprobs is not None:
         raise APIError(400, "echo with logprobs cannot stream: a prompt's log-probabilities come "
                        "at the end; leave out stream", "stream")
+    if request.best_of not in (None, request.n or 1):
+        raise APIError(400, f"best_of={request.best_of} is not n={request.n or 1}, and the server "
+                       "does not rank choices; leave best_of out", "best_of")
     prompts = _prompts(request, model)
     choices, echoes = [], []
     for prompt in prompts:
@@ -107,10 +112,27 @@ def complete(request: CompletionRequest, model: ServedModel) -> Generation:
     return Generation(request, choices, echoes, int(isinstance(prompts[0], str)))
 
 
+def embed(request: schema.EmbeddingRequest, model: ServedModel) -> Generation:
+    if request.dimensions not in (None, model.width):
+        raise APIError(400, f"dimensions={request.dimensions} is not the model's width of "
+                       f"{model.width}; leave it out", "dimensions")
+    choices = []
+    for text in _several(request.input):
+        start = int(isinstance(text, str))  # the end of text before a text is not part of it
+        ids = _text_ids(text, model, "input") if start else text
+        _check_ids(ids, model.vocab_size, "input")
+        _room(ids, model, "input")
+        choices.append((ids, SamplingParams(max_new_tokens=0, embed_from=start)))
+    return Generation(request, choices, [])
+
+
 def tokenize(request: schema.TokenizeRequest, model: ServedModel) -> schema.Tokens:
     if (request.prompt is None) == (request.messages is None):
         raise APIError(400, "give either prompt or messages", "prompt")
-    if request.messages is not None:
+    named = model.tokenizer.added.get(request.prompt or "")
+    if named is not None:  # lm-eval asks for the ids of the special tokens by their names
+        ids = [named]
+    elif request.messages is not None:
         ids = _chat_ids(request.messages, model)
     else:
         ids = _text_ids(request.prompt or "", model)
@@ -134,6 +156,13 @@ def list_models(model: ServedModel) -> schema.Models:
     return {"object": "list", "data": [describe_model(model)]}
 
 
+def describe_tokenizer(model: ServedModel) -> dict[str, str | int | None]:
+    """What lm-eval's remote tokenizer reads; a chat template, rendered to text, would be plain."""
+    return {"bos_token": None, "eos_token": model.name_of(model.tokenizer.end_of_text),
+            "pad_token": PAD if PAD in model.tokenizer.added else None,
+            "model_max_length": model.window}
+
+
 def report_health(model: ServedModel) -> schema.Health:
     return {"status": "ok"}
 
@@ -145,8 +174,7 @@ def check_model(name: str | None, model: ServedModel) -> None:
 
 
 def _prompts(request: CompletionRequest, model: ServedModel) -> list[str] | list[list[int]]:
-    prompt = request.prompt
-    prompts: Any = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    prompts = _several(request.prompt)
     if len(prompts) * (request.n or 1) > MAX_CHOICES:
         raise APIError(400, f"{len(prompts)} prompts with n={request.n} are more than "
                        f"{MAX_CHOICES} choices; send several requests", "n")
@@ -156,8 +184,13 @@ def _prompts(request: CompletionRequest, model: ServedModel) -> list[str] | list
     return prompts
 
 
-def _text_ids(text: str, model: ServedModel) -> list[int]:
-    _check_size(text, model, "prompt")
+def _several(given: Any) -> Any:
+    """A list of texts, or of lists of token ids, where one may have been given alone."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
+def _text_ids(text: str, model: ServedModel, param: str = "prompt") -> list[int]:
+    _check_size(text, model, param)
     return [model.tokenizer.end_of_text, *model.tokenizer.encode(text)]
 
 
@@ -196,10 +229,8 @@ def _params(request: schema.GenerationRequest, model: ServedModel, room: int, li
         raise APIError(400, f"max_tokens={limit} and a prompt of {model.window - room} tokens "
                        f"are more than the model's window of {model.window}; ask for at most "
                        f"{room} or shorten the prompt", "max_tokens", "context_length_exceeded")
-    if request.stream_options and not request.stream:
-        raise APIError(400, "stream_options needs stream to be true", "stream_options")
     given = {name: value for name in SAMPLING_FIELDS
-             if (value := getattr(request, name)) is not None}
+             if (value := getattr(request, name)) is not None and (name, value) not in NO_TOP_K}
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     bias = {int(id): value for id, value in (request.logit_bias or {}).items()}
     _check_ids(list(bias), model.vocab_size, "logit_bias")
@@ -233,6 +264,8 @@ OPERATIONS = {
     "/v1/chat/completions": Operation("Reply to a chat", chat, schema.ChatCompletion, ChatRequest),
     "/v1/completions": Operation("Continue a text", complete, schema.TextCompletion,
                                  CompletionRequest),
+    "/v1/embeddings": Operation("Turn texts into vectors", embed, schema.Embeddings,
+                                schema.EmbeddingRequest),
     "/tokenize": Operation("Convert text to token ids", tokenize, schema.Tokens,
                            schema.TokenizeRequest),
     "/detokenize": Operation("Convert token ids to text", detokenize, schema.Detokenized,

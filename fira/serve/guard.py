@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,8 @@ MAX_BODY = 4 * 2**20  # bytes; the prompt of any model here is far smaller
 MAX_DISCARDED = 16 * MAX_BODY  # bytes of a too large body that are read, so that the client,
 # which sends before it listens, receives the error instead of a closed connection
 BODY_SECONDS = 60
+UNKNOWN = "none_required"  # pydantic's word for a field that is not declared and not null
 MAX_ERRORS = 1000  # wrong fields in one request; more are only counted
-UNSUPPORTED = {  # fields of OpenAI's API for which this server has no function
-    "best_of": "the server does not rank choices",
-    "suffix": "the model only continues text",
-    "safety_identifier": "the label belongs into user",
-    **dict.fromkeys(("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
-                    "the model calls no tools"),
-    **dict.fromkeys(("audio", "modalities"), "the model writes text only"),
-    **dict.fromkeys(("store", "metadata"), "the server stores nothing"),
-    **dict.fromkeys(("reasoning_effort", "verbosity", "prediction", "service_tier", "moderation",
-                     "web_search_options"), "the server has no such function"),
-    **dict.fromkeys(("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
-                    "every prompt is cached while there is room"),
-}
 _LOOPBACK_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
@@ -91,6 +80,15 @@ def check_host(request: Request) -> None:
                        "or start the server with --keys", code="unknown_host")
 
 
+def check_origins(origins: Sequence[str]) -> Sequence[str]:
+    """`origins`. Raises ValueError for one that no browser would send."""
+    for origin in origins:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*A-Z]+", origin):
+            raise ValueError(f"--cors {origin} is not an origin; give scheme, host and port alone, "
+                             "in small letters, such as http://localhost:3000")
+    return origins
+
+
 async def read_body(request: Request) -> bytes:
     """Return the JSON body. Raises APIError if it has another type (415), is too large (413) or
     takes too long (408)."""
@@ -134,14 +132,18 @@ def _explain(schema: type[BaseModel], invalid: ValidationError) -> APIError:
     if not errors[0]["loc"]:
         return APIError(400, f"the body is not a JSON object ({errors[0]['msg']}); send one, such "
                         "as {\"model\": ...}", code="invalid_json")
-    # a union reports an error per member; the member that got deepest is what the caller meant
-    error = max(errors, key=lambda error: len(error["loc"]))
+    # a union reports an error per member; the member of the right type, and of these the one that
+    # got deepest, is what the caller meant
+    error = max(errors, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
     path = _path(error)
     param = ".".join(path)[:60]
-    if error["type"] == "extra_forbidden":
+    if error["type"] == UNKNOWN:
         return APIError(400, _unknown_field(schema, param, path), param, "unknown_field")
     if error["type"] == "missing":
         return APIError(400, f"{param} is missing; give it", param, "missing_field")
+    if most := error.get("ctx", {}).get("max_length"):
+        return APIError(400, f"{param} has a length of {len(error['input'])}; at most {most} is "
+                        "accepted in one request", param, "invalid_value")
     meaning = schema.model_fields[path[0]].description
     rule = (f"is wrong: {path[0]} must be {meaning}" if meaning else
             re.sub(r"^\w+ should", "must", error["msg"].partition(" after validation")[0]))
@@ -150,8 +152,6 @@ def _explain(schema: type[BaseModel], invalid: ValidationError) -> APIError:
 
 def _unknown_field(schema: type[BaseModel], param: str, path: list[str]) -> str:
     name, top_level = path[-1], len(path) == 1
-    if top_level and name in UNSUPPORTED:
-        return f"{name} is not supported: {UNSUPPORTED[name]}; leave it out"
     near = difflib.get_close_matches(name[:60], schema.model_fields, 1) if top_level else []
     hint = f"did you mean {near[0]}?" if near else "leave it out; /openapi.json lists the fields"
     return f"{_shorten(param)} is not a field of this request; {hint}"
@@ -161,7 +161,7 @@ def _path(error: ErrorDetails) -> list[str]:
     """The field names that lead to an error, without the names pydantic gives to union members."""
     first, *rest = error["loc"]
     # the last part of an unknown field is the caller's own word and may look like such a name
-    last = [rest.pop()] if rest and error["type"] == "extra_forbidden" else []
+    last = [rest.pop()] if rest and error["type"] == UNKNOWN else []
     members = ("str", "int", "constrained-str", "constrained-int")
     return [str(part) for part in (first, *(
         part for part in rest

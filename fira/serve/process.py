@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,16 @@ from fira.model.files import CONFIG, find_model, knows_chat
 from fira.model.generate import window_length
 from fira.runlog import console
 from fira.serve.api import ServedModel
-from fira.serve.guard import LOOPBACK, Keys
+from fira.serve.guard import LOOPBACK, Keys, check_origins
 from fira.serve.server import Server, Service
 
 DRAIN_SECONDS = 30  # time to finish the requests in progress after a signal
 
 
 def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, slots: int,
-          queue: int, device: str, precision: str) -> None:
+          queue: int, device: str, precision: str, cors: Sequence[str] = ()) -> None:
     """Serve until a signal. Raises ValueError or OSError, one line, if the server cannot start."""
-    accepted = Keys.load(keys) if keys else None
+    accepted, origins = Keys.load(keys) if keys else None, check_origins(cors)
     folder = find_model(run)
     place = folder.resolve()
     name = name or (place.parent.name if place.name.startswith("step-") else place.name)
@@ -47,7 +47,7 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
             notes.print(Text(UNTUNED, style="yellow"), soft_wrap=True)
         return model, engine
 
-    run_until_signal(load_service, accepted, host in LOOPBACK, listener)
+    run_until_signal(load_service, accepted, host in LOOPBACK, listener, origins)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -66,7 +66,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run_until_signal(load_service: Callable[[], Service], keys: Keys | None, loopback: bool,
-                     listener: socket.socket) -> None:
+                     listener: socket.socket, origins: Sequence[str] = ()) -> None:
     """Run the server. Raises the exception that loading raised."""
     errors: list[Exception] = []
 
@@ -74,7 +74,7 @@ def run_until_signal(load_service: Callable[[], Service], keys: Keys | None, loo
         errors.append(error)
         process.should_exit = True
 
-    app = Server(load_service, failed, keys, loopback).app()
+    app = Server(load_service, failed, keys, loopback, origins).app()
     process = uvicorn.Server(uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="on", server_header=False,
         timeout_graceful_shutdown=DRAIN_SECONDS))
@@ -94,7 +94,7 @@ def open_service(run: Path, name: str, slots: int, queue: int, device: str,
     engine.start()
     created = int((folder / CONFIG).stat().st_mtime)
     return ServedModel(name, tokenizer, window_length(model), model.spec.vocab_size,
-                       knows_chat(folder), created, architecture(model)), engine
+                       knows_chat(folder), created, architecture(model), model.spec.d_model), engine
 
 
 def architecture(model: Any) -> dict[str, str | int]:

@@ -1,6 +1,7 @@
 """The engine's events become one JSON response or the chunks of a stream. No input or output."""
 from __future__ import annotations
 
+import base64
 import codecs
 import json
 import time
@@ -9,14 +10,39 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fira.infer.request import End, Token, TokenScore
 from fira.serve.api import Generation, ServedModel
-from fira.serve.schema import APIError, ChatRequest, Usage
+from fira.serve.schema import ChatRequest, Usage
 
 MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot express
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keepalive\n\n"
 Event = Token | End
+
+
+class EmbeddingBuilder:
+    """Collects embeddings, each as JSON: a thousand at the end would hold up the event loop."""
+
+    stream = False
+
+    def __init__(self, generation: Generation, model: ServedModel) -> None:
+        self.generation, self.model = generation, model
+        self.items = [b""] * len(generation.choices)
+
+    def add(self, index: int, event: Event) -> None:
+        if isinstance(event, End):
+            vector: Any = event.embedding
+            if self.generation.request.encoding_format == "base64":
+                vector = base64.b64encode(np.array(vector, "<f4").tobytes()).decode()
+            self.items[index] = encode({"object": "embedding", "index": index, "embedding": vector})
+
+    def body(self) -> bytes:
+        tokens = sum(len(ids) for ids, _ in self.generation.choices)
+        head = encode({"object": "list", "model": self.model.name,
+                       "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+        return head[:-1] + b',"data":[' + b",".join(self.items) + b"]}"
 
 
 @dataclass
@@ -33,13 +59,14 @@ class ChoiceState:
 class ResponseBuilder:
     """Collects a generation's events.
 
-    Either `add` takes every event and `response` returns the whole response, or the stream is
+    Either `add` takes every event and `body` returns the whole response, or the stream is
     `first_chunks`, `chunks` of every event, and `last_chunks`.
     """
 
     def __init__(self, generation: Generation, model: ServedModel) -> None:
         self.generation, self.model, self.request = generation, model, generation.request
         self.choices = [ChoiceState() for _ in generation.choices]
+        self.stream = bool(self.request.stream)
         self.is_chat = isinstance(self.request, ChatRequest)
         self.logprobs = generation.choices[0][1].logprobs is not None
         options = self.request.stream_options
@@ -50,15 +77,12 @@ class ResponseBuilder:
                      "object": kind + chunk, "created": int(time.time()), "model": model.name}
 
     def add(self, index: int, event: Event) -> None:
-        """Take one event of a choice. Raises APIError if the engine failed or was closed."""
+        """Take one event of a choice."""
         choice = self.choices[index]
         if isinstance(event, Token):
             offset = len(self.generation.echoes[index]) + len(choice.text)
             choice.tokens.append((event, offset))
         else:
-            if event.reason in ("error", "cancelled"):
-                message = event.error or "the server is shutting down; ask again later"
-                raise APIError(500 if event.error else 503, message, code=event.reason)
             choice.end = event
         choice.text += event.text
 
@@ -90,7 +114,7 @@ class ResponseBuilder:
             yield sse({**self.head, "choices": [], "usage": self.usage()})
         yield DONE
 
-    def response(self) -> dict[str, Any]:
+    def body(self) -> bytes:
         """The response to a request that does not stream."""
         choices = []
         for index, choice in enumerate(self.choices):
@@ -98,7 +122,7 @@ class ResponseBuilder:
             content = ({"message": {"role": "assistant", "content": choice.text}} if self.is_chat
                        else {"text": self.generation.echoes[index] + choice.text})
             choices.append(self._choice(index, content, choice.end.reason, choice.tokens))
-        return {**self.head, "choices": choices, "usage": self.usage()}
+        return encode({**self.head, "choices": choices, "usage": self.usage()})
 
     def usage(self) -> Usage:
         ends = [choice.end for choice in self.choices if choice.end]
@@ -167,5 +191,9 @@ class ResponseBuilder:
 
 def sse(content: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(content, ensure_ascii=False, allow_nan=False,
-                                  separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + encode(content) + b"\n\n"
+
+
+def encode(content: Mapping[str, Any]) -> bytes:
+    """JSON in UTF-8."""
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

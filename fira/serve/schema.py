@@ -1,20 +1,22 @@
 """The requests that the server accepts and the responses that it sends, also for /openapi.json.
 
-Requests are strict: a field that is not declared here is refused, never ignored. Names, ranges and
-defaults are OpenAI's; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and `experts` are
-extensions. Null has the same meaning as an absent field. Descriptions say what a value is, because
-error messages quote them after "must be". Lists fail at their first error, because a message for
-each of a million entries would take minutes. Responses are plain dicts.
+Requests are strict: a field that is not declared here is refused, unless it is null, which has the
+meaning of an absent one. Fields of OpenAI's for which the server has no function are declared with
+the values that ask for nothing. Names, ranges and defaults are OpenAI's; `top_k`, `min_p`,
+`repetition_penalty`, `ignore_eos` and `experts` are extensions. Descriptions say what a value is,
+because error messages quote them after "must be". Lists fail at their first error, because a
+message for each of a million entries would take minutes. Responses are plain dicts.
 """
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict
 
 MAX_CHOICES = 64  # choices that one request may ask for, over all its prompts
 MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 1024, 16, 256, 20
+MAX_INPUTS = 2048  # texts to embed in one request, as OpenAI takes
 SEED_LIMIT = 2**63
 
 
@@ -35,8 +37,15 @@ class APIError(Exception):
                           "param": self.param, "code": self.code}}
 
 
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+Label = Field(None, description="a label or a hint, which has no effect")
+NoTools = Field(None, description="left out or empty, because the model calls no tools")
+
+
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
+    __pydantic_extra__: dict[str, None]  # null asks for nothing, also in a field not declared here
+    cache_control: dict[str, Any] | None = Label
 
 
 class TextPart(Strict):
@@ -47,10 +56,14 @@ class TextPart(Strict):
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    name: str | None = Label
+    annotations: Nothing = None
+    tool_calls: Nothing = NoTools
 
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class ResponseFormat(Strict):
@@ -63,6 +76,8 @@ TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # a token id as the ke
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Several = Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
+Many = Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
+Text = Annotated[str, Field(min_length=1)]
 
 
 class GenerationRequest(Strict):
@@ -72,7 +87,7 @@ class GenerationRequest(Strict):
     max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=-1, description="at least 1, or 0 or -1 for no limit")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -91,7 +106,13 @@ class GenerationRequest(Strict):
         None, description="true to continue after the end of text, or false")
     experts: bool | None = Field(
         None, description="true to list the experts that processed each token, or false")
-    user: str | None = Field(None, description="a string, a label that has no effect")
+    user: str | None = Label
+    safety_identifier: str | None = Label
+    metadata: dict[str, Any] | None = Label
+    prompt_cache_key: str | None = Label
+    store: Literal[False] | None = Field(
+        None, description="false, because the server stores nothing")
+    service_tier: Literal["auto", "default"] | None = None
 
 
 class ChatRequest(GenerationRequest):
@@ -100,6 +121,12 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
+    tools: Nothing = NoTools
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = Label
+    modalities: list[Literal["text"]] | None = Field(
+        None, description='["text"], because the model writes text only')
+    reasoning_effort: Literal["none"] | None = None
 
 
 class CompletionRequest(GenerationRequest):
@@ -108,7 +135,20 @@ class CompletionRequest(GenerationRequest):
         description="a string, a list of token ids, or a list of at most "
                     f"{MAX_CHOICES} strings or lists of token ids, none of them empty")
     echo: bool | None = None
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    suffix: Literal[""] | None = Field(
+        None, description="empty, because the model only continues text")
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+
+class EmbeddingRequest(Strict):
+    model: str | None = Field(None, description="a string, the id of the served model")
+    input: Text | Annotated[list[Text], Many] | TokenIds | Annotated[list[TokenIds], Many] = Field(
+        description=f"a string, a list of token ids, or a list of at most {MAX_INPUTS} strings or "
+                    "lists of token ids, none of them empty")
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = Label
 
 
 class TokenizeRequest(Strict):
@@ -201,6 +241,13 @@ class ChatCompletion(Completion):
 
 class TextCompletion(Completion):
     choices: list[TextChoice]
+
+
+class Embeddings(TypedDict):
+    object: str
+    data: list[dict[str, str | int | list[float]]]  # base64 is of little-endian float32 numbers
+    model: str
+    usage: dict[str, int]
 
 
 class Model(TypedDict):

@@ -5,9 +5,11 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,21 +17,25 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from fira import __version__
 from fira.infer.request import End, QueueFull
 from fira.serve import api
 from fira.serve.guard import OPEN_PATHS, Keys, check_host, parse, read_body
 from fira.serve.metrics import Metrics
-from fira.serve.response import KEEPALIVE, Event, ResponseBuilder, sse
-from fira.serve.schema import APIError
+from fira.serve.response import KEEPALIVE, EmbeddingBuilder, Event, ResponseBuilder, sse
+from fira.serve.schema import MAX_CHOICES, APIError, EmbeddingRequest
 
 PAGE = Path(__file__).with_name("page.html")
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 KEEPALIVE_SECONDS = 10  # proxies close connections that are silent for longer, often for 60 s
+REQUEST_ID = "x-request-id"
 Endpoint = Callable[[Request], Awaitable[Response]]
 Service = tuple[api.ServedModel, Any]  # the description of a loaded model, and its started engine
 
@@ -38,10 +44,13 @@ class Server:
     """The application's state. The server listens while `load` is still loading the model."""
 
     def __init__(self, load: Callable[[], Service], failed: Callable[[Exception], None],
-                 keys: Keys | None = None, loopback: bool = False) -> None:
+                 keys: Keys | None = None, loopback: bool = False,
+                 origins: Sequence[str] = ()) -> None:
         """`failed` is called with the exception if `load` raises one. `loopback`: the server
-        listens on a loopback address, so that only programs on this machine may use it."""
+        listens on a loopback address, so that only programs on this machine may use it. Web pages
+        of the `origins` may call it."""
         self.load, self.failed, self.keys, self.loopback = load, failed, keys, loopback
+        self.origins = origins
         self.service: Service | None = None
         self.metrics = Metrics(lambda: self.service and self.service[1])
 
@@ -52,14 +61,19 @@ class Server:
             "/": lambda: HTMLResponse(html, headers=headers),
             "/metrics": lambda: Response(generate_latest(self.metrics.registry),
                                          media_type=CONTENT_TYPE_LATEST),
+            "/version": lambda: JSONResponse({"version": __version__}),
+            "/tokenizer_info": lambda: JSONResponse(api.describe_tokenizer(self.ready()[0])),
             "/openapi.json": lambda: JSONResponse(description)}
         routes = [Route(path, self.guarded(path, partial(self.show, page)))
                   for path, page in pages.items()]
         for path, operation in api.OPERATIONS.items():
             endpoint = self.guarded(path, partial(self.call, operation))
             routes.append(Route(path, endpoint, methods=["POST" if operation.request else "GET"]))
-        return Starlette(routes=routes, lifespan=self.lifespan, exception_handlers={
-            HTTPException: _http_error, Exception: _internal_error})
+        cors = Middleware(CORSMiddleware, allow_origins=self.origins, allow_headers=["*"],
+                          allow_methods=["GET", "POST"], expose_headers=["retry-after", REQUEST_ID])
+        return Starlette(routes=routes, lifespan=self.lifespan,
+                         middleware=[cors] if self.origins else [], exception_handlers={
+                             HTTPException: _http_error, Exception: _internal_error})
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -92,7 +106,7 @@ class Server:
             self.metrics.requests.labels(path, response.status_code).inc()
             if not isinstance(response, EventStream):
                 self.metrics.seconds.labels(path).observe(_elapsed(request))
-            return response
+            return _with_id(request, response)
         return respond
 
     def ready(self) -> Service:
@@ -114,22 +128,24 @@ class Server:
         api.check_model(name, model)
         result = await asyncio.to_thread(operation.function, *arguments)
         if isinstance(result, api.Generation):
+            if isinstance(body, EmbeddingRequest):
+                return await self.generate(request, EmbeddingBuilder(result, model),
+                                           Events(engine, result, lambda: None))
             events = Events(engine, result, lambda: self.metrics.first_token.observe(
                 _elapsed(request)))
             return await self.generate(request, ResponseBuilder(result, model), events)
         return JSONResponse(result)
 
-    async def generate(self, request: Request, builder: ResponseBuilder,
-                       events: Events) -> Response:
+    async def generate(self, request: Request, builder: Any, events: Events) -> Response:
         """Raises ClientDisconnect if the client leaves before the response is complete."""
-        if builder.request.stream:
+        if builder.stream:
             return EventStream(self.stream(request, builder, events), events)
         watching = asyncio.create_task(events.watch(request))
         try:
             async for event in events.read():
                 if event:
                     builder.add(*event)
-            return JSONResponse(builder.response())
+            return Response(builder.body(), media_type="application/json")
         finally:
             watching.cancel()
             events.cancel()
@@ -163,9 +179,13 @@ class Events:
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self.running: dict[int, Any] = {}  # choice index -> the engine's request id
+        self.left = iter(enumerate(generation.choices))
+        self._add(MAX_CHOICES)  # only the texts to embed may be more
+
+    def _add(self, most: int) -> None:
         try:
-            for index, (ids, params) in enumerate(generation.choices):
-                self.running[index] = engine.add(ids, params, partial(self._put, index))
+            for index, (ids, params) in itertools.islice(self.left, most):
+                self.running[index] = self.engine.add(ids, params, partial(self._put, index))
         except QueueFull as error:
             self.cancel()
             raise APIError(429, f"the server is busy: {error}; ask again in a second",
@@ -175,7 +195,8 @@ class Events:
             raise APIError(400, str(error), code="invalid_value") from None
 
     async def read(self) -> AsyncIterator[tuple[int, Event] | None]:
-        """Events until every choice has ended; None after KEEPALIVE_SECONDS without one."""
+        """Events until every choice has ended; None after KEEPALIVE_SECONDS without one. Raises
+        APIError if the engine failed or was closed."""
         waiting = True
         while self.running:
             try:
@@ -189,8 +210,13 @@ class Events:
             if waiting:
                 self.started()
                 waiting = False
-            if isinstance(found[1], End):
-                del self.running[found[0]]
+            index, event = found
+            if isinstance(event, End):
+                if event.reason in ("error", "cancelled"):
+                    message = event.error or "the server is shutting down; ask again later"
+                    raise APIError(500 if event.error else 503, message, code=event.reason)
+                del self.running[index]
+                self._add(1)
             yield found
 
     async def watch(self, request: Request) -> None:
@@ -247,12 +273,20 @@ def _error_response(error: APIError) -> Response:
     return JSONResponse(error.body, error.status, error.headers)
 
 
+def _with_id(request: Request, response: Response) -> Response:
+    """The response with the x-request-id of its request, if that is harmless, or a new one."""
+    given = request.headers.get(REQUEST_ID, "")
+    kept = re.fullmatch(r"[\w.:/+=-]{1,128}", given, re.ASCII)
+    response.headers[REQUEST_ID] = given if kept else uuid.uuid4().hex
+    return response
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the shape of every other error."""
     assert isinstance(error, HTTPException)
-    return _error_response(APIError(
+    return _with_id(request, _error_response(APIError(
         error.status_code, f"there is no {request.method} {request.scope['path'][:80]}; "
-        "/openapi.json lists the paths and their methods", headers=dict(error.headers or {})))
+        "/openapi.json lists the paths and their methods", headers=dict(error.headers or {}))))
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
@@ -261,5 +295,6 @@ async def _internal_error(request: Request, error: Exception) -> Response:
     uvicorn then closes the connection. The header says so, because a client that reused the
     connection would lose its next request.
     """
-    return _error_response(APIError(500, "the server failed on this request; its log says why",
-                                    headers={"Connection": "close"}))
+    return _with_id(request, _error_response(APIError(
+        500, "the server failed on this request; its log says why",
+        headers={"Connection": "close"})))

@@ -37,6 +37,7 @@ run = trained(*WIDTHS, "train.steps=40")
 dense_run = trained("model.num_experts=1", "model.top_k=1", "train.steps=10")
 untied_run = trained("model.tied=false", "train.steps=10")
 top1_run = trained("model.top_k=1", "train.steps=10")
+raw_run = trained("model.renormalize=false", "model.norm_eps=1e-4", "train.steps=10")
 
 
 @pytest.fixture(scope="session")

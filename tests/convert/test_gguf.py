@@ -21,6 +21,7 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 from fira.cli.move import GGUF_TYPES as TYPES  # noqa: E402
 from fira.convert.gguf import export_run, write_model  # noqa: E402
+from fira.convert.hf import chat_template  # noqa: E402
 from tests.llama import Llama  # noqa: E402
 
 
@@ -131,7 +132,7 @@ def test_the_file_of_a_model_tuned_for_chat_brings_its_template(files, loaded):
         return gguf.GGUFReader(files / f"{name}.gguf").get_field("tokenizer.chat_template")
 
     assert template("chat").contents() == CHAT_TEMPLATE
-    assert template("f32").contents().startswith("<|endoftext|>")
+    assert template("f32").contents() == chat_template(loaded.tokenizer, chat=False)
     messages = [{"role": "user", "content": "Größe?"}]
     llama = Llama(files / "chat.gguf")
     assert llama.chat(messages, 8) == "".join(
@@ -149,11 +150,12 @@ def test_the_command_says_how_to_run_the_file_and_writes_a_modelfile(run, files,
     assert 'PARAMETER stop "<|im_end|>"' in (files / "chat.Modelfile").read_text()
 
 
-def test_what_llamacpp_cannot_hold_is_one_line(founding_run, top1_run, run, loaded, files, refused,
-                                               tmp_path):
+def test_what_llamacpp_cannot_hold_is_one_line(founding_run, top1_run, raw_run, run, loaded, files,
+                                               refused, tmp_path):
     file = tmp_path / "x.gguf"
     assert "learned positions" in refused("export", "gguf", founding_run, file)
     assert "renormalizes" in refused("export", "gguf", top1_run, file)
+    assert "renormalize=false" in refused("export", "gguf", raw_run, file)
     narrow = build(FIRA2Spec(vocab_size=600, d_model=64, n_head=2, n_kv_head=1, head_dim=32,
                              num_layers=1, d_ff=40, num_experts=2, top_k=2))
     with pytest.raises(ValueError, match="d_ff=40 does not fit q4_0.*multiple of 32.*--type f32"):

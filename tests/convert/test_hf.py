@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 
@@ -37,7 +38,8 @@ def prompt(loaded):
     return torch.tensor([[loaded.tokenizer.end_of_text, *loaded.tokenizer.encode(text)][:48]])
 
 
-@pytest.mark.parametrize("which", ["run", "dense_run", "untied_run", "top1_run", "founding_run"])
+@pytest.mark.parametrize("which", ["run", "dense_run", "untied_run", "top1_run", "raw_run",
+                                   "founding_run"])
 def test_transformers_computes_the_same_and_import_gives_the_same_bits(which, request, fira,
                                                                        tmp_path):
     source = request.getfixturevalue(which)
@@ -51,6 +53,8 @@ def test_transformers_computes_the_same_and_import_gives_the_same_bits(which, re
     greedy = theirs.generate(ids_BT[:, :8], attention_mask=torch.ones_like(ids_BT[:, :8]),
                              max_new_tokens=24, do_sample=False, eos_token_id=None)
     assert torch.equal(greedy, loaded.model.generate(ids_BT[:, :8], 24, 0, end_of_text=-1))
+    head = {"lm_head.weight", "head.weight"} & load_file(tmp_path / "hf" / WEIGHTS).keys()
+    assert bool(head) == (which != "dense_run")  # SGLang's Qwen3-MoE knows no tied head
     if which != "founding_run":
         assert fira("import", "hf", tmp_path / "hf", tmp_path / "again").code == 0
         again = load(tmp_path / "again", "cpu")
@@ -67,9 +71,53 @@ def test_hard_texts_have_the_same_ids(folder, loaded):
         assert theirs(text, split_special_tokens=True)["input_ids"] == loaded.tokenizer.encode(text)
         allowed = loaded.tokenizer.encode(text, allow_special=True)
         assert theirs(text)["input_ids"] == allowed
-    turns = [{"role": "user", "content": "Größe?"}]
-    text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert text == "<|im_start|>user\nGröße?<|im_end|>\n<|im_start|>assistant\n"
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("which, text", [
+    ("run", "<|endoftext|>Größe?"),
+    ("chat_run", "<|im_start|>user\nGröße?<|im_end|>\n<|im_start|>assistant\n")])
+def test_the_template_is_of_what_the_model_was_tuned_for(which, text, request, fira, tmp_path):
+    assert fira("export", "hf", request.getfixturevalue(which), tmp_path / "hf").code == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert text == theirs.apply_chat_template([{"role": "user", "content": "Größe?"}],
+                                              tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("template, option, chat, words", [
+    (None, (), False, "no chat template with <|im_start|>; if that is wrong, import it again with "
+     "--chat yes"),
+    ("<|im_start|>{{ messages }}", (), True, "has a chat template with <|im_start|>; if that"),
+    ("[INST]{{ messages }}", (), False, "no chat template with <|im_start|>"),
+    ("[INST]{{ messages }}", ("--chat", "yes"), True, "tuned for chat, as --chat says"),
+    ("<|im_start|>{{ messages }}", ("--chat", "no"), False, "not tuned for chat, as --chat says"),
+])
+def test_the_template_beside_the_tokenizer_or_the_option_decides_about_chat(
+        folder, fira, tmp_path, template, option, chat, words):
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    answer = fira("import", "hf", folder, tmp_path / "again", *option)
+    assert words in " ".join(answer.err.split())
+    again = load(tmp_path / "again", "cpu")
+    assert knows_chat(again.folder) == chat
+    assert template in (None, again.tokenizer.settings["chat_template"])
+    assert fira("export", "hf", tmp_path / "again", tmp_path / "out").code == 0
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert ("<|im_start|>" in settings["chat_template"]) == chat
+
+
+def test_exported_and_imported_files_have_the_permissions_that_the_umask_leaves(run, fira,
+                                                                                tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert fira("export", "hf", run, tmp_path / "hf").code == 0
+        assert fira("import", "hf", tmp_path / "hf", tmp_path / "again").code == 0
+        assert fira("export", "int8", run, tmp_path / "int8").code == 0
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 12 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 def test_a_step_folder_alone_knows_whether_its_model_was_tuned_for_chat(run, chat_run, fira,
@@ -161,7 +209,8 @@ MISTAKES = {
     "model_type='llama' is not one that FIRA2 can hold":
         lambda folder: edit_config(folder, model_type="llama"),
     "hidden_act=gelu": lambda folder: edit_config(folder, hidden_act="gelu"),
-    "norm_topk_prob=False": lambda folder: edit_config(folder, norm_topk_prob=False),
+    "norm_topk_prob=True": lambda folder: edit_config(folder, num_experts_per_tok=1),
+    "norm_eps=0: should be greater than 0": lambda folder: edit_config(folder, rms_norm_eps=0),
     "rope_type=yarn": lambda folder: edit_config(
         folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
     "num_hidden_layers is missing": lambda folder: edit_config(folder, num_hidden_layers=None),

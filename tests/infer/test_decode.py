@@ -33,6 +33,8 @@ SPECS = {
     "fira2, biased choice": FIRA2Spec(**SMALL, **GROUPED, num_experts=8, top_k=3, balance="bias"),
     "fira2, top-1, every head its own keys": FIRA2Spec(**SMALL, n_kv_head=4, head_dim=8, top_k=1),
     "fira2, dense": FIRA2Spec(**SMALL, **GROUPED, num_experts=1),
+    "fira2, raw weights": FIRA2Spec(**SMALL, **GROUPED, num_experts=4, top_k=2, renormalize=False,
+                                    norm_eps=1e-3),
     "fira2, untied": FIRA2Spec(**SMALL, **GROUPED, num_experts=4, top_k=2, tied=False),
     "fira": FIRASpec(**SMALL, num_experts=4, top_k=1),
     "fira, top-2": FIRASpec(**SMALL, num_experts=4, top_k=2),

@@ -145,6 +145,16 @@ def test_scores_are_the_models_own_log_probabilities(either, tokenizer):
     assert len(scored[-1].top) == 3
 
 
+@pytest.mark.parametrize("budget", [1, 7, 512])
+def test_an_embedding_is_the_mean_however_its_prompt_is_read(either, tokenizer, budget):
+    events = run(either, tokenizer, PROMPTS[1:5], [dict(max_new_tokens=0, embed_from=2)] * 4,
+                 prefill_tokens=budget, slots=3)
+    for prompt, (end,) in zip(PROMPTS[1:5], events, strict=True):
+        with torch.no_grad():
+            mean_D = either.features(torch.tensor([prompt]))[0, 2:].mean(0)
+        torch.testing.assert_close(torch.tensor(end.embedding), mean_D / mean_D.norm())
+
+
 def test_a_prompt_may_be_scored_without_an_answer(model, tokenizer):
     (seen,) = run(model, tokenizer, [PROMPTS[1]], [dict(max_new_tokens=0, prompt_logprobs=0)])
     assert len(seen) == 1 and len(seen[0].prompt) == 40 and seen[0].reason == "length"

@@ -93,8 +93,8 @@ def engine(tokenizer):
 class RunningServer:
     """A server in a thread; `http` is a client of it; `chat` and `text` ask for 17 tokens."""
 
-    def __init__(self, load, keys=None, loopback=True):
-        self.server = Server(load, self.fail, keys and Keys(keys), loopback)
+    def __init__(self, load, keys=None, loopback=True, **options):
+        self.server = Server(load, self.fail, keys and Keys(keys), loopback, **options)
         self.socket = listen("127.0.0.1", 0)
         self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         config = uvicorn.Config(self.server.app(), log_level="error", lifespan="on",
@@ -166,7 +166,7 @@ def real(model, tokenizer):
     engine = Engine(model, tokenizer, slots=8, capacity=128)
     engine.start()
     served = ServedModel("tiny", tokenizer, 128, 320, chat_tuned=True,
-                         architecture=architecture(model))
+                         architecture=architecture(model), width=32)
     running = RunningServer(lambda: (served, engine)).wait()
     yield running
     running.stop()

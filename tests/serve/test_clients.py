@@ -1,9 +1,11 @@
 """Other people's clients with the real engine: the openai package and schemathesis."""
 from __future__ import annotations
 
+import base64
 from functools import partial
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -61,6 +63,38 @@ def test_openai_reads_the_experts(chat):
     experts = answer.choices[0].experts
     assert len(experts) == 4 and all(len(token) == 2 for token in experts)
     assert all(len(set(chosen)) == 2 and max(chosen) < 4 for token in experts for chosen in token)
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_an_embedding_is_the_mean_of_the_texts_last_hidden_states(openai, real, model, tokenizer,
+                                                                 encoding):
+    texts = ["The state", "Größe and 你好", *(f"{n} of the Union" for n in range(98))]
+    answer = openai.embeddings.create(model="tiny", input=texts, encoding_format=encoding)
+    assert [item.index for item in answer.data] == list(range(100))
+    for text, item in list(zip(texts, answer.data, strict=True))[:5]:
+        ids = [tokenizer.end_of_text, *tokenizer.encode(text)]
+        with torch.inference_mode():
+            mean_D = model.features(torch.tensor([ids]))[0, 1:].mean(0)
+        found = item.embedding if encoding == "float" else torch.frombuffer(
+            bytearray(base64.b64decode(item.embedding)), dtype=torch.float32).tolist()
+        torch.testing.assert_close(torch.tensor(found), mean_D / mean_D.norm(), rtol=0, atol=1e-5)
+    exact = openai.embeddings.create(model="tiny", input=tokenizer.encode(texts[0]), dimensions=32)
+    assert exact.usage.prompt_tokens == len(tokenizer.encode(texts[0]))
+    assert len(exact.data[0].embedding) == 32
+
+
+@pytest.mark.parametrize("fields, param, words", [
+    ({"input": ""}, "input", "none of them empty"), ({"input": []}, "input", "none of them empty"),
+    ({"input": ["a"] * 2049}, "input", "2049; at most 2048"),
+    ({"input": "a", "dimensions": 16}, "dimensions", "the model's width of 32"),
+    ({"input": "a", "encoding_format": "int8"}, "encoding_format", "'base64'"),
+    ({"input": [320]}, "input", "vocabulary"), ({"input": "a " * 300}, "input", "window of 128"),
+    ({"input": [5] * 129}, "input", "window of 128"),
+])
+def test_what_cannot_be_embedded_is_refused(real, fields, param, words):
+    response = real.http.post("/v1/embeddings", json=fields)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == param and words in error["message"]
 
 
 def test_openai_raises_its_own_errors(openai, chat, complete):
@@ -128,7 +162,7 @@ def test_these_requests_are_answered_as_described(described, path, body):
 def test_the_description_is_what_is_taken(described):
     components = described.raw_schema["components"]
     chat = components["schemas"]["ChatRequest"]
-    assert chat["additionalProperties"] is False and chat["required"] == ["messages"]
+    assert chat["additionalProperties"] == {"type": "null"} and chat["required"] == ["messages"]
     right = pytest.importorskip("jsonschema_rs").validator_for(
         {**components["schemas"]["TokenizeRequest"], "components": components}).is_valid
     assert right({"prompt": "a", "messages": None}) and right({"messages": CHAT})

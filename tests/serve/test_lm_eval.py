@@ -67,11 +67,13 @@ class InProcess(TemplateLM):
         return texts
 
 
-@pytest.mark.parametrize("kind", REQUESTS)
-def test_scores_are_those_of_the_model_in_this_process(real, model, tokenizer, tmp_path, kind):
+@pytest.mark.parametrize("kind, backend", [*((kind, "huggingface") for kind in REQUESTS),
+                                           ("loglikelihood_rolling", "remote")])
+def test_scores_are_those_of_the_model_in_this_process(real, model, tokenizer, tmp_path, kind,
+                                                       backend):
     tokenizer.save(tmp_path)
     server = LocalCompletionsAPI(base_url=real.address + "/v1/completions", model="tiny",
-                                 tokenizer=str(tmp_path), tokenizer_backend="huggingface",
+                                 tokenizer=str(tmp_path), tokenizer_backend=backend,
                                  max_length=WINDOW, batch_size=2, num_concurrent=2)
     requests = [Instance(kind, {}, arguments, number)
                 for number, arguments in enumerate(REQUESTS[kind])]

@@ -27,7 +27,13 @@ WRONG = [
     ("chat", {"temperature": -5}, "temperature", "greater than or equal to 0"),
     ("chat", {"temperature": "hot"}, "temperature", "number"),
     ("chat", {"temprature": 1}, "temprature", "did you mean temperature?"),
-    ("chat", {"tools": []}, "tools", "calls no tools"),
+    ("chat", {"tools": [{"type": "function"}]}, "tools", "calls no tools"),
+    ("chat", {"tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+    ("chat", {"store": True}, "store", "stores nothing"),
+    ("chat", {"service_tier": "flex"}, "service_tier", "'auto' or 'default'"),
+    ("chat", {"modalities": ["text", "audio"]}, "modalities.1", "writes text only"),
+    ("chat", {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+     "messages.0.tool_calls", "at most 0 items"),
     ("chat", {"str": 1}, "str", "not a field"),
     ("chat", {"messages": [{"role": "user", "content": "x", "a[": 1}]}, "messages.0.a[",
      "not a field"),
@@ -36,10 +42,14 @@ WRONG = [
     ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
     ("chat", {"max_completion_tokens": 5}, "max_tokens", "differ"),
     ("chat", {"max_tokens": 199}, "max_tokens", "ask for at most"),
-    ("chat", {"stream_options": {"include_usage": True}}, "stream_options", "stream to be true"),
     ("text", {"n": 65}, "n", "64"),
     ("text", {"prompt": ["x"] * 40, "n": 2}, "n", "64 choices"),
+    ("text", {"prompt": ["x"] * 65}, "prompt", "has a length of 65; at most 64 is"),
+    ("text", {"prompt": [[1]] * 65}, "prompt", "has a length of 65; at most 64 is"),
+    ("text", {"stop": "x" * 257}, "stop", "has a length of 257; at most 256"),
     ("text", {"best_of": 2}, "best_of", "rank choices"),
+    ("text", {"n": 2, "best_of": 1}, "best_of", "is not n=2"),
+    ("text", {"top_k": -2}, "top_k", "0 or -1 for no limit"),
     ("text", {"prompt": []}, "prompt", "list of token ids"),
     ("text", {"prompt": [[]]}, "prompt.0", "none of them empty"),
     ("text", {"prompt": [10**40]}, "prompt", "vocabulary of 320"),
@@ -63,6 +73,44 @@ def test_what_cannot_be_honored_is_refused(running, engine, kind, change, param,
     assert error["param"] == param and words in error["message"], error
     assert "\n" not in error["message"] and len(error["message"]) < 250
     assert engine.asked == []
+
+
+@pytest.mark.parametrize("fields", [
+    {"tools": []}, {"tools": None}, {"tool_choice": "none"}, {"tool_choice": "auto"},
+    {"parallel_tool_calls": False}, {"functions": None, "prediction": None}, {"store": False},
+    {"service_tier": "auto"}, {"metadata": {"a": "b"}}, {"metadata": {}}, {"audio": None},
+    {"modalities": ["text"]}, {"reasoning_effort": "none"},
+    {"top_logprobs": 0, "logprobs": False}, {"top_k": 0}, {"top_k": -1}, {"n": 2, "top_k": None},
+    {"stream_options": {"include_usage": True}}, {"stream_options": {"include_obfuscation": False}},
+    {"prompt_cache_key": "x", "safety_identifier": "x", "cache_control": {"type": "ephemeral"}},
+    {"logit_bias": {}, "stop": [], "no_such_field": None},
+])
+def test_a_field_that_asks_for_nothing_changes_nothing(running, engine, fields):
+    assert running.chat().status_code == 200
+    response = running.chat(**fields)
+    assert response.status_code == 200, response.text
+    assert all(asked == engine.asked[0] for asked in engine.asked)
+
+
+@pytest.mark.parametrize("fields", [{"best_of": 1}, {"n": 2, "best_of": 2}, {"suffix": None},
+                                    {"suffix": ""}, {"store": False}, {"logprobs": None}])
+def test_a_completion_that_asks_for_nothing_more_is_the_same(running, engine, fields):
+    assert running.text().status_code == running.text(**fields).status_code == 200
+    assert all(asked == engine.asked[0] for asked in engine.asked)
+
+
+@pytest.mark.parametrize("more", [
+    {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None},
+    {"refusal": None, "annotations": None, "tool_calls": [], "name": "bob", "parsed": None},
+    {"content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
+])
+def test_an_answer_comes_back_as_clients_return_it(running, engine, more):
+    for message in ({}, more):
+        turns = [{"role": "user", "content": "hi", **({"name": "ann"} if message else {})},
+                 {"role": "assistant", "content": "x", **message},
+                 {"role": "user", "content": "go on"}]
+        assert running.chat(messages=turns).status_code == 200
+    assert engine.asked[0] == engine.asked[1]
 
 
 @pytest.mark.parametrize("body", [

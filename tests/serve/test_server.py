@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from fira import __version__
 from fira.infer.request import SamplingParams
-from fira.serve.guard import Keys
+from fira.serve.guard import Keys, check_origins
 
 SAID = "Größe 🙂 of the Union. "
 
@@ -109,6 +110,50 @@ def test_tokenize_and_detokenize_are_inverse(http, tokenizer):
     assert found["tokens"] == tokenizer.encode("naïve 🙂") and found["max_model_len"] == 200
     assert http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {
         "prompt": "naïve 🙂"}
+
+
+@pytest.mark.parametrize("given, kept", [
+    ("3f2-a.b:c", True), ("", False), ("a b", False), ("x" * 129, False), ("<b>", False)])
+def test_a_response_has_the_id_of_its_request_or_a_new_one(running, given, kept):
+    found = [running.text(headers={"x-request-id": given}),
+             running.text(headers={"x-request-id": given}, max_tokens=-1),
+             running.http.get("/nowhere", headers={"x-request-id": given})]
+    ids = [response.headers["x-request-id"] for response in found]
+    assert ids == [given] * 3 if kept else (len(set(ids)) == 3 and all(map(str.isalnum, ids)))
+
+
+def test_pages_of_the_named_origins_alone_may_call(start, served, engine, running):
+    origins = ["http://localhost:3000", "app://notes"]
+    open = start(lambda: (served, engine), origins=origins, keys=["sesame"]).wait()
+    ask = {"Access-Control-Request-Method": "POST",
+           "Access-Control-Request-Headers": "authorization, content-type, x-stainless-os"}
+
+    def allowed(server, origin):
+        before = server.http.options("/v1/chat/completions", headers={**ask, "Origin": origin})
+        after = server.chat(headers={"Origin": origin, "Authorization": "Bearer sesame"})
+        assert after.status_code == 200  # the browser hides it where the header is missing
+        name = "access-control-allow-origin"
+        assert before.is_success == (before.headers.get(name) == origin)
+        assert before.headers.get(name) == after.headers.get(name)
+        return before.is_success
+
+    assert all(allowed(open, origin) for origin in origins)
+    assert not allowed(open, "http://evil.example") and not allowed(running, origins[0])
+
+
+@pytest.mark.parametrize("origin", ["*", "localhost:3000", "http://localhost:3000/", "http://A.b"])
+def test_an_origin_that_no_browser_sends_is_refused(origin):
+    with pytest.raises(ValueError, match="is not an origin; give scheme, host and port alone"):
+        check_origins([origin])
+
+
+def test_version_and_special_tokens_are_told(http, tokenizer):
+    assert http.get("/version").json() == {"version": __version__}
+    info = http.get("/tokenizer_info").json()
+    assert info == {"bos_token": None, "eos_token": "<|endoftext|>", "pad_token": "<|pad|>",
+                    "model_max_length": 200}
+    found = http.post("/tokenize", json={"prompt": info["eos_token"]}).json()
+    assert found["tokens"] == [tokenizer.end_of_text]
 
 
 def test_metrics_count_requests_and_experts(running):

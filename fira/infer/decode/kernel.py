@@ -230,7 +230,7 @@ def attend(rank, ranks, model, layer, positions, slots, qkv, scores, out):
 
 @compiled
 def choose_experts(layer, x, probs, weights, chosen):
-    """The K experts of every token, best first, and their weights, which sum to 1 if K > 1."""
+    """The K experts of every token, best first, and their weights, which may sum to 1."""
     K = len(chosen) // len(x)
     bias = floats(layer.selection_bias, len(probs))
     for s in range(len(x)):
@@ -248,7 +248,7 @@ def choose_experts(layer, x, probs, weights, chosen):
             total += probs[best]
             probs[best] = np.float32(-1)
         for pair in range(s * K, (s + 1) * K):
-            weights[pair] /= total if K > 1 else np.float32(1)
+            weights[pair] /= total if layer.renormalize else np.float32(1)
 
 
 @compiled

@@ -31,7 +31,8 @@ PARTS = {  # the matrices and norms of a layer, and where they are in a block
     "gate": "moe.experts.gate", "up": "moe.experts.up", "down": "moe.experts.down"}
 MATRIX = np.dtype([(name, np.int64) for name in ("weight", "scale", "bias", "precision")])
 LAYER = np.dtype([(name, MATRIX) for name in PARTS]
-                 + [(name, np.int64) for name in ("selection_bias", "keys", "values")])
+                 + [(name, np.int64) for name in (
+                     "selection_bias", "renormalize", "keys", "values")])
 MODEL = np.dtype([(name, np.int64) for name in (
     "heads", "kv_heads", "head_width", "cosines", "sines", "slot_stride", "group_stride")] + [
     ("norm", MATRIX), ("head", MATRIX), ("epsilon", np.float64)])
@@ -149,7 +150,8 @@ class AddressTable:
             model = quantize(copy.deepcopy(model, shared), precision)
         self.layers = np.array([(
             *(self._matrix(_find(block, path)) for path in PARTS.values()),
-            self._address(_find(block, "moe.router.selection_bias_E")), 0, 0)
+            self._address(_find(block, "moe.router.selection_bias_E")),
+            bool(_find(block, "moe.router.renormalize")), 0, 0)
             for block in model.blocks], LAYER)
         self.model = np.array([(
             spec.n_head, spec.n_kv_head, spec.head_dim, self._address(_find(model, "rotary.cos")),
