@@ -35,8 +35,8 @@ class Row(NamedTuple):
         return self.messages or self.options[self.gold][0]
 
     def score(self, answer: str) -> float:
-        """1.0 if the row's checker accepts the generated `answer`, else 0.0."""
-        return float(any(CHECKERS[self.checker](answer, gold) for gold in self.answers))
+        """What the row's checker gives for the generated `answer`, 0 to 1."""
+        return max(float(CHECKERS[self.checker](answer, gold)) for gold in self.answers)
 
 
 class Task(NamedTuple):
@@ -65,11 +65,23 @@ def find_letter(text: str) -> str | None:
     return found[1].upper() if found else None
 
 
-CHECKERS: dict[str, Callable[[str, str], bool]] = {  # (answer, gold) -> whether it is right
+def rouge(answer: str, gold: str) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, by the package
+    rouge-score. Raises ValueError if it is not installed."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ValueError("the checker rouge needs the package rouge-score: pip install "
+                         "'fira-moe[eval]'") from None
+    return float(RougeScorer(["rougeL"]).score(gold, answer)["rougeL"].fmeasure)
+
+
+CHECKERS: dict[str, Callable[[str, str], float]] = {  # (answer, gold) -> 0 to 1
     "exact": lambda answer, gold: answer.split() == gold.split(),
     "number": lambda answer, gold: find_number(answer) == find_number(gold) is not None,
     "regex": lambda answer, gold: re.search(gold, answer) is not None,
     "letter": lambda answer, gold: find_letter(answer) == gold.strip().upper(),
+    "rouge": rouge,
 }
 
 
@@ -103,6 +115,9 @@ def make_row(record: Any, where: str, published: bool = False) -> Row:
 def _row(record: dict[str, Any]) -> Row:
     group = record.get("group")
     if "messages" in record:
+        if "answer" not in record:  # a conversation: its last message is the answer
+            *before, last = record["messages"]
+            record = {"checker": "rouge", **record, "messages": before, "answer": last["content"]}
         answers, checker = record["answer"], record.get("checker", "exact")
         if checker not in CHECKERS:
             raise ValueError(f"checker {checker!r} is not one of {', '.join(CHECKERS)}")

@@ -23,6 +23,12 @@ def test_checkers_accept_the_right_answers_alone(checker, gold, right, wrong):
     assert [row.score(answer) for answer in wrong] == [0.0] * len(wrong)
 
 
+def test_a_conversation_is_a_task_and_rouge_gives_a_share():
+    row = make_row({"messages": [*USER, {"role": "assistant", "content": "It is four"}]}, "row")
+    assert row.prompt == tuple(USER)
+    assert (row.score("It is four."), row.score("four it"), row.score("")) == (1.0, 0.4, 0.0)
+
+
 @pytest.mark.parametrize("record, prompt, answer", [
     ({"context": "2 + 2 =", "continuations": [" 5", " 4"], "gold": 1}, "2 + 2 =", "4"),
     ({"context": "The sky is", "answer": " blue"}, "The sky is", "blue"),
