@@ -89,8 +89,9 @@ def _measure_tasks(run: Path, file: Path | None, shown: bool, against: Path | No
     from fira.data.shards import read_manifest
     from fira.eval.compare import add_comparison
     from fira.eval.leak import add_leaks
-    from fira.eval.measure import measure, show
+    from fira.eval.measure import measure
     from fira.files import read_json, write_json
+    from fira.report.results import show
 
     if leak:
         read_manifest(leak)  # refuses another folder before the long work

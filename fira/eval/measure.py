@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from fira.convert.files import Loaded
 from fira.data.chat import prompt_ids
@@ -39,10 +38,6 @@ FLOOR_ROWS = 200  # that the random-weight model scores, evenly spread over the 
 TIE = 1e-6  # relative; nats that are closer are the same
 ANSWER_TOKENS = 256
 Values = list["float | None"]  # one for each row; None for a row that was left out
-SPECIAL_ROWS = {  # what is said of rows that are not read as they are: the list of their numbers
-    "have a continuation longer than the model reads and are left out": "left_out",
-    "are longer than the model reads and lose the beginning of their context": "cut",
-    "have a token across the border, which counts as the continuation's": "unsplit"}
 
 
 def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: str = ".",
@@ -218,42 +213,3 @@ def mean(values: Values) -> float | None:
     """Of the values that are not None; None if all are."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None
-
-
-def show(result: dict[str, Any], *more: Table) -> None:
-    """Print a table for each suite, and more; rates in percent, experts as layer.expert."""
-    screen = Console(highlight=False)
-    screen.width = max(screen.width, 120)
-    for suite, content in result["suites"].items():
-        tasks = content["tasks"]
-        bits, accuracy, centred = (mean([task[name] for task in tasks.values()])
-                                   for name in ("bits_per_byte", "accuracy", "centred"))
-        shown = Table("task", title=f"{suite}: {_bits(bits)} bits per byte, accuracy "
-                      f"{_percent(accuracy)}, centred {_percent(centred)}", title_justify="left",
-                      box=None, padding=(0, 1, 0, 0))
-        for title in ("n", "bits/byte", "right", "95%", "per byte", "floors", "", "experts"):
-            shown.add_column(title, justify="right")
-        for name, task in tasks.items():
-            shown.add_row(
-                name.partition("/")[2] or name, f"{task['n']:,}", _bits(task["bits_per_byte"]),
-                _percent(task["accuracy"]), _percent(*task["interval"]),
-                _percent(task["accuracy_per_byte"]), _percent(*task["floors"].values()),
-                "at chance" * task["at_chance"],
-                " ".join(f"{one['layer']}.{one['expert']} x{one['ratio']:.1f}"
-                         for one in (task["experts"] or {"over_used": []})["over_used"]))
-        screen.print(shown)
-        for name, task in tasks.items():
-            for reason, key in SPECIAL_ROWS.items():
-                if rows := task.get(key):
-                    numbers = ", ".join(str(row + 1) for row in rows[:3])
-                    screen.print(f"{name}: {len(rows):,} of {task['rows']:,} rows {reason}: "
-                                 f"{numbers}{', ...' * (len(rows) > 3)}", style="yellow")
-    screen.print(*more, sep="\n")
-
-
-def _bits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _percent(*values: float | None) -> str:
-    return " ".join("-" if value is None else f"{100 * value:.1f}" for value in values)
