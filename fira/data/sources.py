@@ -6,6 +6,7 @@ sources therefore give the same documents in the same order on every machine.
 from __future__ import annotations
 
 import atexit
+import codecs
 import dataclasses
 import functools
 import glob
@@ -50,6 +51,13 @@ class Reading:
     min_chars: int = _option(0, "Leave out documents of fewer characters.")
     min_letters: float = _option(0.0, "Leave out documents with a smaller share of letters (0..1).")
     max_repeated: float = _option(1.0, "Leave out documents with a larger share in repeated lines.")
+
+    def __post_init__(self) -> None:
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(f"encoding {self.encoding!r} is unknown; give one that Python has, "
+                             "such as utf-8, utf-16le or latin1") from None
 
     def unfit(self, text: str, seen: set[bytes]) -> str:
         """Why a document is left out, or ""; `seen` are hashes of the documents before.

@@ -75,7 +75,8 @@ def make_page(run: Run, progress: Path, routing: Path | None = None) -> str:
         "Routing": (_picture(routing, "expert load") if routing else "")
         + _shown(routing_view(run), 80),
         "Results on tasks": "".join(_shown(table, 120) for table in tables) + "".join(
-            f"<p>{escape(text)}</p>" for text in (LEGEND * bool(tables), results.not_shown) if text),
+            f"<p>{escape(text)}</p>"
+            for text in (LEGEND * bool(tables), results.not_shown) if text),
         "Samples": "".join(f"<p>step {row['step']:,}</p><pre><b>{escape(row['prompt'])}</b>"
                            f"{escape(row['text'])}</pre>"
                            for row in reversed(run.samples[-SAMPLES_SHOWN:])),
