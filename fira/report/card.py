@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ def make_card(folder: Path, license: str | None = None, library: str = "transfor
     """The card of a run's newest step, or of a step folder; `license` None keeps that of the run's
     present card. Raises ValueError, one line, if there is no model or a record is damaged."""
     records = _records(folder)
-    model, results = records["model"], list(_results(records))
+    model, results = records["model"], [
+        ((suite, content["protocol"]["sha256"][:12]), name, task)
+        for _, suite, content in records["results"] for name, task in content["tasks"].items()]
     front = {"license": license or records["license"], "library_name": library,
              "pipeline_tag": "text-generation", **records["base"], **_front(records, results)}
     dense = "The model is dense." if model["num_experts"] == 1 else "Not recorded."
@@ -109,7 +111,7 @@ def _records(folder: Path) -> dict[str, Any]:
             "origin": base.get("base_model", "new weights" if run.steps else None),
             "interval": f"{bits - 1.96 * error:.4f} to {bits + 1.96 * error:.4f}" if error else "",
             "files": read_json(manifest, AGAIN).get("files") if manifest.is_file() else None,
-            "results": read_results(above, step).suites,
+            "results": read_results(above, step)[0],
             "license": license[1] if license else "unknown"}
 
 
@@ -129,13 +131,6 @@ def _base(about: dict[str, Any]) -> dict[str, str]:
             name = {"base_model": "/".join(hub.groups()) if hub else own.name}
             return name | ({"base_model_relation": relation} if relation else {})
     return {}
-
-
-def _results(records: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str, dict[str, Any]]]:
-    """Suite and protocol, task, result."""
-    for _, suite, content in records["results"]:
-        label = (suite, content["protocol"]["sha256"][:12])
-        yield from ((label, name, task) for name, task in content["tasks"].items())
 
 
 def _table(head: str, rows: Iterable[tuple[Any, ...]], empty: str = "Not recorded.") -> list[str]:

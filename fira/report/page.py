@@ -18,7 +18,7 @@ from rich.text import Text
 from fira.report.plot import PICTURE as PROGRESS
 from fira.report.plot import draw_progress, summary, write
 from fira.report.read import Run, read_run
-from fira.report.results import newest_step, read_results, results_view, suite_table
+from fira.report.results import newest_step, read_results, suite_summary, suite_view
 from fira.report.routing import PICTURE as ROUTING
 from fira.report.routing import draw_routing, routing_view
 
@@ -54,13 +54,14 @@ def report(folder: str | Path) -> list[Path]:
 def print_summary(folder: str | Path, console: Console) -> None:
     """Show a run on a terminal: its figures, routing, results on tasks and newest sample."""
     run = read_run(folder)
-    results = read_results(run.path, newest_step(run.path))
     table = Table.grid(padding=(0, 2, 0, 0))
     for label, value in summary(run):
         table.add_row(Text(label, style="dim"), Text(value))
     console.print(Text(run.name, style="bold"), table, "", routing_view(run), sep="\n")
-    if any(results):
-        console.print("", results_view(results), sep="\n")
+    results, others = read_results(run.path, newest_step(run.path))
+    for line in (*(suite_summary(name, suite) for _, name, suite in results), others):
+        if line:
+            console.print(Text(f"\n{line}"))
     for sample in run.samples[-1:]:
         console.print(Text(f"\nsample at step {sample['step']:,}", style="dim"))
         console.print(Text.assemble((sample["prompt"], "bold"), sample["text"]))
@@ -68,15 +69,14 @@ def print_summary(folder: str | Path, console: Console) -> None:
 
 def make_page(run: Run, progress: Path, routing: Path | None = None) -> str:
     """The report as one HTML document with the pictures inside."""
-    results = read_results(run.path, newest_step(run.path))
-    tables = [suite_table(f"{name} ({file})", suite) for file, name, suite in results.suites]
+    results, others = read_results(run.path, newest_step(run.path))
+    tables = [suite_view(f"{name} ({file})", suite) for file, name, suite in results]
     sections = {
         "Training": _picture(progress, "training progress"),
         "Routing": (_picture(routing, "expert load") if routing else "")
         + _shown(routing_view(run), 80),
         "Results on tasks": "".join(_shown(table, 120) for table in tables) + "".join(
-            f"<p>{escape(text)}</p>"
-            for text in (LEGEND * bool(tables), results.not_shown) if text),
+            f"<p>{escape(text)}</p>" for text in (LEGEND * bool(tables), others) if text),
         "Samples": "".join(f"<p>step {row['step']:,}</p><pre><b>{escape(row['prompt'])}</b>"
                            f"{escape(row['text'])}</pre>"
                            for row in reversed(run.samples[-SAMPLES_SHOWN:])),

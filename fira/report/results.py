@@ -3,10 +3,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from fira.files import MANIFEST, read_json
 
@@ -25,25 +26,11 @@ CELLS: dict[str, Callable[[dict[str, Any]], str]] = {
         for one in (task["experts"] or {"over_used": []})["over_used"])}
 ON_SCREEN = ("n", "bits/byte", "right", "95%", "per byte", "floors", "", "experts")
 ON_PAGE = ("n", "bits/byte", "right", "95%", "centred", "floors", "")
-MEANS = ("bits_per_byte", "accuracy", "centred")
 
 SPECIAL_ROWS = {  # what is said of rows that are not read as they are: the list of their numbers
     "have a continuation longer than the model reads and are left out": "left_out",
     "are longer than the model reads and lose the beginning of their context": "cut",
     "have a token across the border, which counts as the continuation's": "unsplit"}
-
-
-class Results(NamedTuple):
-    """Suites measured with the weights of one step; `others` are files on other weights."""
-
-    suites: list[tuple[str, str, dict[str, Any]]]  # file, name, content
-    others: list[str]
-
-    @property
-    def not_shown(self) -> str:
-        """Says which files are of other weights; "" if none is."""
-        return (f"{', '.join(self.others)}: of other weights than the newest step's, not shown; "
-                "measure again with fira eval --json" if self.others else "")
 
 
 def newest_step(folder: Path) -> Path:
@@ -52,68 +39,55 @@ def newest_step(folder: Path) -> Path:
     return max(steps, key=lambda path: (len(path.name), path.name), default=folder)
 
 
-def read_results(run: Path, step: Path) -> Results:
-    """What the files eval*.json of a run say of the weights in its folder `step`.
+def read_results(run: Path, step: Path) -> tuple[list[tuple[str, str, dict[str, Any]]], str]:
+    """File, name and content of each suite in the files eval*.json of a run that were measured with
+    the weights of `step`; and a sentence on the files that were not, if there are any.
 
     Raises ValueError, one line, for a file that `fira eval --json` did not write.
     """
-    manifest, found = step / MANIFEST, Results([], [])
+    manifest, found, others = step / MANIFEST, [], list[str]()
     files = read_json(manifest, AGAIN).get("files") or {} if manifest.is_file() else {}
-    weights = {file.get("sha256") for file in files.values()}
     for path in sorted(run.glob("eval*.json")):
         content = read_json(path, "measure again with fira eval --json, or move it away")
         if "suites" not in content:  # of a text
             continue
-        if content.get("model_sha256") not in weights:
-            found.others.append(path.name)
+        if content.get("model_sha256") not in {file.get("sha256") for file in files.values()}:
+            others.append(path.name)
             continue
         try:
             for name, suite in content["suites"].items():
-                suite_table(name, suite)
-                found.suites.append((path.name, name, suite))
+                suite_view(name, suite)
+                found.append((path.name, name, suite))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path} has a suite that cannot be shown ({error!r}); measure again "
                              "with fira eval --json, or move it away") from error
-    return found
+    return found, (f"{', '.join(others)}: of other weights than those of {step.name}, not shown; "
+                   "measure again with fira eval --json" if others else "")
 
 
-def suite_table(name: str, suite: dict[str, Any], columns: tuple[str, ...] = ON_PAGE) -> Table:
-    """The tasks of a suite and, as its title, the means; rates in percent."""
-    bits, accuracy, centred = suite_means(suite)
+def suite_summary(name: str, suite: dict[str, Any]) -> str:
+    """One line: the means over the tasks, rates in percent."""
+    bits, accuracy, centred = ([task[key] for task in suite["tasks"].values()
+                                if task[key] is not None]
+                               for key in ("bits_per_byte", "accuracy", "centred"))
+    return (f"{name}: {_mean(bits, 1, 3)} bits per byte, accuracy {_mean(accuracy)}, centred "
+            f"{_mean(centred)}, {sum(task['at_chance'] for task in suite['tasks'].values())} of "
+            f"{len(suite['tasks'])} tasks at chance")
+
+
+def suite_view(name: str, suite: dict[str, Any], columns: tuple[str, ...] = ON_PAGE) -> Group:
+    """The tasks of a suite below its summary; rates in percent."""
     usual = {task["experts"].get("relative_to", "the text of training")
              for task in suite["tasks"].values() if task["experts"] and "experts" in columns}
-    notes = [*(f"without {one}" for one in suite.get("missing", ())),
+    missing = suite.get("missing")
+    notes = [*([f"without {', '.join(missing)}, which are not there"] if missing else []),
              *(f"experts: load relative to that on {text}" for text in sorted(usual))]
-    table = Table("task", title=f"{name}: {_bits(bits)} bits per byte, accuracy "
-                  f"{_percent(accuracy)}, centred {_percent(centred)}", title_justify="left",
-                  caption="\n".join(notes), caption_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = Table("task", box=None, padding=(0, 1, 0, 0))
     for title in columns:
         table.add_column(title, justify="right")
     for label, task in suite["tasks"].items():
         table.add_row(label.partition("/")[2] or label, *(CELLS[key](task) for key in columns))
-    return table
-
-
-def results_view(results: Results) -> Table:
-    """A row for each suite, for a terminal."""
-    table = Table("suite", title="Results on tasks", title_style="bold", title_justify="left",
-                  box=None, padding=(0, 2, 0, 0), caption=results.not_shown,
-                  caption_justify="left")
-    for title in ("tasks", "rows", "bits/byte", "right", "centred", "at chance"):
-        table.add_column(title, justify="right")
-    for _, name, suite in results.suites:
-        tasks, (bits, accuracy, centred) = list(suite["tasks"].values()), suite_means(suite)
-        table.add_row(name, str(len(tasks)), f"{sum(task['n'] for task in tasks):,}", _bits(bits),
-                      _percent(accuracy), _percent(centred),
-                      str(sum(task["at_chance"] for task in tasks)))
-    return table
-
-
-def suite_means(suite: dict[str, Any]) -> tuple[float | None, ...]:
-    """Means over tasks of bits per byte, accuracy and centred accuracy; None without a value."""
-    columns = ([task[key] for task in suite["tasks"].values() if task[key] is not None]
-               for key in MEANS)
-    return tuple(sum(values) / len(values) if values else None for values in columns)
+    return Group(Text(suite_summary(name, suite)), table, *map(Text, notes))
 
 
 def show(result: dict[str, Any], *more: Table) -> None:
@@ -121,7 +95,7 @@ def show(result: dict[str, Any], *more: Table) -> None:
     screen = Console(highlight=False)
     screen.width = max(screen.width, 120)
     for suite, content in result["suites"].items():
-        screen.print(suite_table(suite, content, ON_SCREEN))
+        screen.print(suite_view(suite, content, ON_SCREEN))
         for name, task in content["tasks"].items():
             for reason, key in SPECIAL_ROWS.items():
                 if rows := task.get(key):
@@ -133,6 +107,10 @@ def show(result: dict[str, Any], *more: Table) -> None:
 
 def _percent(*values: float | None) -> str:
     return " ".join("-" if value is None else f"{100 * value:.1f}" for value in values)
+
+
+def _mean(values: list[float], factor: float = 100, digits: int = 1) -> str:
+    return f"{factor * sum(values) / len(values):.{digits}f}" if values else "-"
 
 
 def _bits(value: float | None) -> str:

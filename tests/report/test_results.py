@@ -39,9 +39,8 @@ def test_suites_of_the_newest_weights_are_on_the_page_and_the_terminal(measured)
     rows = {line.split()[0]: line.split() for line in page.splitlines() if line.strip()}
     assert rows["passive"] == "passive 200 2.500 75.0 68.5 80.5 50.0 50.0 60.0 40.0".split()
     assert rows["chance"][-2:] == ["at", "chance"] and "without winograd" in page
-    assert "blimp (eval-x.json): 3.000 bits per byte, accuracy 75.0, centred 50.0" in page
-    assert "blimp      2   400      3.000   75.0     50.0          1".split() in [
-        line.split() for line in screen.splitlines()]
+    means = "3.000 bits per byte, accuracy 75.0, centred 50.0, 1 of 2 tasks at chance"
+    assert f"blimp (eval-x.json): {means}" in page and f"blimp: {means}" in " ".join(screen.split())
 
 
 @pytest.mark.parametrize("content, told", [
@@ -50,7 +49,7 @@ def test_suites_of_the_newest_weights_are_on_the_page_and_the_terminal(measured)
 def test_other_files_are_named_or_no_results_of_tasks(measured, content, told):
     page, screen = measured(**content)
     assert "passive" not in page + screen and (told in page and told in screen)
-    assert ("Results on tasks" in page) == ("Results on tasks" in screen) == bool(told)
+    assert ("Results on tasks" in page) == bool(told)
 
 
 @pytest.mark.parametrize("suites", [[], {"a": 1}, {"a": {"tasks": {"b": {"n": 1}}}},
