@@ -7,8 +7,9 @@ two kinds of model on suites, for example MoE and dense, each trained with sever
         --data sets --keep results
 
 The last prints a table in Markdown. Runs of one place in both lists have the same seed. The results
-of each run are kept in --keep, so that the same command goes on where it stopped. The variance of a
-difference is that of its mean over items, or passages, and that of its mean over seeds, added.
+of each run are kept in --keep, so that the same command goes on where it stopped. The
+square of an interval's width is that of the mean over items, or passages, plus that of the mean
+over seeds (Zou and Donner 2008).
 """
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from fira.data.sources import inputs
 from fira.data.text import items
 from fira.eval.measure import mean, measure
 from fira.eval.score import encode_rows, score
-from fira.eval.statistics import combined, difference, student
+from fira.eval.statistics import difference, student
 from fira.eval.suites import open_task
 from fira.infer.load import load
 from fira.loss.head import token_losses
@@ -126,20 +127,11 @@ def difference_over_seeds(first: list[dict[str, Any]], second: list[dict[str, An
     items = difference(ours, theirs, labels, bounded=key == "correct")
     if items is None:
         return None
-    seeds = [difference(one[key], other[key], bounded=False)
-             for one, other in zip(first, second, strict=True)]
-    parts = [(items.error, items.freedom)]
-    if len(seeds) > 1:
-        spread = statistics.stdev(seed.mean for seed in seeds)
-        parts.append((spread / math.sqrt(len(seeds)), len(seeds) - 1))
-    return _interval(mean(ours), mean(theirs), items.mean, parts)
-
-
-def _interval(first: float | None, second: float | None, middle: float,
-              parts: list[tuple[float, float]]) -> dict[str, Any]:
-    error, freedom = combined(parts)
-    half = student(freedom) * error
-    return {"first": first, "second": second, "difference": middle, "half": half, "parts": parts}
+    seeds = [mean(one[key]) - mean(other[key]) for one, other in zip(first, second, strict=True)]
+    spread = len(seeds) > 1 and student(len(seeds) - 1) * statistics.stdev(seeds) / math.sqrt(
+        len(seeds))
+    return {"first": mean(ours), "second": mean(theirs), "difference": items.mean,
+            "half": math.hypot(items.half, spread), "parts": [items.half, float(spread)]}
 
 
 def suite_rows(first: list[dict[str, Any]], second: list[dict[str, Any]],
@@ -156,13 +148,11 @@ def suite_rows(first: list[dict[str, Any]], second: list[dict[str, Any]],
     for key in CELLS:
         found = [row[key] for row in rows.values() if row[key]]
         if found:
-            errors = [[one["parts"][place][0] / len(found) for one in found]
-                      for place in range(len(found[0]["parts"]))]
-            # Items of tasks are independent; the errors of shared seeds add up.
-            parts = [(math.hypot(*errors[0]), math.inf), *(
-                (sum(each), len(first) - 1) for each in errors[1:])]
-            whole[key] = _interval(*(sum(one[side] for one in found) / len(found) for side in (
-                "first", "second", "difference")), parts)
+            # Items of tasks are independent; tasks share the seeds, whose errors may add up.
+            items, seeds = ([one["parts"][place] / len(found) for one in found] for place in (0, 1))
+            whole[key] = {"half": math.hypot(*items, sum(seeds))} | {
+                side: sum(one[side] for one in found) / len(found)
+                for side in ("first", "second", "difference")}
     return {**rows, f"mean of {suite}": whole}
 
 

@@ -55,4 +55,4 @@ def _cell(one: Difference | None, form: str) -> str:
     if one is None:
         return "-"
     outside = "*" if one.low > 0 or one.high < 0 else ""
-    return f"{one.mean:+{form}}{outside} ±{(one.high - one.low) / 2:{form}}"
+    return f"{one.mean:+{form}}{outside} ±{one.half:{form}}"

@@ -27,17 +27,21 @@ class Difference(NamedTuple):
     items: int
     needed: int
     error: float  # standard error
-    freedom: float  # its degrees of freedom: one less than the groups
+
+    @property
+    def half(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
 
 
-def student(freedom: float) -> float:
+def student(freedom: int) -> float:
     """The value between which and its negative lie 95% of Student's t distribution.
 
     From 9 degrees of freedom on an expansion in their inverse (Abramowitz and Stegun 1964, 26.7.5),
-    right to 2e-5; below, the value in the table for the whole degrees of freedom.
+    right to 2e-5; below, the table.
     """
-    if freedom < len(STUDENT) + 1:
-        return STUDENT[max(1, math.floor(freedom)) - 1]
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
     return Z + sum(
         sum(factor * Z ** (2 * power + 1) for power, factor in enumerate(factors))
         / (scale * freedom ** order) for order, (scale, factors) in enumerate(EXPANSION, start=1))
@@ -86,27 +90,20 @@ def difference(first: Values, second: Values, groups: Sequence[Any] | None = Non
         return None
     sums = np.bincount(group, values - values.mean())
     error = math.sqrt((sums @ sums) * len(labels) / (len(labels) - 1)) / len(values)
-    return _with_interval(float(values.sum() / len(rows)), float(values.mean()), error, len(rows),
-                          len(labels) - 1)
+    return _with_interval(float(values.sum() / len(rows)), float(values.mean()), error,
+                          student(len(labels) - 1) * error, len(rows))
 
 
 def average(differences: Sequence[Difference]) -> Difference:
-    """The mean over tasks, which are independent samples and count once each."""
-    mean = sum(one.mean for one in differences) / len(differences)
-    error, freedom = combined([(one.error / len(differences), one.freedom) for one in differences])
-    return _with_interval(mean, mean, error, sum(one.items for one in differences), freedom)
+    """The mean over tasks, which are independent samples and count once each. The square of its
+    interval's width is the mean square of theirs over their number (Zou and Donner 2008)."""
+    mean, error, half = (sum(one.mean for one in differences) / len(differences), *(
+        math.hypot(*each) / len(differences) for each in (
+            [one.error for one in differences], [one.half for one in differences])))
+    return _with_interval(mean, mean, error, half, sum(one.items for one in differences))
 
 
-def combined(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The standard error and the degrees of freedom (Satterthwaite 1946) of a sum, from those of
-    its independent parts."""
-    error = math.hypot(*(part for part, _ in parts))
-    spread = sum(part ** 4 / freedom for part, freedom in parts)
-    return error, error ** 4 / spread if spread else sum(each for _, each in parts)
-
-
-def _with_interval(mean: float, center: float, error: float, items: int,
-                   freedom: float) -> Difference:
-    half = student(freedom) * error
+def _with_interval(mean: float, center: float, error: float, half: float,
+                   items: int) -> Difference:
     return Difference(mean, center - half, center + half, items,
-                      math.ceil(items * (error * (Z + POWER) / 0.01) ** 2), error, freedom)
+                      math.ceil(items * (error * (Z + POWER) / 0.01) ** 2), error)
