@@ -103,7 +103,7 @@ def _picture(path: Path, description: str) -> str:
 def _shown(thing: RenderableType, width: int) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(thing)
-    return _text("\n".join(line.rstrip() for line in console.export_text().splitlines()))
+    return _text(console.export_text())
 
 
 def _text(text: str) -> str:

@@ -26,7 +26,6 @@ CELLS: dict[str, Callable[[dict[str, Any]], str]] = {
         for one in (task["experts"] or {"over_used": []})["over_used"])}
 ON_SCREEN = ("n", "bits/byte", "right", "95%", "per byte", "floors", "", "experts")
 ON_PAGE = ("n", "bits/byte", "right", "95%", "centred", "floors", "")
-
 SPECIAL_ROWS = {  # what is said of rows that are not read as they are: the list of their numbers
     "have a continuation longer than the model reads and are left out": "left_out",
     "are longer than the model reads and lose the beginning of their context": "cut",
@@ -76,32 +75,30 @@ def suite_summary(name: str, suite: dict[str, Any]) -> str:
 
 
 def suite_view(name: str, suite: dict[str, Any], columns: tuple[str, ...] = ON_PAGE) -> Group:
-    """The tasks of a suite below its summary; rates in percent."""
+    """The tasks of a suite below its summary, and what was not read whole; rates in percent."""
     usual = {task["experts"].get("relative_to", "the text of training")
              for task in suite["tasks"].values() if task["experts"] and "experts" in columns}
     missing = suite.get("missing")
-    notes = [*([f"without {', '.join(missing)}, which are not there"] if missing else []),
-             *(f"experts: load relative to that on {text}" for text in sorted(usual))]
+    notes = [f"experts: load relative to that on {text}" for text in sorted(usual)]
+    notes += [f"without {', '.join(missing)}, which are not there"] if missing else []
     table = Table("task", box=None, padding=(0, 1, 0, 0))
     for title in columns:
         table.add_column(title, justify="right")
     for label, task in suite["tasks"].items():
         table.add_row(label.partition("/")[2] or label, *(CELLS[key](task) for key in columns))
+        for reason, key in SPECIAL_ROWS.items():
+            if rows := task.get(key):
+                numbers = ", ".join(str(row + 1) for row in rows[:3]) + ", ..." * (len(rows) > 3)
+                notes.append(f"{label}: {len(rows):,} of {task['rows']:,} rows {reason}: {numbers}")
     return Group(Text(suite_summary(name, suite)), table, *map(Text, notes))
 
 
 def show(result: dict[str, Any], *more: Table) -> None:
-    """Print the table of each suite with the rows that were not read whole, and more tables."""
+    """Print each suite, and more tables."""
     screen = Console(highlight=False)
     screen.width = max(screen.width, 120)
     for suite, content in result["suites"].items():
         screen.print(suite_view(suite, content, ON_SCREEN))
-        for name, task in content["tasks"].items():
-            for reason, key in SPECIAL_ROWS.items():
-                if rows := task.get(key):
-                    numbers = ", ".join(str(row + 1) for row in rows[:3])
-                    screen.print(f"{name}: {len(rows):,} of {task['rows']:,} rows {reason}: "
-                                 f"{numbers}{', ...' * (len(rows) > 3)}", style="yellow")
     screen.print(*more, sep="\n")
 
 
