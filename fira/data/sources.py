@@ -6,20 +6,29 @@ sources therefore give the same documents in the same order on every machine.
 from __future__ import annotations
 
 import atexit
+import bz2
 import codecs
 import dataclasses
 import functools
 import glob
+import gzip
 import hashlib
 import importlib.util
+import lzma
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+try:
+    from compression import zstd  # from Python 3.14 on
+except ImportError:
+    from backports import zstd
 
 PROSE = (".txt", ".text", ".md")
 CODE = tuple(f".{name}" for name in (
@@ -31,6 +40,12 @@ ENDINGS = (*(form + packed for form in (*PROSE, *CODE, *LINES, *TABLES)
              for packed in ("", ".gz", ".bz2", ".xz", ".zst")), ".parquet")
 SUPPORTED = (".txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or of source code (also with .gz, "
              ".bz2, .xz or .zst), or .parquet")
+# pyarrow would refuse windows of more than 128 MB, as `zstd --long=31` makes them.
+UNPACK: dict[str, Callable[[BinaryIO], Any]] = {
+    "gz": lambda packed: gzip.GzipFile(fileobj=packed), "bz2": bz2.BZ2File, "xz": lzma.LZMAFile,
+    "zst": lambda packed: zstd.ZstdFile(
+        packed, options={zstd.DecompressionParameter.window_log_max: 31})}
+UNPACK_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 _SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
 Tally = dict[str, dict[str, Any]]  # what is left out: reason -> count, and the first places
 
