@@ -7,9 +7,9 @@ two kinds of model on suites, for example MoE and dense, each trained with sever
         --data sets --keep results
 
 The last prints a table in Markdown. Runs of one place in both lists have the same seed. The results
-of each run are kept in --keep, so that the same command goes on where it stopped. The
-square of an interval's width is that of the mean over items, or passages, plus that of the mean
-over seeds (Zou and Donner 2008).
+of each run are kept in --keep, so that the same command goes on where it stopped. The square of an
+interval's width is that of the mean over items, or passages, plus that of the mean over seeds (Zou
+and Donner 2008).
 """
 from __future__ import annotations
 
@@ -110,8 +110,6 @@ def compare(run: str, file: str, scratch: Path) -> dict[str, Any]:
 def measure_all(runs: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The suites of the results of each run."""
     targets = [options.keep / f"{Path(run).resolve().name}.json" for run in runs]
-    if len({*targets}) < len(runs):
-        raise ValueError(f"two of {', '.join(runs)} have one name; copy one to another folder")
     options.keep.mkdir(parents=True, exist_ok=True)
     return [measure(run, options.suite, [], options.data, target, options.limit, target.is_file(),
                     screen=Console(stderr=True))["suites"]

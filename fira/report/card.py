@@ -40,8 +40,8 @@ def make_card(folder: Path, license: str | None = None, library: str = "transfor
     present card. Raises ValueError, one line, if there is no model or a record is damaged."""
     records = _records(folder)
     model, results = records["model"], [
-        ((suite, content["protocol"]["sha256"][:12]), name, task)
-        for _, suite, content in records["results"] for name, task in content["tasks"].items()]
+        ((suite, protocol), name, task) for _, suite, protocol, content in records["results"]
+        for name, task in content["tasks"].items()]
     front = {"license": license or records["license"], "library_name": library,
              "pipeline_tag": "text-generation", **records["base"], **_front(records, results)}
     dense = "The model is dense." if model["num_experts"] == 1 else "Not recorded."

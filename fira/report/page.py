@@ -59,7 +59,7 @@ def print_summary(folder: str | Path, console: Console) -> None:
         table.add_row(Text(label, style="dim"), Text(value))
     console.print(Text(run.name, style="bold"), table, "", routing_view(run), sep="\n")
     results, others = read_results(run.path, newest_step(run.path))
-    for line in (*(suite_summary(name, suite) for _, name, suite in results), others):
+    for line in (*(suite_summary(name, suite) for _, name, _, suite in results), others):
         if line:
             console.print(Text(f"\n{line}"))
     for sample in run.samples[-1:]:
@@ -70,7 +70,8 @@ def print_summary(folder: str | Path, console: Console) -> None:
 def make_page(run: Run, progress: Path, routing: Path | None = None) -> str:
     """The report as one HTML document with the pictures inside."""
     results, others = read_results(run.path, newest_step(run.path))
-    tables = [suite_view(f"{name} ({file})", suite) for file, name, suite in results]
+    tables = [suite_view(f"{name} ({file}, protocol {protocol})", suite)
+              for file, name, protocol, suite in results]
     sections = {
         "Training": _picture(progress, "training progress"),
         "Routing": (_picture(routing, "expert load") if routing else "")

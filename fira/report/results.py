@@ -38,9 +38,10 @@ def newest_step(folder: Path) -> Path:
     return max(steps, key=lambda path: (len(path.name), path.name), default=folder)
 
 
-def read_results(run: Path, step: Path) -> tuple[list[tuple[str, str, dict[str, Any]]], str]:
-    """File, name and content of each suite in the files eval*.json of a run that were measured with
-    the weights of `step`; and a sentence on the files that were not, if there are any.
+def read_results(run: Path, step: Path) -> tuple[list[tuple[str, str, str, dict[str, Any]]], str]:
+    """File, name, protocol (of its SHA-256 12 digits) and content of each suite in the files
+    eval*.json of a run that were measured with the weights of `step`; and a sentence on the files
+    that were not, if there are any.
 
     Raises ValueError, one line, for a file that `fira eval --json` did not write.
     """
@@ -56,7 +57,7 @@ def read_results(run: Path, step: Path) -> tuple[list[tuple[str, str, dict[str, 
         try:
             for name, suite in content["suites"].items():
                 suite_view(name, suite)
-                found.append((path.name, name, suite))
+                found.append((path.name, name, suite["protocol"]["sha256"][:12], suite))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path} has a suite that cannot be shown ({error!r}); measure again "
                              "with fira eval --json, or move it away") from error

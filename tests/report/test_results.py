@@ -40,7 +40,7 @@ def test_suites_of_the_newest_weights_are_on_the_page_and_the_terminal(measured)
     assert rows["passive"] == "passive 200 2.500 75.0 68.5 80.5 50.0 50.0 60.0 40.0".split()
     assert rows["chance"][-2:] == ["at", "chance"] and "without winograd" in page
     means = "3.000 bits per byte, accuracy 75.0, centred 50.0, 1 of 2 tasks at chance"
-    assert f"blimp (eval-x.json): {means}" in page and f"blimp: {means}" in " ".join(screen.split())
+    assert f"blimp (eval-x.json, protocol {'1' * 12}): {means}" in page and f"blimp: {means}" in " ".join(screen.split())
 
 
 @pytest.mark.parametrize("content, told", [
@@ -53,7 +53,8 @@ def test_other_files_are_named_or_no_results_of_tasks(measured, content, told):
 
 
 @pytest.mark.parametrize("suites", [[], {"a": 1}, {"a": {"tasks": {"b": {"n": 1}}}},
-                                    {"a": {"tasks": {"b": {**TASK, "accuracy": "x"}}}}])
+                                    {"a": {"tasks": {"b": {**TASK, "accuracy": "x"}}}},
+                                    {"a": {"tasks": {"b": TASK}}}])
 def test_a_file_that_cannot_be_shown_is_named(measured, suites):
     with pytest.raises(ValueError, match=r"eval-x.json has a suite.* measure again with fira eval"):
         measured(model_sha256="new", suites=suites)
