@@ -32,6 +32,8 @@ from fira.cli.command import (
 @click.option("--limit", type=click.IntRange(1), show_default="all",
               help="Number of rows of each task to use.")
 @click.option("--letters", is_flag=True, help="Let the model choose the letter of an option.")
+@click.option("--general", multiple=True, metavar="SOURCE", show_default="the run's held-out text",
+              help="Text to whose load of the experts that on the tasks is compared.")
 @click.option("--resume", is_flag=True, help="Keep the finished tasks in the file of --json.")
 @click.option("--against", type=EXISTING, metavar="RUN2",
               help="Run, or file of --json, whose results on the same tasks are subtracted.")
@@ -89,8 +91,9 @@ def _measure_tasks(run: Path, file: Path | None, shown: bool, against: Path | No
     from fira.data.shards import read_manifest
     from fira.eval.compare import add_comparison
     from fira.eval.leak import add_leaks
-    from fira.eval.measure import measure, show
+    from fira.eval.measure import measure
     from fira.files import read_json, write_json
+    from fira.report.results import show
 
     if leak:
         read_manifest(leak)  # refuses another folder before the long work

@@ -6,19 +6,29 @@ sources therefore give the same documents in the same order on every machine.
 from __future__ import annotations
 
 import atexit
+import bz2
+import codecs
 import dataclasses
 import functools
 import glob
+import gzip
 import hashlib
 import importlib.util
+import lzma
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+try:
+    from compression import zstd  # from Python 3.14 on
+except ImportError:
+    from backports import zstd
 
 PROSE = (".txt", ".text", ".md")
 CODE = tuple(f".{name}" for name in (
@@ -30,6 +40,12 @@ ENDINGS = (*(form + packed for form in (*PROSE, *CODE, *LINES, *TABLES)
              for packed in ("", ".gz", ".bz2", ".xz", ".zst")), ".parquet")
 SUPPORTED = (".txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or of source code (also with .gz, "
              ".bz2, .xz or .zst), or .parquet")
+# pyarrow would refuse windows of more than 128 MB, as `zstd --long=31` makes them.
+UNPACK: dict[str, Callable[[BinaryIO], Any]] = {
+    "gz": lambda packed: gzip.GzipFile(fileobj=packed), "bz2": bz2.BZ2File, "xz": lzma.LZMAFile,
+    "zst": lambda packed: zstd.ZstdFile(
+        packed, options={zstd.DecompressionParameter.window_log_max: 31})}
+UNPACK_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 _SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
 Tally = dict[str, dict[str, Any]]  # what is left out: reason -> count, and the first places
 
@@ -50,6 +66,13 @@ class Reading:
     min_chars: int = _option(0, "Leave out documents of fewer characters.")
     min_letters: float = _option(0.0, "Leave out documents with a smaller share of letters (0..1).")
     max_repeated: float = _option(1.0, "Leave out documents with a larger share in repeated lines.")
+
+    def __post_init__(self) -> None:
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(f"encoding {self.encoding!r} is unknown; give one that Python has, "
+                             "such as utf-8, utf-16le or latin1") from None
 
     def unfit(self, text: str, seen: set[bytes]) -> str:
         """Why a document is left out, or ""; `seen` are hashes of the documents before.

@@ -10,27 +10,27 @@ stream as items without text, so that it is counted once even if the work is int
 """
 from __future__ import annotations
 
-import bz2
 import codecs
 import contextlib
 import csv
-import gzip
 import io
 import itertools
 import json
-import lzma
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import pyarrow
 import pyarrow.parquet
 
 from fira.data import encoder
 from fira.data.encoder import chunks, safe_cut, to_utf8
-from fira.data.sources import DEFAULT, LINES, TABLES, Input, Reading, inputs
+from fira.data.sources import DEFAULT, LINES, TABLES, UNPACK, UNPACK_ERRORS, Input, Reading, inputs
 
+# What decoding and parsing raise; anything else is a fault of this program, and is not caught.
+ERRORS = (*UNPACK_ERRORS, ValueError, RecursionError, csv.Error, pyarrow.ArrowException,
+          pyarrow.ArrowMemoryError)
 EMPTY, UNREADABLE = "null or empty", "unreadable"  # why something is left out
 LONGEST = 1 << 25  # characters of a row
 END_OF_TEXT_LINE = r"<\|endoftext\|>[ \t\r]*(?:\n|\Z)"  # at the end of a line
@@ -99,7 +99,7 @@ def records(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
                     where = f"{place.name}:{number}"
                     if not isinstance(row, str) or row.strip():
                         yield where, json.loads(row) if isinstance(row, str) else row
-        except Exception as error:  # every format has its own
+        except ERRORS as error:
             line = str(error).strip().split("\n")[0] or type(error).__name__
             rule = "check the name and the network" if place.ending == "hub" else (
                 "write one JSON object per line")
@@ -174,7 +174,7 @@ def _read_file(place: Input, how: Reading) -> Iterator[Item]:
                 yield from _of_rows(_table(stream, position, form), place, how)
             else:
                 yield from _text(stream, position, place, how)
-    except Exception as error:  # every format has its own
+    except ERRORS as error:
         line = str(error).strip().split("\n")[0] or type(error).__name__
         where = (f"{place.name}: cannot be read to its end as {form} ({line}); check the file and "
                  "its encoding, or fetch it again")
@@ -334,17 +334,3 @@ def _check(text: str, encoding: str) -> None:
                          "; leave out a file that is no text; of others give fira data the "
                          f"--encoding, perhaps {guess}, or convert them: iconv -f {guess} -t utf-8 "
                          "FILE > NEW")
-
-
-def _zstd(packed: BinaryIO) -> Any:
-    """pyarrow would refuse windows of more than 128 MB, as `zstd --long=31` makes them."""
-    try:
-        from compression import zstd  # from Python 3.14 on
-    except ImportError:
-        from backports import zstd
-    return zstd.ZstdFile(packed, options={zstd.DecompressionParameter.window_log_max: 31})
-
-
-UNPACK: dict[str, Callable[[BinaryIO], Any]] = {
-    "gz": lambda packed: gzip.GzipFile(fileobj=packed), "bz2": bz2.BZ2File, "xz": lzma.LZMAFile,
-    "zst": _zstd}

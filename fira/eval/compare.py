@@ -33,9 +33,10 @@ def add_comparison(first: dict[str, Any], second: dict[str, Any]) -> Table:
         rows[f"mean of {suite}"] = {key: average(part) if part else None
                                     for key, part in parts.items()} | {"flips": flips}
         for name, row in rows.items():
-            items, needed = row["accuracy"][-2:] if row["accuracy"] else (0, 0)
-            table.add_row(name, f"{items:,}", *(_cell(row[key], FORMS[key]) for key in FORMS),
-                          f"{row['flips']:.1%}", f"{needed:,}")
+            one = row["accuracy"]
+            table.add_row(name, f"{one.items if one else 0:,}", *(
+                _cell(row[key], FORMS[key]) for key in FORMS), f"{row['flips']:.1%}",
+                f"{one.needed if one else 0:,}")
         first["against"]["suites"][suite] = {name: {
             key: value._asdict() if isinstance(value, Difference) else value
             for key, value in row.items()} for name, row in rows.items()}
@@ -54,4 +55,4 @@ def _cell(one: Difference | None, form: str) -> str:
     if one is None:
         return "-"
     outside = "*" if one.low > 0 or one.high < 0 else ""
-    return f"{one.mean:+{form}}{outside} ±{(one.high - one.low) / 2:{form}}"
+    return f"{one.mean:+{form}}{outside} ±{one.half:{form}}"

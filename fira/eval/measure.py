@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from fira.convert.files import Loaded
 from fira.data.chat import prompt_ids
 from fira.data.tokenizer import TURN_END
+from fira.eval.experts import GeneralLoad, general_load, over_used
 from fira.eval.score import Loads, Window, encode_rows, score
 from fira.eval.statistics import wilson
 from fira.eval.suites import open_suite, open_task
@@ -28,9 +28,8 @@ from fira.infer.request import SamplingParams
 from fira.model import build
 from fira.model.files import ADAPTER, WEIGHTS, knows_chat
 from fira.model.generate import window_length
-from fira.model.router import routers
 from fira.runlog import ProgressLine
-from fira.runtime import versions
+from fira.runtime import keep_large_blocks, versions
 
 RULE = ("after end-of-text, context and continuation are encoded together; the likeliest "
         "continuation, also per byte without white space at its ends; a tie is shared; a gold text "
@@ -39,17 +38,14 @@ FLOOR_ROWS = 200  # that the random-weight model scores, evenly spread over the 
 TIE = 1e-6  # relative; nats that are closer are the same
 ANSWER_TOKENS = 256
 Values = list["float | None"]  # one for each row; None for a row that was left out
-SPECIAL_ROWS = {  # what is said of rows that are not read as they are: the list of their numbers
-    "have a continuation longer than the model reads and are left out": "left_out",
-    "are longer than the model reads and lose the beginning of their context": "cut",
-    "have a token across the border, which counts as the continuation's": "unsplit"}
 
 
 def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: str = ".",
             target: Path | None = None, limit: int | None = None, resume: bool = False,
-            letters: bool = False, device: str = "auto", screen: Console | None = None
-            ) -> dict[str, Any]:
-    """Results of a run's newest step on suites and on task files ("own").
+            letters: bool = False, general: Sequence[str] = (), device: str = "auto",
+            screen: Console | None = None) -> dict[str, Any]:
+    """Results of a run's newest step on suites and on task files ("own"), and its experts' load on
+    them relative to that on the text of the sources `general`; see `general_load`.
 
     They are written to `target` after each task; with `resume` those that are there are kept.
     Raises ValueError, one line, for sets that are missing or wrong, damaged weights, and rows of
@@ -59,22 +55,22 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
     if resume and not target:
         raise ValueError("--resume continues the file of --json FILE; give both")
     old = read_json(target, "leave out --resume") if resume and target else {}
-    chosen: dict[str, list[Task]] = {}
-    for name in suites:
-        chosen[name], missing = open_suite(name, data, limit, letters)
+    chosen = _open_tasks(suites, files, data, limit, letters)
+    for name, (_, missing) in chosen.items():
         if missing:
             screen.print(f"suite {name}: {data} has no {', '.join(missing)}", soft_wrap=True)
-    if files:
-        chosen["own"] = [open_task(Path(file).name, file, limit, letters) for file in files]
+    keep_large_blocks()
     loaded = load(run, device)
     weights = loaded.folder / (WEIGHTS if (loaded.folder / WEIGHTS).exists() else ADAPTER)
     result = {"run": str(loaded.folder), "model_sha256": sha256(weights), "versions": versions()}
     found = old["suites"] if old.get("model_sha256") == result["model_sha256"] else {}
-    for suite, tasks in chosen.items():
+    for suite, (tasks, missing) in chosen.items():
         if found.get(suite, {}).get("protocol") != _protocol(tasks):
             found[suite] = {"protocol": _protocol(tasks), "tasks": {}}
-    todo = [(found[suite]["tasks"], task) for suite, tasks in chosen.items() for task in tasks
+        found[suite]["missing"] = missing
+    todo = [(found[suite]["tasks"], task) for suite, (tasks, _) in chosen.items() for task in tasks
             if task.name not in found[suite]["tasks"]]
+    usual = general_load(loaded, general) if todo else None
     random = build(loaded.model.spec, 0, next(loaded.model.parameters()).device)
     start = time.monotonic()
     with ProgressLine("eval", screen) as line:
@@ -83,10 +79,18 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
 
         for number in range(len(todo)):
             results, task = todo[number]
-            results[task.name] = judge(loaded, task, random, show)
+            results[task.name] = judge(loaded, task, random, usual, show)
             if target:
                 write_text(target, json.dumps({**result, "suites": found}) + "\n")
     return {**result, "suites": found}
+
+
+def _open_tasks(suites: Sequence[str], files: Sequence[str], data: str, limit: int | None,
+                letters: bool) -> dict[str, tuple[list[Task], list[str]]]:
+    """The tasks of each suite, and the names of those that are not there."""
+    own = [open_task(Path(file).name, file, limit, letters) for file in files]
+    return {name: open_suite(name, data, limit, letters) for name in suites} | (
+        {"own": (own, [])} if files else {})
 
 
 def _protocol(tasks: list[Task]) -> dict[str, Any]:
@@ -95,38 +99,42 @@ def _protocol(tasks: list[Task]) -> dict[str, Any]:
             "sha256": hashlib.sha256("".join(task.sha256 for task in tasks).encode()).hexdigest()}
 
 
-def judge(loaded: Loaded, task: Task, random: Any, progress: Callable[[float], None]
-          ) -> dict[str, Any]:
+def judge(loaded: Loaded, task: Task, random: Any, usual: GeneralLoad | None,
+          progress: Callable[[float], None]) -> dict[str, Any]:
     """The result of a task; its lists have None for a row that was left out. `random` is a model of
     the same shape with random weights."""
     found, loads_LE = (_generate(loaded, task.rows, progress) if task.rows[0].messages
-                       else _compare(loaded, task.rows, random, progress))
+                       else _compare(loaded, task, random, progress))
     n, accuracy = sum(value is not None for value in found["correct"]), mean(found["correct"])
     floors = {"majority": majority(task.rows), **found.pop("floors")}
     low, high = wilson(found["correct"])
-    room = 1 - floors["majority"]
+    room = 1 - task.protocol.get("baseline", floors["majority"])
     return {"n": n, "accuracy": accuracy, "bits_per_byte": mean(found["item_bits"]),
             "floors": floors, "interval": [low, high],
             "at_chance": low <= max(floors["majority"], floors.get("unigram") or 0),
             "centred": 1 - (1 - accuracy) / room if room and accuracy is not None else None,
-            "groups": [row.group for row in task.rows], "experts": experts(loaded.model, loads_LE),
-            **found}
+            "experts": usual and over_used(loads_LE, usual),
+            "groups": [row.group for row in task.rows], **found}
 
 
-def _compare(loaded: Loaded, rows: Sequence[Row], random: Any, progress: Callable[[float], None]
+def _compare(loaded: Loaded, task: Task, random: Any, progress: Callable[[float], None]
              ) -> tuple[dict[str, Any], np.ndarray]:
+    rows, loads = task.rows, Loads(loaded.model)
     given = encode_rows(loaded.tokenizer, rows, window_length(loaded.model))
-    loads = Loads(loaded.model)
     with loads:
         costs = score(loaded.model, given.rows, progress=progress)
     nats = _sums(costs)
+    per_token = task.protocol.get("divided_by") == "tokens"
+    sizes = [[len(cost_P2) if per_token else 1 for cost_P2 in options] for options in costs]
     exact = {number: float((options[0][:, 1] == 0).all())  # gold texts
              for number, options in enumerate(costs) if len(options) == 1}
     right, per_byte = ([exact.get(number, value) for number, value in enumerate(
-        best(rows, nats, each))] for each in (False, True))
+        best(rows, nats, each))] for each in (
+            sizes, [[size(end) for _, end in row.options] for row in rows]))
     some = slice(None, None, math.ceil(len(rows) / FLOOR_ROWS))
-    floors = {"unigram": mean(best(rows, unigram(given.rows, loaded.model.spec.vocab_size))),
-              "random": mean(best(rows[some], _sums(score(random, given.rows[some]))))}
+    floors = {"unigram": mean(best(rows, unigram(
+                  given.rows, loaded.model.spec.vocab_size), sizes)),
+              "random": mean(best(rows[some], _sums(score(random, given.rows[some])), sizes[some]))}
     bits = [options[row.gold] / math.log(2) / size(row.options[row.gold][1]) if options else None
             for row, options in zip(rows, nats, strict=True)]
     return {"correct": right, "accuracy_per_byte": mean(per_byte), "item_bits": bits,
@@ -167,13 +175,13 @@ def size(continuation: str) -> int:
     return max(1, len(continuation.strip().encode()))
 
 
-def best(rows: Sequence[Row], nats: Sequence[Sequence[float]], per_byte: bool = False) -> Values:
-    """1 for a row whose gold option has the fewest nats; a share of 1 if others have as few; 0 for
-    a gold text, which has no other option."""
+def best(rows: Sequence[Row], nats: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]]
+         ) -> Values:
+    """1 for a row whose gold option has the fewest nats for its size; a share of 1 if others have
+    as few; 0 for a gold text, which has no other option."""
     found: Values = []
-    for row, options in zip(rows, nats, strict=True):
-        costs = np.array(options) / ([size(end) for _, end in row.options]
-                                     if per_byte and options else 1)
+    for row, options, each in zip(rows, nats, sizes, strict=True):
+        costs = np.array(options) / each if options else np.empty(0)
         equal = np.isclose(costs, costs.min(initial=math.inf), rtol=TIE, atol=0)
         found.append((len(equal) > 1) * float(equal[row.gold] / equal.sum()) if options else None)
     return found
@@ -198,62 +206,7 @@ def unigram(rows: Sequence[Sequence[Window]], vocab_size: int) -> list[list[floa
             for options in rows]
 
 
-def experts(model: Any, loads_LE: np.ndarray) -> dict[str, Any] | None:
-    """The load per layer, its distance from the load on the text of training (half the sum of
-    differences, 0..1) and the three most over-used experts. None for a dense model."""
-    layers = routers(model)
-    if not layers:
-        return None
-    load_LE = loads_LE / np.maximum(loads_LE.sum(axis=1, keepdims=True), 1)
-    usual_LE = np.array([router.load_share_E.tolist() for router in layers])
-    ratio_LE = load_LE / np.maximum(usual_LE, 1e-9)
-    top = sorted(np.ndindex(ratio_LE.shape), key=lambda place: -ratio_LE[place])[:3]
-    return {"load": load_LE.round(5).tolist(),
-            "distance": (abs(load_LE - usual_LE).sum(axis=1) / 2).tolist(),
-            "over_used": [{"layer": layer, "expert": expert,
-                           "ratio": float(ratio_LE[layer, expert])} for layer, expert in top]}
-
-
 def mean(values: Values) -> float | None:
     """Of the values that are not None; None if all are."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None
-
-
-def show(result: dict[str, Any], *more: Table) -> None:
-    """Print a table for each suite, and more; rates in percent, experts as layer.expert."""
-    screen = Console(highlight=False)
-    screen.width = max(screen.width, 120)
-    for suite, content in result["suites"].items():
-        tasks = content["tasks"]
-        bits, accuracy, centred = (mean([task[name] for task in tasks.values()])
-                                   for name in ("bits_per_byte", "accuracy", "centred"))
-        shown = Table("task", title=f"{suite}: {_bits(bits)} bits per byte, accuracy "
-                      f"{_percent(accuracy)}, centred {_percent(centred)}", title_justify="left",
-                      box=None, padding=(0, 1, 0, 0))
-        for title in ("n", "bits/byte", "right", "95%", "per byte", "floors", "", "experts"):
-            shown.add_column(title, justify="right")
-        for name, task in tasks.items():
-            shown.add_row(
-                name.partition("/")[2] or name, f"{task['n']:,}", _bits(task["bits_per_byte"]),
-                _percent(task["accuracy"]), _percent(*task["interval"]),
-                _percent(task["accuracy_per_byte"]), _percent(*task["floors"].values()),
-                "at chance" * task["at_chance"],
-                " ".join(f"{one['layer']}.{one['expert']} x{one['ratio']:.1f}"
-                         for one in (task["experts"] or {"over_used": []})["over_used"]))
-        screen.print(shown)
-        for name, task in tasks.items():
-            for reason, key in SPECIAL_ROWS.items():
-                if rows := task.get(key):
-                    numbers = ", ".join(str(row + 1) for row in rows[:3])
-                    screen.print(f"{name}: {len(rows):,} of {task['rows']:,} rows {reason}: "
-                                 f"{numbers}{', ...' * (len(rows) > 3)}", style="yellow")
-    screen.print(*more, sep="\n")
-
-
-def _bits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _percent(*values: float | None) -> str:
-    return " ".join("-" if value is None else f"{100 * value:.1f}" for value in values)

@@ -11,7 +11,7 @@ place of e) with unchanged router weights. If experts were interchangeable it wo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def specialization(run: str, sources: list[str], device: str = "auto") -> dict[s
     model, tokenizer, folder = load(run, device)
     if not routers(model):
         raise ValueError(f"{folder} is dense: it has no routing to measure; leave out --routing")
-    parts = list(_read(tokenizer, sources))
+    parts = list(read_tokens(tokenizer, sources, TOKENS))
     sizes = torch.tensor([len(text) for text in tokenizer.token_bytes()])
     size = sum(int(sizes[ids].sum()) for ids, _ in parts if ids)
     if size == 0:
@@ -89,9 +89,10 @@ def _above_chance(tokens_N: Tensor, batches_NK: tuple[Tensor, ...],
     return {"information": real, "by_chance": chance, "above_chance": real - chance}
 
 
-def _read(tokenizer: Any, sources: list[str]) -> Iterator[tuple[list[int], bool]]:
-    """The first TOKENS tokens of the text, as `windows` takes them."""
-    left = TOKENS
+def read_tokens(tokenizer: Any, sources: Sequence[str], limit: int
+                ) -> Iterator[tuple[list[int], bool]]:
+    """The first `limit` tokens of the text, as `windows` takes them."""
+    left = limit
     for item in items(inputs(sources)):
         ids = tokenizer.encode(item.text)[:left]
         left -= len(ids)

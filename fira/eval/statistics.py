@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Z, POWER = 1.959964, 0.841621  # of a normal variable 95% lie within +-Z, and 80% below POWER
+STUDENT = (12.70620, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600)
+EXPANSION = ((4, (1, 1)), (96, (3, 16, 5)), (384, (-15, 17, 19, 3)),
+             (92160, (-945, -1920, 1482, 776, 79)))  # divisor, factors of the odd powers of Z
 Values = Sequence[float | None]
 
 
@@ -23,6 +26,25 @@ class Difference(NamedTuple):
     high: float
     items: int
     needed: int
+    error: float  # standard error
+
+    @property
+    def half(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
+
+
+def student(freedom: int) -> float:
+    """The value between which and its negative lie 95% of Student's t distribution.
+
+    From 9 degrees of freedom on an expansion in their inverse (Abramowitz and Stegun 1964, 26.7.5),
+    right to 2e-5; below, the table.
+    """
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    return Z + sum(
+        sum(factor * Z ** (2 * power + 1) for power, factor in enumerate(factors))
+        / (scale * freedom ** order) for order, (scale, factors) in enumerate(EXPANSION, start=1))
 
 
 def wilson(scores: Values) -> tuple[float, float]:
@@ -68,16 +90,20 @@ def difference(first: Values, second: Values, groups: Sequence[Any] | None = Non
         return None
     sums = np.bincount(group, values - values.mean())
     error = math.sqrt((sums @ sums) * len(labels) / (len(labels) - 1)) / len(values)
-    return _with_interval(float(values.sum() / len(rows)), float(values.mean()), error, len(rows))
+    return _with_interval(float(values.sum() / len(rows)), float(values.mean()), error,
+                          student(len(labels) - 1) * error, len(rows))
 
 
 def average(differences: Sequence[Difference]) -> Difference:
-    """The mean over tasks, which are independent samples and count once each."""
-    mean = sum(one.mean for one in differences) / len(differences)
-    error = math.hypot(*(one.high - one.low for one in differences)) / (2 * Z * len(differences))
-    return _with_interval(mean, mean, error, sum(one.items for one in differences))
+    """The mean over tasks, which are independent samples and count once each. The square of its
+    interval's width is the mean square of theirs over their number (Zou and Donner 2008)."""
+    mean, error, half = (sum(one.mean for one in differences) / len(differences), *(
+        math.hypot(*each) / len(differences) for each in (
+            [one.error for one in differences], [one.half for one in differences])))
+    return _with_interval(mean, mean, error, half, sum(one.items for one in differences))
 
 
-def _with_interval(mean: float, center: float, error: float, items: int) -> Difference:
-    return Difference(mean, center - Z * error, center + Z * error, items,
-                      math.ceil(items * (error * (Z + POWER) / 0.01) ** 2))
+def _with_interval(mean: float, center: float, error: float, half: float,
+                   items: int) -> Difference:
+    return Difference(mean, center - half, center + half, items,
+                      math.ceil(items * (error * (Z + POWER) / 0.01) ** 2), error)

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fira.files import MANIFEST, read_json, write_text
 from fira.report.read import CONFIG, Run, read_run
+from fira.report.results import AGAIN, newest_step, read_results
 from fira.runlog import METRICS
 
 CARD, MARK = "README.md", "Written by `fira card` from the records of the run."
-AGAIN = "copy the file again, or use another step"
 # How a record names the model that this one was made from: what the hub calls the relation.
 RELATIONS = {"from": "finetune", "quantized_from": "quantized", "imported_from": None}
 FACTS = {  # where a fact stands in `_records`: its name
@@ -39,7 +39,9 @@ def make_card(folder: Path, license: str | None = None, library: str = "transfor
     """The card of a run's newest step, or of a step folder; `license` None keeps that of the run's
     present card. Raises ValueError, one line, if there is no model or a record is damaged."""
     records = _records(folder)
-    model, results = records["model"], list(_results(records))
+    model, results = records["model"], [
+        ((suite, protocol), name, task) for _, suite, protocol, content in records["results"]
+        for name, task in content["tasks"].items()]
     front = {"license": license or records["license"], "library_name": library,
              "pipeline_tag": "text-generation", **records["base"], **_front(records, results)}
     dense = "The model is dense." if model["num_experts"] == 1 else "Not recorded."
@@ -91,8 +93,7 @@ def _front(records: dict[str, Any], results: list[Any]) -> dict[str, Any]:
 
 def _records(folder: Path) -> dict[str, Any]:
     """All that is recorded of a step: of its run, its model and files, and the rows of the step."""
-    steps = [path.parent for path in folder.glob(f"step-*/{MANIFEST}")]
-    step = max(steps, key=lambda path: (len(path.name), path.name), default=folder)
+    step = newest_step(folder)
     model = read_json(step / CONFIG, "give a run folder, such as out/tiny, or a step folder in it")
     if "architecture" not in model:
         raise ValueError(f"{folder} has no complete step; give a run folder such as out/tiny")
@@ -110,7 +111,7 @@ def _records(folder: Path) -> dict[str, Any]:
             "origin": base.get("base_model", "new weights" if run.steps else None),
             "interval": f"{bits - 1.96 * error:.4f} to {bits + 1.96 * error:.4f}" if error else "",
             "files": read_json(manifest, AGAIN).get("files") if manifest.is_file() else None,
-            "results": [read_json(path, AGAIN) for path in sorted(above.glob("eval*.json"))],
+            "results": read_results(above, step)[0],
             "license": license[1] if license else "unknown"}
 
 
@@ -130,15 +131,6 @@ def _base(about: dict[str, Any]) -> dict[str, str]:
             name = {"base_model": "/".join(hub.groups()) if hub else own.name}
             return name | ({"base_model_relation": relation} if relation else {})
     return {}
-
-
-def _results(records: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str, dict[str, Any]]]:
-    """Suite and protocol, task, result: from the files of fira eval on these very weights."""
-    for found in records["results"]:
-        if found.get("model_sha256") == _find(records, "files/model.safetensors/sha256"):
-            for suite, content in (found.get("suites") or {}).items():
-                label = (suite, content["protocol"]["sha256"][:12])
-                yield from ((label, name, task) for name, task in content["tasks"].items())
 
 
 def _table(head: str, rows: Iterable[tuple[Any, ...]], empty: str = "Not recorded.") -> list[str]:

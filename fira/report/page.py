@@ -11,18 +11,21 @@ import json
 from html import escape
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from fira.report.plot import PICTURE as PROGRESS
 from fira.report.plot import draw_progress, summary, write
 from fira.report.read import Run, read_run
+from fira.report.results import newest_step, read_results, suite_summary, suite_view
 from fira.report.routing import PICTURE as ROUTING
 from fira.report.routing import draw_routing, routing_view
 
 PAGE = "report.html"
 EVENTS_SHOWN, SAMPLES_SHOWN = 200, 12  # the newest; metrics.jsonl has all of them
+LEGEND = ("Rates in percent. Floors: the best constant answer, token frequencies alone, a model of "
+          "the same shape with random weights.")
 STYLE = """
 body{margin:0 auto;max-width:70rem;padding:2.5rem 1.25rem 5rem;background:#fff;color:#1c2024;
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
@@ -49,12 +52,16 @@ def report(folder: str | Path) -> list[Path]:
 
 
 def print_summary(folder: str | Path, console: Console) -> None:
-    """Show a run on a terminal: its figures, routing and newest sample."""
+    """Show a run on a terminal: its figures, routing, results on tasks and newest sample."""
     run = read_run(folder)
     table = Table.grid(padding=(0, 2, 0, 0))
     for label, value in summary(run):
         table.add_row(Text(label, style="dim"), Text(value))
     console.print(Text(run.name, style="bold"), table, "", routing_view(run), sep="\n")
+    results, others = read_results(run.path, newest_step(run.path))
+    for line in (*(suite_summary(name, suite) for _, name, _, suite in results), others):
+        if line:
+            console.print(Text(f"\n{line}"))
     for sample in run.samples[-1:]:
         console.print(Text(f"\nsample at step {sample['step']:,}", style="dim"))
         console.print(Text.assemble((sample["prompt"], "bold"), sample["text"]))
@@ -62,9 +69,15 @@ def print_summary(folder: str | Path, console: Console) -> None:
 
 def make_page(run: Run, progress: Path, routing: Path | None = None) -> str:
     """The report as one HTML document with the pictures inside."""
+    results, others = read_results(run.path, newest_step(run.path))
+    tables = [suite_view(f"{name} ({file}, protocol {protocol})", suite)
+              for file, name, protocol, suite in results]
     sections = {
         "Training": _picture(progress, "training progress"),
-        "Routing": (_picture(routing, "expert load") if routing else "") + _routing(run),
+        "Routing": (_picture(routing, "expert load") if routing else "")
+        + _shown(routing_view(run), 80),
+        "Results on tasks": "".join(_shown(table, 120) for table in tables) + "".join(
+            f"<p>{escape(text)}</p>" for text in (LEGEND * bool(tables), others) if text),
         "Samples": "".join(f"<p>step {row['step']:,}</p><pre><b>{escape(row['prompt'])}</b>"
                            f"{escape(row['text'])}</pre>"
                            for row in reversed(run.samples[-SAMPLES_SHOWN:])),
@@ -88,9 +101,9 @@ def _picture(path: Path, description: str) -> str:
             f'src="data:image/png;base64,{content}"></div>')
 
 
-def _routing(run: Run) -> str:
-    console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(routing_view(run))
+def _shown(thing: RenderableType, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(thing)
     return _text(console.export_text())
 
 

@@ -161,6 +161,25 @@ def test_bad_file_is_one_line_with_place_and_remedy(tmp_path, name, monkeypatch)
     assert not any(set(item.text) & {"\0", "\udce9"} for item in skipped)
 
 
+def test_an_unknown_encoding_is_named_and_skips_nothing():
+    with pytest.raises(ValueError, match="encoding 'utf-9' is unknown; give one that Python has"):
+        Reading(encoding="utf-9", skip_bad=True)
+
+
+@pytest.mark.parametrize("error", [KeyError, AttributeError, TypeError, AssertionError])
+@pytest.mark.parametrize("name, place", [("a.jsonl", "_of_rows"), ("a.txt", "safe_cut")])
+def test_a_fault_of_a_reader_is_no_unreadable_document(tmp_path, monkeypatch, name, place, error):
+    monkeypatch.setattr(encoder, "CHUNK", 20)
+    (tmp_path / name).write_text('{"text": "a word and another"}\n')
+
+    def broken(*arguments):
+        raise error("a fault")
+
+    monkeypatch.setattr(f"fira.data.text.{place}", broken)
+    with pytest.raises(error):
+        list(read(inputs([str(tmp_path / name)]), Reading(skip_bad=True)))
+
+
 @pytest.mark.parametrize("sources, line", [
     ([], "no source for training"),
     (["/nowhere/*.txt"], r"/nowhere/\*.txt does not exist"),

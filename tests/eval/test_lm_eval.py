@@ -32,6 +32,10 @@ TASKS = {  # records as published, and lm-eval's stock prompt of the set
     "blimp": ([{"sentence_good": "Who left?", "sentence_bad": "Who did left?"}],
               {"doc_to_text": "", "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
                "doc_to_target": 0, "target_delimiter": ""}),
+    "gsm8k": ([{"context": f"Question: {n} bags of 4?\nAnswer:",
+                "answer": f" {n}*4 = <<{n}*4={n * 4}>>{n * 4}.\n#### {n * 4}"} for n in (3, 12)],
+              {"doc_to_text": START + "{{context}}", "doc_to_target": "{{answer}}",
+               "target_delimiter": "", "output_type": "loglikelihood"}),
 }
 
 
@@ -51,6 +55,7 @@ def test_lm_eval_gives_the_same_log_probability_for_every_request(trained_run, t
     for name in TASKS:
         task = open_task(name, str(tmp_path / f"{name}.jsonl"))
         given = encode_rows(tokenizer, task.rows, model.spec.context)
+        assert given.left_out == given.cut == []
         samples = sorted(theirs["samples"][f"test_{name}"], key=lambda sample: sample["doc_id"])
         for sample, costs in zip(samples, score(model, given.rows), strict=True):
             wanted = [response[0][0] for response in sample["resps"]]

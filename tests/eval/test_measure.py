@@ -4,13 +4,17 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
 
 import fira.eval.measure as measure_module
 from fira.eval.measure import best, majority, measure, unigram
-from fira.eval.score import encode_rows
+from fira.eval.score import Loads, encode_rows, score
+from fira.eval.suites import open_task
 from fira.eval.task import make_row
-from fira.files import write_manifest
+from fira.files import MANIFEST, sha256, write_manifest
+from fira.infer.load import load
 
 QUESTION = {"context": "The Union is", "continuations": [" strong", " and"], "gold": 0}
 CHAT = {"messages": [{"role": "user", "content": "The state"}], "answer": "x", "checker": "regex"}
@@ -26,8 +30,8 @@ def choices(*golds, ends=(" a", " bbb", " c")):
     ([1.0, 3.0, 1.0 + 1e-9], 0.5, 1 / 3), ([2.0, 2.0, 2.0], 1 / 3, 0.0), ([], None, None)])
 def test_the_fewest_nats_are_the_answer_and_ties_are_shared(nats, right, per_byte):
     rows = choices(0)
-    assert best(rows, [nats]) == [pytest.approx(right)]
-    assert best(rows, [nats], per_byte=True) == [pytest.approx(per_byte)]
+    assert best(rows, [nats], [[1, 1, 1]]) == [pytest.approx(right)]
+    assert best(rows, [nats], [[1, 3, 1]]) == [pytest.approx(per_byte)]
 
 
 def test_floors_are_the_best_constant_answer_and_token_frequencies(tokenizer):
@@ -36,7 +40,7 @@ def test_floors_are_the_best_constant_answer_and_token_frequencies(tokenizer):
         pytest.approx(1 / 3), pytest.approx(3 / 4), pytest.approx(1 / 2)]
     rows = choices(0, 0, ends=(" the", " zqx zqx"))
     nats = unigram(encode_rows(tokenizer, rows, 64).rows, tokenizer.vocab_size)
-    assert best(rows, nats) == [1.0, 1.0]
+    assert best(rows, nats, [[1, 1]] * 2) == [1.0, 1.0]
 
 
 @pytest.fixture
@@ -62,6 +66,50 @@ def test_a_task_of_ones_own_gives_a_table_and_one_json_object(fira, run, task_fi
     assert sum(task["experts"]["load"][0]) == pytest.approx(1, abs=1e-4)
     assert len(own["protocol"]["sha256"]) == len(found["model_sha256"]) == 64
     assert json.loads(fira("eval", run, "--task", file, "--limit", 2, "--json").out) == found
+
+
+def test_the_load_is_compared_with_that_on_general_text(run, task_file, tmp_path, data_folder):
+    text, (model, tokenizer, _) = "The state of the Union", load(run, "cpu")
+    (tmp_path / "text.txt").write_text(text)
+    file, ids = str(task_file({"context": "", "answer": text})), tokenizer.encode(text)
+
+    def experts(folder, *general):
+        (task,) = measure(folder, [], [file], general=general)["suites"]["own"]["tasks"].values()
+        return task["experts"]
+
+    loads = Loads(model)
+    with loads, torch.inference_mode():
+        model(torch.tensor([[tokenizer.end_of_text, *ids]]))
+    same, usual = experts(run, str(tmp_path / "text.txt")), experts(run)
+    assert same["relative_to"] == str(tmp_path / "text.txt") and usual["load"] == same["load"]
+    assert same["distance"] == pytest.approx((abs(loads.counts_LE / loads.counts_LE.sum(
+        axis=1, keepdims=True) - same["load"]).sum(axis=1) / 2).tolist(), abs=1e-4)
+    assert usual["relative_to"] == "the run's held-out text"
+    assert 1 / len(ids) >= max(same["distance"]) < min(usual["distance"])
+    moved = shutil.copytree(run, tmp_path / "moved")
+    about = (moved / "config.json").read_text()
+    for known, other in ((str(data_folder), "nowhere"), (sha256(data_folder / MANIFEST), "other")):
+        (moved / "config.json").write_text(about.replace(known, other))
+        assert experts(moved)["relative_to"] == "the text of training"
+    with pytest.raises(ValueError, match="empty.txt has no text; give as --general a file with"):
+        (tmp_path / "empty.txt").write_text("")
+        experts(run, str(tmp_path / "empty.txt"))
+
+
+def test_core_divides_by_tokens_and_is_centred_at_the_published_chance(run, task_file, tmp_path):
+    rows = [{"question": "is it", "passage": "The state.", "answer": answer}
+            for answer in (True, True, True, False, False)]
+    file = task_file(*rows, name="boolq.jsonl")
+    core = measure(run, ["core"], [], data=str(tmp_path))["suites"]["core"]
+    assert len(core["missing"]) == 21 and {"jeopardy", "squad"} < set(core["missing"])
+    (task,) = core["tasks"].values()
+    assert task["centred"] == pytest.approx((task["accuracy"] - 0.62) / 0.38)
+    model, tokenizer, _ = load(run, "cpu")
+    given = encode_rows(tokenizer, open_task("boolq", str(file), shots=10).rows, 64).rows
+    means = [[cost_P2[:, 0].mean() for cost_P2 in options] for options in score(model, given)]
+    assert task["correct"] == [float(np.argmin(each) == row["answer"])
+                               for each, row in zip(means, rows, strict=True)]
+    assert len({len(tokenizer.encode(end)) for end in (" yes", " no")}) == 2  # so that it matters
 
 
 def test_rows_that_are_not_read_whole_are_named(fira, run, task_file):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fira.eval.statistics import average, difference, wilson
+from fira.eval.statistics import Z, average, difference, student, wilson
 
 
 @pytest.mark.parametrize("correct, count", [(0, 7), (7, 7), (3, 10), (499, 1000)])
@@ -23,11 +23,14 @@ def test_with_ties_the_interval_covers_the_rate_and_is_shorter(count, won, tied,
     assert np.ptp(wilson([0.5] * 50)) < np.ptp(wilson([1, 0] * 25)) < np.ptp(wilson([0.5]))
 
 
-def test_the_difference_of_independent_items_is_that_of_a_paired_t_test():
-    first, second = np.random.default_rng(0).normal(size=(2, 4000))
+@pytest.mark.parametrize("count", [2, 3, 8, 9, 10, 11, 40, 4000])
+def test_the_difference_of_independent_items_is_that_of_a_paired_t_test(count):
+    first, second = np.random.default_rng(0).normal(size=(2, count))
     found = difference([*first, None], [*second, 1.0], bounded=False)
     expected = stats.ttest_rel(first, second).confidence_interval()
-    assert (found.low, found.high) == pytest.approx(expected, abs=1e-4) and found.items == 4000
+    assert (found.low, found.high) == pytest.approx(tuple(expected), rel=1e-4)
+    assert found.items == count
+    assert student(count) == pytest.approx(stats.t.ppf(0.975, count), abs=2e-5)
 
 
 def simulated(rng, passages, questions):
@@ -35,6 +38,16 @@ def simulated(rng, passages, questions):
     lead = rng.normal(0.2, 0.5, passages).repeat(questions)
     noise = rng.normal(0, 0.3, (2, len(lead)))
     return (noise[0] + lead > 0).astype(float), (noise[1] > 0).astype(float)
+
+
+def test_few_passages_have_wide_intervals_that_cover_the_truth():
+    rng, covered, normal = np.random.default_rng(4), 0, 0
+    truth = np.subtract(*simulated(rng, 200_000, 2)).mean()
+    for _ in range(400):
+        found = difference(*simulated(rng, 4, 8), np.arange(4).repeat(8).tolist(), bounded=False)
+        covered += found.low <= truth <= found.high
+        normal += abs(found.mean - truth) <= Z * found.error
+    assert covered >= 360 > 345 > normal, (covered, normal)
 
 
 @pytest.mark.parametrize("bounded", [True, False])
@@ -71,3 +84,4 @@ def test_a_suite_counts_every_task_once():
     suite, half = average(tasks), [(one.high - one.low) / 2 for one in tasks]
     assert (suite.mean, suite.items) == (pytest.approx((0.5 - 1) / 2), 404)
     assert suite.high - suite.mean == pytest.approx(np.hypot(*half) / 2)
+    assert suite.error == pytest.approx(np.hypot(*(one.error for one in tasks)) / 2)

@@ -8,6 +8,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from fira.eval.score import encode_rows, score
+from fira.eval.task import make_row
 from fira.infer.request import Release
 from fira.model.generate import generate
 
@@ -20,6 +22,13 @@ REQUESTS = {  # the arguments of each kind of request that lm-eval's tasks make
                               ("Größe, naïve café, 你好 and 🙂🙃 are text too. " * 9,)],
     "generate_until": [("The state of the", UNTIL), ("Größe and", UNTIL), ("café, ", UNTIL)],
 }
+
+ROWS = [  # as fira eval reads them
+    {"context": "Question: Is it?\nAnswer:", "continuations": [" no", " naïve café"], "gold": 0},
+    {"context": ["The café", "The 🙂"], "continuations": [" is strong."] * 2, "gold": 1},
+    {"context": "The state of the Union is", "answer": " strong"},
+    {"context": "Question: 12 bags of 4?\nAnswer:", "answer": " 12*4 = <<12*4=48>>48.\n#### 48"},
+    {"good": "The state is strong.", "bad": "The state are strong."}]
 
 
 class InProcess(TemplateLM):
@@ -84,3 +93,22 @@ def test_scores_are_those_of_the_model_in_this_process(real, model, tokenizer, t
         found, wanted = [score for score, _ in found], [score for score, _ in wanted]
     assert len(found) == len(requests)
     assert found == (wanted if kind == "generate_until" else pytest.approx(wanted, abs=1e-3))
+
+
+def test_fira_eval_gives_the_log_likelihoods_that_lm_eval_gets_from_the_server(
+        real, model, tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    server = LocalCompletionsAPI(base_url=real.address + "/v1/completions", model="tiny",
+                                 tokenizer=str(tmp_path), tokenizer_backend="huggingface",
+                                 max_length=WINDOW, batch_size=3, num_concurrent=2)
+    rows = [make_row(record, "row") for record in ROWS]
+    pairs = [("<|endoftext|>" * bool(context) + context, end)
+             for row in rows for context, end in row.options]
+    theirs = server.loglikelihood([Instance("loglikelihood", {}, pair, number)
+                                   for number, pair in enumerate(pairs)])
+    costs = [cost_P2 for options in score(model, encode_rows(tokenizer, rows, WINDOW).rows)
+             for cost_P2 in options]
+    assert [-cost_P2[:, 0].sum() for cost_P2 in costs] == pytest.approx(
+        [value for value, _ in theirs], abs=1e-4)
+    assert [bool((cost_P2[:, 1] == 0).all()) for cost_P2 in costs] == [
+        greedy for _, greedy in theirs]
