@@ -124,7 +124,7 @@ def _gathered(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Record,
                     "context": [], "continuations": [], "gold": record.get("label") or 0}))
                 row["context"].append(record["request"]["context"])
                 row["continuations"].append(record["request"]["continuation"])
-        elif "messages" in record and "answer" not in record:
+        elif "messages" in record and not record.keys() & {"answer", "checker"}:
             *asked, last = (message["content"] for message in record["messages"])
             tasks.setdefault(record.get("task", ""), []).append((where, "\n".join(asked), last))
         else:

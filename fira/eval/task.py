@@ -117,7 +117,7 @@ def _row(record: dict[str, Any]) -> Row:
     if "messages" in record:
         if "answer" not in record:  # a conversation: its last message is the answer
             *before, last = record["messages"]
-            record = {"checker": "rouge", **record, "messages": before, "answer": last["content"]}
+            record = {**record, "messages": before, "answer": last["content"]}
         answers, checker = record["answer"], record.get("checker", "exact")
         if checker not in CHECKERS:
             raise ValueError(f"checker {checker!r} is not one of {', '.join(CHECKERS)}")

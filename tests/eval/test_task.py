@@ -23,8 +23,9 @@ def test_checkers_accept_the_right_answers_alone(checker, gold, right, wrong):
     assert [row.score(answer) for answer in wrong] == [0.0] * len(wrong)
 
 
-def test_a_conversation_is_a_task_and_rouge_gives_a_share():
-    row = make_row({"messages": [*USER, {"role": "assistant", "content": "It is four"}]}, "row")
+def test_a_conversation_with_a_checker_is_a_task_and_rouge_gives_a_share():
+    talk = {"messages": [*USER, {"role": "assistant", "content": "It is four"}], "checker": "rouge"}
+    (row,) = read_rows([("row", talk)])
     assert row.prompt == tuple(USER)
     assert (row.score("It is four."), row.score("four it"), row.score("")) == (1.0, 0.4, 0.0)
 
