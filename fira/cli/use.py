@@ -1,9 +1,10 @@
 """The verbs that read a run: eval, show, report, card, check, generate, chat, serve."""
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
 import click
 
@@ -53,8 +54,6 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
     Every byte of a text is scored exactly once, so models with different tokenizers can be
     compared.
     """
-    import json
-
     from fira.files import write_json
     from fira.runlog import console, visible
 
@@ -181,18 +180,16 @@ def card(run: Path, license_id: str | None) -> None:
     'fira generate out/quickstart/run "Fellow citizens," --temperature 0.7', RUN))
 @click.argument("run", type=EXISTING)
 @click.argument("prompt", required=False)
-@click.option("--file", type=click.File("rb"), help="File with the prompt.")
+@click.option("--file", type=click.File(encoding="utf-8-sig"), help="File with the prompt.")
 @click.option("--json", "as_json", is_flag=True,
               help="Print one JSON object: text, finish_reason, prompt_tokens, completion_tokens.")
 @sampling_options
-def generate(run: Path, prompt: str | None, file: BinaryIO | None, as_json: bool, device: str,
+def generate(run: Path, prompt: str | None, file: TextIO | None, as_json: bool, device: str,
              precision: str, **sampling: Any) -> None:
     """Continue a prompt.
 
     PROMPT may be -, which reads standard input. A line break that ends an input or FILE is dropped.
     """
-    import json
-
     from fira.infer.decode import open_step
     from fira.infer.load import load
     from fira.infer.request import End, SamplingParams
@@ -218,17 +215,15 @@ def generate(run: Path, prompt: str | None, file: BinaryIO | None, as_json: bool
     click.echo()
 
 
-def _prompt(prompt: str | None, file: BinaryIO | None) -> str:
+def _prompt(prompt: str | None, file: TextIO | None) -> str:
     """The text of the argument, of standard input or of a file."""
     if (prompt is None) == (file is None):
         raise click.UsageError("give the prompt as PROMPT or by --file FILE, one of the two")
-    source = sys.stdin.buffer if prompt == "-" else file
-    if source is None:
-        return prompt or ""
+    source = click.open_file("-", encoding="utf-8-sig") if prompt == "-" else file
     try:
-        return source.read().decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+        return source.read().removesuffix("\n") if source else prompt or ""
     except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt's byte {error.start} is not UTF-8; convert it with: "
+        raise ValueError(f"the prompt is not UTF-8 text ({error.reason}); convert it with: "
                          "iconv -f ENCODING -t utf-8") from None
 
 

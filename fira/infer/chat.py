@@ -48,8 +48,7 @@ def chat(run: str | Path, params: SamplingParams, system: str | None = None, dev
 
 
 def talk(conversation: Conversation, out: Console, notes: Console) -> None:
-    """Reply to each line of standard input, until it ends or says /exit; at a terminal, a pasted
-    block is one message."""
+    """Reply to each line, or block pasted at a terminal, until the input ends or says /exit."""
     live = sys.stdin.isatty()
     if live:
         notes.print(Text(HELP, style="dim"))

@@ -14,24 +14,20 @@ CHROMIUM = next(filter(None, map(shutil.which, (
     "chromium", "chromium-browser", "google-chrome"))), None)
 SAID = "Größe 🙂 of the Union. "
 MARKDOWN = """# Title
-One **bold *both*** `a*b*c` [link](https://a.example/b_(c)) [bad](javascript:alert(1)) \\*x\\* snake_case_word
-
+One **bold *both*** `a*b*c` [link](https://a.example/b_(c)) [bad](javascript:alert(1)) \\*x\\* a_b_c
 1. first
-   - inner **item**
-2. second
+   - <img src=x onerror=document.title='run'> **item**
 
 > quoted
 | a | b |
 |---|---|
 | 1 | **2** |
 ~~~py
-if x:
     y = "<b>**raw**</b>"
 ~~~
----
-end"""
-SHOWN = {"h3": 1, "strong": 3, "em": 1, "code": 2, "pre code": 1, "a": 1, "ol > li": 2, "ul > li": 1,
-         "blockquote p": 1, "th": 2, "td strong": 1, "hr": 1, "b": 0}
+---"""
+SHOWN = {"h3": 1, "strong": 3, "em": 1, "code": 2, "pre code": 1, "a": 1, "ol > li": 1, "hr": 1,
+         "ul > li": 1, "blockquote p": 1, "th": 2, "td strong": 1, "b": 0, "img": 0, "script": 0}
 
 
 def test_the_page_names_no_other_place():
@@ -64,11 +60,16 @@ def page(browser, running):
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda line: line.type == "error" and "Failed to load" not in line.text
             and faults.append(line.text))
-    page.goto(running.address)
-    page.wait_for_selector("#suggestions button")
+    opened(page, running.address)
     yield page
     context.close()
     assert faults == []
+
+
+def opened(page, address):
+    page.goto(address)
+    page.wait_for_selector("#suggestions button")
+    return page
 
 
 def ask(page, words):
@@ -93,16 +94,22 @@ def settings(page, **values):
     page.click("#settings >> text=Save")
 
 
-def test_an_answer_streams_and_survives_a_reload(page, engine):
-    settings(page, temperature="0.3", seed="7", max_tokens="17", system="Be brief.")
-    assert reply_to(page, "Hello") == SAID.strip()
+def test_an_answer_streams_with_all_settings_and_survives_a_reload(page, engine, served):
+    served.window = 100  # below the default of max_tokens, which must not block saving
+    opened(page, page.url)
+    values = {"temperature": 0.5, "seed": 7, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2,
+              "presence_penalty": 0.3, "frequency_penalty": -0.4}
+    settings(page, system="Be brief.", stop="never\\nthere\nUnion", **{
+        name: str(value) for name, value in values.items()})
+    assert reply_to(page, "Hello") == SAID.partition("Union")[0]
     params = engine.asked[-1][1]
-    assert (params.temperature, params.seed, params.max_new_tokens) == (0.3, 7, 17)
+    assert params.stop == ("never\nthere", "Union")
+    assert {name: getattr(params, name) for name in values} == values
     assert page.locator("#live").inner_text().startswith("Reply: Größe 🙂")
     page.reload()
     page.wait_for_selector("text=Regenerate")
-    assert page.locator(".reply").inner_text() == SAID.strip()
-    assert page.locator("#conversations li").count() == 1
+    assert page.locator(".reply").inner_text() == SAID.partition("Union")[0]
+    assert titles(page) == ["Hello"]
 
 
 def test_stop_frees_the_slot_and_keeps_the_words(page, engine):
@@ -121,62 +128,47 @@ def begin(page, engine, words="Hello"):
     page.wait_for_selector(".reply span:nth-child(3)")
 
 
+def titles(page):
+    return page.locator("#conversations li > :first-child").all_inner_texts()
+
+
 def test_a_reload_keeps_the_question_and_the_growing_reply_which_can_be_continued(
         page, engine, tokenizer):
     begin(page, engine)
     page.reload()
-    page.wait_for_selector("text=Try again")
-    assert page.locator(".user .text").inner_text() == "Hello"
     assert "The reply is cut" in page.locator(".fault").inner_text()
     cut = page.locator(".reply").inner_text()
-    assert cut and SAID.startswith(cut)
+    assert page.locator(".user .text").inner_text() == "Hello" and cut and SAID.startswith(cut)
+    assert page.locator("text=Try again").is_visible()
     engine.pause = 0
     page.click("text=Continue")
     assert finished(page).startswith(cut + "Größe")  # the fake engine begins anew
     assert tokenizer.decode(engine.asked[-1][0]).endswith(f"assistant\n{cut}")
-    page.click("text=Regenerate")
-    finished(page)
-    assert page.locator(".version").inner_text() == "2 / 2"
-    page.click("text=‹")
-    assert finished(page).startswith(cut + "Größe")
 
 
 def test_two_tabs_keep_each_others_conversations_and_a_deleted_one_is_gone_from_both(page):
-    other = page.context.new_page()
-    other.goto(page.url)
-    other.wait_for_selector("#suggestions button")
-    for tab, words in ((page, "From one"), (other, "From two")):
-        reply_to(tab, words)
-    for tab in (page, other):
-        assert tab.locator("#conversations li").all_inner_texts() == ["From two", "From one"]
+    other = opened(page.context.new_page(), page.url)
+    reply_to(page, "From one")
+    reply_to(other, "From two")
+    page.bring_to_front()
+    assert titles(page) == titles(other) == ["From two", "From one"]
     page.on("dialog", lambda dialog: dialog.accept())
     page.hover("text=From one")
     page.click("[aria-label='Delete From one']")
     other.wait_for_selector("#conversations >> text=From one", state="detached")
     other.reload()
-    other.wait_for_selector("text=Regenerate")
-    assert other.locator("#conversations li").count() == 1
+    assert titles(other) == ["From two"]
 
 
-def answer_with(page, *deltas, end="data: [DONE]\n\n"):
+def test_a_cut_stream_is_told_and_thoughts_are_folded_and_not_sent_back(page, engine, tokenizer):
+    deltas = {"reasoning_content": "Well"}, {"reasoning_content": " then."}, {"content": "Yes."}
     chunks = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
-    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + end
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(
-        content_type="text/event-stream", body=body))
-
-
-def test_a_stream_without_its_end_is_shown_as_cut(page):
-    answer_with(page, {"content": "Half"}, end="")
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body))
     ask(page, "Hello")
     page.wait_for_selector("text=Continue")
-    assert page.locator("text=Try again").count() == 1
     assert page.locator(".fault").inner_text().startswith("The reply is cut. The connection was")
-
-
-def test_thoughts_are_folded_and_not_sent_back(page, engine, tokenizer):
-    answer_with(page, {"reasoning_content": "Well"}, {"reasoning_content": " then."},
-                {"content": "Yes."})
-    assert reply_to(page, "Hello") == "Yes."
+    assert page.locator(".reply").inner_text() == "Yes."
     assert not page.locator(".thoughts p").is_visible()
     page.click("text=Thoughts")
     assert page.locator(".thoughts p").inner_text() == "Well then."
@@ -193,44 +185,26 @@ def test_the_reply_goes_on_while_another_conversation_is_open(page, engine):
     ask(page, "Second")
     for words in ("First", "Second"):
         page.click(f"#conversations >> text={words}")
-        assert finished(page) == (SAID * 2)[:len(finished(page))]
+        assert len(finished(page)) > len(SAID)
         assert "30 tokens" in page.locator(".tools").last.inner_text()
-
-
-def test_settings_can_be_saved_on_a_small_window_and_reach_the_engine(page, engine, served):
-    served.window = 100
-    page.reload()
-    page.wait_for_selector("#suggestions button")
-    values = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": 0.3,
-              "frequency_penalty": -0.4}
-    settings(page, temperature="0.5", stop="never\\nthere\nUnion", **{
-        name: str(value) for name, value in values.items()})
-    assert not page.locator("#settings").is_visible()
-    assert reply_to(page, "Hello").strip() == "Größe 🙂 of the"
-    params = engine.asked[-1][1]
-    assert params.temperature == 0.5 and params.stop == ("never\nthere", "Union")
-    assert {name: getattr(params, name) for name in values} == values
 
 
 def test_an_error_after_a_long_paste_is_in_view_and_a_conversation_opens_at_its_end(page):
     ask(page, "word\n" * 600)
-    page.wait_for_selector("text=Try again")
-    assert "Shorten it" in page.locator(".fault").inner_text()
     for _ in range(2):
-        bottom = page.locator("#composer").bounding_box()["y"]
-        for place in (".fault", "text=Try again"):
-            box = page.locator(place).bounding_box()
-            assert 0 < box["y"] and box["y"] + box["height"] <= bottom
-        page.reload()
         page.wait_for_selector("text=Try again")
+        assert "Shorten it" in page.locator(".fault").inner_text()
+        end = page.locator("text=Try again").bounding_box()
+        assert 0 < page.locator(".fault").bounding_box()["y"]
+        assert end["y"] + end["height"] <= page.locator("#composer").bounding_box()["y"]
+        page.reload()
 
 
 @pytest.mark.parametrize("secure", [True, False])
 def test_copy_copies_and_says_so(page, secure):
     reply_to(page, "Hello")
-    if secure:
-        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    else:  # a page without TLS has no clipboard object
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    if not secure:  # a page without TLS has no clipboard object
         page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
     page.locator("text=Copy").last.click()
     page.wait_for_selector("text=Copied")
@@ -239,68 +213,45 @@ def test_copy_copies_and_says_so(page, secure):
     assert page.input_value("#message").startswith(SAID)
 
 
-def test_markdown_becomes_elements_whose_words_are_tokens(page, engine, tokenizer, served):
+def test_markdown_becomes_elements_whose_words_are_tokens_and_nothing_else_is_markup(
+        page, engine, tokenizer, served):
     served.window, engine.said = 1000, tokenizer.encode(MARKDOWN)
-    page.reload()
+    opened(page, page.url)
     settings(page, max_tokens=str(len(engine.said)))
-    reply_to(page, "Hello")
-    assert {kind: page.locator(f".reply {kind}").count() for kind in SHOWN} == SHOWN
-    assert page.locator(".reply pre").inner_text() == 'if x:\n    y = "<b>**raw**</b>"'
-    assert page.locator(".reply a").get_attribute("href") == "https://a.example/b_(c)"
-    words = page.locator(".reply > p").first.inner_text()
-    assert words == "One bold both a*b*c link [bad](javascript:alert(1)) *x* snake_case_word"
+    reply_to(page, "<script>document.title='run'</script>")
+    assert {kind: page.locator(f".turn {kind}").count() for kind in SHOWN} == SHOWN
+    assert page.locator(".reply pre").inner_text() == '    y = "<b>**raw**</b>"'
+    assert page.locator(".reply > p").first.inner_text() == (
+        "One bold both a*b*c link [bad](javascript:alert(1)) *x* a_b_c")
+    assert page.title() == "tiny · FIRA"
     page.locator(".reply td strong span").click()
     assert page.locator("#token-text").inner_text() == "“2”"
-    page.click("#settings-open")
-    page.uncheck("[name=markdown]")
-    page.click("#settings >> text=Save")
-    assert page.locator(".reply").inner_text() == MARKDOWN
 
 
 def test_conversations_are_renamed_found_exported_and_imported(page, browser, tmp_path):
-    reply_to(page, "First words")
-    page.click("#new")
-    reply_to(page, "Second words")
+    turns = [{"role": "user", "text": "Old"}, {"role": "assistant", "text": "Words"}]
+    old = json.dumps([{"id": "a-1", "title": "Old", "turns": turns}])  # as it was once stored
+    page.evaluate("old => localStorage.setItem('fira.conversations', old)", old)
+    page.reload()
+    reply_to(page, "New words")
     page.on("dialog", lambda dialog: dialog.accept("A title"))
-    page.hover("#conversations >> text=First words")
-    page.click("[aria-label='Rename First words']")
-    assert page.locator("#conversations li > :first-child").all_inner_texts() == [
-        "Second words", "A title"]
-    page.fill("#search", "FIRST")
-    assert page.locator("#conversations li").all_inner_texts() == ["A title"]
+    page.hover("#conversations >> text=New words")
+    page.click("[aria-label='Rename New words']")
+    assert titles(page) == ["A title", "Old"]
+    page.fill("#search", "NEW")
+    assert titles(page) == ["A title"]
     with page.expect_download() as download:
         page.click("#export")
     download.value.save_as(tmp_path / "all.json")
-    other = browser.new_context().new_page()
-    other.goto(page.url)
-    other.wait_for_selector("#suggestions button")
-    for _ in range(2):  # what is there already stays as it is
-        other.set_input_files("#file", tmp_path / "all.json")
-        other.wait_for_selector("#notice")
-        assert other.locator("#conversations li").count() == 2
-    other.click("text=A title")
-    assert other.locator(".user .text").inner_text() == "First words"
-    (tmp_path / "all.json").write_text('{"conversations": 1}')
-    other.set_input_files("#file", tmp_path / "all.json")
-    other.wait_for_selector("text=Choose a file that Export wrote")
+    (tmp_path / "wrong.json").write_text('{"conversations": 1}')
+    other = opened(browser.new_context().new_page(), page.url)
+    for name, told in (("all", "2 new"), ("all", "0 new"), ("wrong", "Choose a file that Export")):
+        other.set_input_files("#file", tmp_path / f"{name}.json")
+        other.wait_for_selector(f"#notice >> text={told}")
+        assert titles(other) == ["A title", "Old"]
+    other.click("text=Old")
+    assert other.locator(".reply").inner_text() == "Words"
     other.context.close()
-
-
-def test_the_list_of_an_earlier_page_is_taken_over(page):
-    turns = [{"role": "user", "text": "Old question"}, {"role": "assistant", "text": "Old reply"}]
-    old = json.dumps([{"id": "a-1", "title": "Old", "turns": turns}])
-    page.evaluate("old => localStorage.setItem('fira.conversations', old)", old)
-    page.reload()
-    page.click("#conversations >> text=Old")
-    assert page.locator(".turn").all_inner_texts()[1].startswith("Old reply")
-
-
-def test_a_full_storage_is_told(page):
-    page.evaluate("""for (let size = 5e6; size >= 1; size /= 2)
-        try { localStorage.setItem("x" + size, "x".repeat(size)) } catch {}""")
-    ask(page, "Hello")
-    page.wait_for_selector("#notice >> text=storage is full")
-    finished(page)
 
 
 def test_a_token_shows_its_details_and_every_control_has_a_name(page):
@@ -355,15 +306,6 @@ def test_edited_and_regenerated_turns_are_versions_beside_the_old(page, engine):
     assert page.locator(".version").all_inner_texts() == ["1 / 2", "2 / 2"]
 
 
-def test_what_the_model_writes_is_never_markup(page, engine, tokenizer):
-    evil = "<img src=x onerror=document.title='run'><b>x</b>"
-    engine.said = tokenizer.encode(evil)
-    settings(page, max_tokens=str(len(engine.said)))
-    assert reply_to(page, "<script>document.title='run'</script>") == evil
-    assert page.title() == "tiny · FIRA"
-    assert page.locator(".turn img, .turn b, .turn script").count() == 0
-
-
 def test_failures_are_told_and_can_be_tried_again(page, engine):
     engine.fault = "the accelerator ran out of memory"
     ask(page, "Hello")
@@ -395,9 +337,7 @@ def test_a_key_is_asked_for(browser, start, served, engine):
 
 
 def test_it_fits_a_phone(browser, running):
-    page = browser.new_page(viewport={"width": 360, "height": 640})
-    page.goto(running.address)
-    page.wait_for_selector("#suggestions button")
+    page = opened(browser.new_page(viewport={"width": 360, "height": 640}), running.address)
     reply_to(page, "Hello")
     page.locator(".reply span").first.click()
     page.wait_for_selector("#alternatives li")
