@@ -4,9 +4,8 @@ Requests are strict: a field that is not declared here is refused, unless it is 
 meaning of an absent one. Fields of OpenAI's for which the server has no function are declared with
 the values that ask for nothing. Names, ranges and defaults are OpenAI's; `top_k`, `min_p`,
 `repetition_penalty`, `ignore_eos`, `experts` and `continue_final_message` are extensions.
-Descriptions say what a value is, because error messages quote them after "must be". Lists fail at
-their first error, because a message for each of a million entries would take minutes. Responses are
-plain dicts.
+Descriptions say what a value is, because errors quote them after "must be". Lists fail at their
+first error, because a message for each of a million entries takes minutes. Responses are dicts.
 """
 from __future__ import annotations
 

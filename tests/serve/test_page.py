@@ -183,8 +183,8 @@ def test_a_cut_stream_is_told_and_thoughts_are_folded_and_not_sent_back(page, en
 def test_an_error_after_a_long_paste_is_in_view_and_a_conversation_opens_at_its_end(page):
     ask(page, "word\n" * 600)
     for _ in range(2):
-        page.wait_for_selector("text=Try again")
-        assert "Shorten it" in page.locator(".fault").inner_text()
+        page.wait_for_selector("#send:enabled")
+        page.wait_for_selector(".fault >> text=Shorten it")
         end = page.locator("text=Try again").bounding_box()
         assert 0 < page.locator(".fault").bounding_box()["y"]
         assert end["y"] + end["height"] <= page.locator("#composer").bounding_box()["y"]
