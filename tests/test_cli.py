@@ -2,7 +2,7 @@
 import json
 import subprocess
 import sys
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 
@@ -62,6 +62,20 @@ def test_generate_starts_with_the_prompt_and_repeats_if_seeded_or_greedy(run, fi
     assert fira(*words, "--temperature", 0).out == fira(*words, "--temperature", 0).out
 
 
+def test_generate_reads_its_prompt_from_any_place_and_ends_at_a_stop_text(
+        run, fira, monkeypatch, tmp_path):
+    (tmp_path / "prompt.txt").write_text("The state\n")
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"The state\r\n")))
+    words = ("--max-new-tokens", 8, "--temperature", 0, "--json")
+    first, *others = (json.loads(fira("generate", run, *prompt, *words).out) for prompt in (
+        ["The state"], ["-"], ["--file", tmp_path / "prompt.txt"]))
+    assert others == [first, first]
+    assert (first["finish_reason"], first["completion_tokens"]) == ("length", 8)
+    stop = first["text"][3:5]
+    cut = json.loads(fira("generate", run, "The state", *words, "--stop", "~", "--stop", stop).out)
+    assert cut["finish_reason"] == "stop" and cut["text"] == first["text"].partition(stop)[0]
+
+
 def test_chat_answers_each_line_of_a_pipe(run, fira, monkeypatch):
     monkeypatch.setattr(sys, "stdin", StringIO("Fellow citizens,\n/reset\nOur army\n/exit\nno\n"))
     answer = fira("chat", run, "--seed", 1, "--max-new-tokens", 8)
@@ -110,6 +124,7 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(verb, refused):
     (["train", "nowhere.toml"], ["nowhere.toml does not exist", "tiny"]),
     (["generate", "run", "hi", "--top-k", "0"], ["'--top-k'", "x>=1"]),
     (["generate", "run", "hi", "--top-p", "1.5"], ["'--top-p'", "0<x<=1"]),
+    (["generate", "run"], ["give the prompt as PROMPT or by --file FILE"]),
     (["eval", "run"], ["give --text, or --suite", "fira eval --help"]),
     (["eval", "run", "--text", "a.txt", "--task", "b.jsonl"], ["give --text, or --suite"]),
     (["data", "sotu", "--out", "x"], ["Missing option '--tokenizer'"]),

@@ -39,6 +39,8 @@ def sampling_options(command: Any) -> Any:
                      help="Sample only among the k likeliest tokens."),
         click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
                      help="Sample only among the likeliest tokens of total probability p."),
+        click.option("--stop", multiple=True, metavar="TEXT",
+                     help="Text that ends the output, which does not contain it; may be repeated."),
         click.option("--seed", type=int, show_default="random",
                      help="Seed of the random choices; the same seed gives the same text."),
         precision_option,

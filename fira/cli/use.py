@@ -1,9 +1,10 @@
 """The verbs that read a run: eval, show, report, card, check, generate, chat, serve."""
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -53,8 +54,6 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
     Every byte of a text is scored exactly once, so models with different tokenizers can be
     compared.
     """
-    import json
-
     from fira.files import write_json
     from fira.runlog import console, visible
 
@@ -180,25 +179,52 @@ def card(run: Path, license_id: str | None) -> None:
 @click.command(epilog=example(
     'fira generate out/quickstart/run "Fellow citizens," --temperature 0.7', RUN))
 @click.argument("run", type=EXISTING)
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@click.option("--file", type=click.File(encoding="utf-8-sig"), help="File with the prompt.")
+@click.option("--json", "as_json", is_flag=True,
+              help="Print one JSON object: text, finish_reason, prompt_tokens, completion_tokens.")
 @sampling_options
-def generate(run: Path, prompt: str, device: str, precision: str, **sampling: Any) -> None:
-    """Continue a prompt."""
+def generate(run: Path, prompt: str | None, file: TextIO | None, as_json: bool, device: str,
+             precision: str, **sampling: Any) -> None:
+    """Continue a prompt.
+
+    PROMPT may be -, which reads standard input. A line break that ends an input or FILE is dropped.
+    """
     from fira.infer.decode import open_step
     from fira.infer.load import load
-    from fira.infer.request import SamplingParams
+    from fira.infer.request import End, SamplingParams
     from fira.infer.text import complete
     from fira.runlog import console, visible
 
     params = SamplingParams(**sampling)
+    prompt = _prompt(prompt, file)
     loaded = load(run, device)
     step = open_step(loaded.model, precision, console().print)
-    text = complete(loaded.model, loaded.tokenizer, prompt, params, step)
+    ends: list[End] = []
+    text = complete(loaded.model, loaded.tokenizer, prompt, params, step, ends.append)
+    if as_json:
+        whole, end = "".join(text), ends[0]
+        click.echo(json.dumps({"text": whole, "finish_reason": end.reason,
+                               "prompt_tokens": end.prompt_tokens,
+                               "completion_tokens": end.new_tokens}))
+        return
     shown = visible if sys.stdout.isatty() else str  # a pipe gets the text as it is
     click.echo(shown(prompt), nl=False)
     for part in text:
         click.echo(shown(part), nl=False)
     click.echo()
+
+
+def _prompt(prompt: str | None, file: TextIO | None) -> str:
+    """The text of the argument, of standard input or of a file."""
+    if (prompt is None) == (file is None):
+        raise click.UsageError("give the prompt as PROMPT or by --file FILE, one of the two")
+    source = click.open_file("-", encoding="utf-8-sig") if prompt == "-" else file
+    try:
+        return source.read().removesuffix("\n") if source else prompt or ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text ({error.reason}); convert it with: "
+                         "iconv -f ENCODING -t utf-8") from None
 
 
 @click.command(epilog=example("fira chat out/quickstart/run", RUN))

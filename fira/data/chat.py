@@ -42,18 +42,26 @@ def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Iterat
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]],
-           add_generation_prompt: bool = True) -> list[int]:
-    """Ids of `messages`, with the head of an assistant's turn at their end; raises as `turns`."""
+           add_generation_prompt: bool = True, continue_final: bool = False) -> list[int]:
+    """Ids of `messages`, with the head of an assistant's turn at their end, or, with
+    `continue_final`, without the end of the last message; raises as `turns`."""
     ids = [id for turn in turns(tokenizer, messages) for id in turn.ids]
+    if continue_final:
+        return ids[:-1 - len(tokenizer.encode("\n"))]  # the end of the turn and a newline
     if add_generation_prompt:
         ids += [tokenizer.special(TURN_START), *tokenizer.encode("assistant\n")]
     return ids
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]],
-               tuned: bool) -> list[int]:
-    """What a model reads: chat turns, or, if it is not `tuned` for them, the plain text so far."""
+               tuned: bool, continue_final: bool = False) -> list[int]:
+    """What a model reads: chat turns, or, if it is not `tuned` for them, the plain text so far.
+
+    It then writes a reply, or, with `continue_final`, the rest of the last message.
+    """
     if tuned:
-        return render(tokenizer, messages)
+        return render(tokenizer, messages, continue_final=continue_final)
     texts = [one["content"] + "\n" * (one["role"] != "user") for one in messages]
+    if continue_final:
+        texts[-1] = messages[-1]["content"]
     return [tokenizer.end_of_text, *tokenizer.encode("".join(texts))]

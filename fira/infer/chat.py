@@ -6,6 +6,7 @@ model's text.
 from __future__ import annotations
 
 import contextlib
+import select
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ from fira.runlog import console
 
 HELP = "/reset forgets the conversation, /help shows this, /exit or Ctrl-D leaves; " \
        "Ctrl-C stops a reply."
+PASTE_SECONDS = 0.03  # more than between the lines of a paste, less than between two keys
 UNTUNED = "This model was not tuned for chat: it continues your text instead of answering it."
 
 
@@ -46,7 +48,7 @@ def chat(run: str | Path, params: SamplingParams, system: str | None = None, dev
 
 
 def talk(conversation: Conversation, out: Console, notes: Console) -> None:
-    """Read lines from standard input and reply to each, until it ends or says /exit."""
+    """Reply to each line, or block pasted at a terminal, until the input ends or says /exit."""
     live = sys.stdin.isatty()
     if live:
         notes.print(Text(HELP, style="dim"))
@@ -56,7 +58,7 @@ def talk(conversation: Conversation, out: Console, notes: Console) -> None:
         if line == "/reset":
             conversation.reset()
             notes.print(Text("The conversation starts anew.", style="dim"))
-        elif line.startswith("/"):
+        elif line.startswith("/") and "\n" not in line:
             unknown = "" if line == "/help" else f"{line.split()[0]} is no command. "
             notes.print(Text(unknown + HELP, style="dim"))
         elif line:
@@ -87,12 +89,22 @@ def _lines(live: bool, notes: Console) -> Iterator[str]:
         yield from (line.strip() for line in sys.stdin)
         return
     with contextlib.suppress(ImportError):  # line editing and recall, where the platform has them
-        import readline  # noqa: F401
+        import readline
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste waits for Enter
     while True:
         try:
-            yield input("> ").strip()
+            yield _typed().strip()
         except EOFError:
             notes.print()
             return
         except KeyboardInterrupt:
             notes.print(Text("\nCtrl-D or /exit leaves.", style="dim"))
+
+
+def _typed() -> str:
+    """One line; or, where no bracketed paste marks them, all lines that arrive together."""
+    lines = [input("> ")]
+    with contextlib.suppress(OSError, EOFError):  # Windows cannot ask whether more has arrived
+        while select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
+            lines.append(input())
+    return "\n".join(lines)

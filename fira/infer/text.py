@@ -6,7 +6,7 @@ once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from fira.infer.request import End, SamplingParams, Token
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, params: SamplingParams,
-             decode_step: DecodeStep | None = None) -> Iterator[str]:
-    """Yield the continuation of `prompt` as text, without the prompt.
+             decode_step: DecodeStep | None = None,
+             ended: Callable[[End], None] | None = None) -> Iterator[str]:
+    """Yield the continuation of `prompt` as text, without the prompt, then call `ended`.
 
     As in training, the model reads the end-of-text token before the prompt. Raises ValueError at
     once, also for an empty prompt.
@@ -29,7 +30,7 @@ def complete(model: Any, tokenizer: Any, prompt: str, params: SamplingParams,
                          "'The state of the Union is'")
     engine = Engine(model, tokenizer, slots=1, slide=True, decode_step=decode_step)
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    return _closing(engine, stream_text(engine, ids, params))
+    return _closing(engine, _texts(engine.stream(ids, params), ended))
 
 
 def _closing(engine: Engine, texts: Iterator[str]) -> Iterator[str]:
@@ -45,13 +46,16 @@ def stream_text(engine: Engine, ids: Sequence[int], params: SamplingParams) -> I
     return _texts(engine.stream(ids, params))
 
 
-def _texts(events: Generator[Token | End, None, None]) -> Iterator[str]:
+def _texts(events: Generator[Token | End, None, None],
+           ended: Callable[[End], None] | None = None) -> Iterator[str]:
     with contextlib.closing(events):
         for event in events:
             if event.text:
                 yield event.text
     if isinstance(event, End) and event.reason == "error":
         raise ValueError(event.error)
+    if isinstance(event, End) and ended:
+        ended(event)
 
 
 class Conversation:

@@ -77,7 +77,7 @@ def chat(request: ChatRequest, model: ServedModel) -> Generation:
     if limit is not None and other is not None and limit != other:
         raise APIError(400, f"max_tokens={other} and max_completion_tokens={limit} differ; "
                        "give one of them", "max_tokens")
-    ids = _chat_ids(request.messages, model)
+    ids = _chat_ids(request.messages, model, request.continue_final_message)
     room = _room(ids, model, "messages", least=1)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     limit = limit if limit is not None else other
@@ -133,7 +133,7 @@ def tokenize(request: schema.TokenizeRequest, model: ServedModel) -> schema.Toke
     if named is not None:  # lm-eval asks for the ids of the special tokens by their names
         ids = [named]
     elif request.messages is not None:
-        ids = _chat_ids(request.messages, model)
+        ids = _chat_ids(request.messages, model, request.continue_final_message)
     else:
         ids = _text_ids(request.prompt or "", model)
         ids = ids[1:] if request.add_special_tokens is False else ids
@@ -194,8 +194,12 @@ def _text_ids(text: str, model: ServedModel, param: str = "prompt") -> list[int]
     return [model.tokenizer.end_of_text, *model.tokenizer.encode(text)]
 
 
-def _chat_ids(messages: Sequence[schema.Message], model: ServedModel) -> list[int]:
+def _chat_ids(messages: Sequence[schema.Message], model: ServedModel,
+              continue_final: bool | None) -> list[int]:
     """Messages as chat turns, or as plain text for a model that was not tuned for chat."""
+    if continue_final and messages[-1].role != "assistant":
+        raise APIError(400, "continue_final_message needs a last message of role assistant, not "
+                       f"{messages[-1].role}; add the text to continue", "continue_final_message")
     turns = []
     for message in messages:
         content = message.content
@@ -203,7 +207,7 @@ def _chat_ids(messages: Sequence[schema.Message], model: ServedModel) -> list[in
         role = "system" if message.role == "developer" else message.role
         turns.append({"role": role, "content": text})
     _check_size("".join(turn["content"] for turn in turns), model, "messages")
-    return prompt_ids(model.tokenizer, turns, model.chat_tuned)
+    return prompt_ids(model.tokenizer, turns, model.chat_tuned, bool(continue_final))
 
 
 def _check_size(text: str, model: ServedModel, param: str) -> None:

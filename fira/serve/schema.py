@@ -3,9 +3,9 @@
 Requests are strict: a field that is not declared here is refused, unless it is null, which has the
 meaning of an absent one. Fields of OpenAI's for which the server has no function are declared with
 the values that ask for nothing. Names, ranges and defaults are OpenAI's; `top_k`, `min_p`,
-`repetition_penalty`, `ignore_eos` and `experts` are extensions. Descriptions say what a value is,
-because error messages quote them after "must be". Lists fail at their first error, because a
-message for each of a million entries would take minutes. Responses are plain dicts.
+`repetition_penalty`, `ignore_eos`, `experts` and `continue_final_message` are extensions.
+Descriptions say what a value is, because errors quote them after "must be". Lists fail at their
+first error, because a message for each of a million entries takes minutes. Responses are dicts.
 """
 from __future__ import annotations
 
@@ -75,6 +75,8 @@ TokenId = Annotated[int, Field(ge=0)]
 TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # a token id as the key of an object
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Continue = Annotated[bool | None, Field(
+    description="true to continue the last message, an assistant's, or false")]
 Several = Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
 Many = Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
 Text = Annotated[str, Field(min_length=1)]
@@ -117,6 +119,7 @@ class GenerationRequest(Strict):
 
 class ChatRequest(GenerationRequest):
     messages: Messages
+    continue_final_message: Continue = None
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -161,6 +164,7 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    continue_final_message: Continue = None
     add_special_tokens: bool | None = Field(
         None, description="true to begin with the end of text, as a completion does, or false")
 

@@ -29,6 +29,8 @@ def test_ids_begin_with_those_of_every_shorter_conversation(tokenizer, messages)
         replies = message["role"] == "assistant" and not message["content"][:1].isspace()
         before = render(tokenizer, messages[:count], add_generation_prompt=replies)
         assert whole[:len(before)] == before
+    end = [tokenizer.special("<|im_end|>"), *tokenizer.encode("\n")]
+    assert render(tokenizer, messages, continue_final=True) + end == whole
 
 
 @pytest.mark.parametrize("name", SPECIAL)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fira.data.chat import render
+from fira.data.chat import prompt_ids, render
 from fira.infer import text as module
 from fira.infer.chat import UNTUNED, chat, talk
 from fira.infer.request import SamplingParams
@@ -75,6 +75,8 @@ def test_an_untuned_model_reads_plain_text(model, tokenizer) -> None:
     talker.ask("of")
     expected = [tokenizer.end_of_text, *tokenizer.encode("The state\nof")]
     assert talker.prompt(talker.messages) == expected
+    continued = prompt_ids(tokenizer, talker.messages[:2], tuned=False, continue_final=True)
+    assert continued == expected[:1] + tokenizer.encode("The state")
 
 
 def test_a_pipe_gets_answers_alone(step_folder: Path, monkeypatch, capsys) -> None:
@@ -101,18 +103,19 @@ def test_control_c_stops_the_answer_and_keeps_what_was_said(model, tokenizer, mo
     assert [message["content"] for message in talker.messages] == ["one", "half", "two", "half"]
 
 
-def test_at_a_terminal_control_d_leaves_and_control_c_does_not(model, tokenizer,
-                                                               monkeypatch) -> None:
-    typed = iter([KeyboardInterrupt, "Hi", EOFError])
+def test_at_a_terminal_a_pasted_block_is_one_message_and_control_d_leaves_but_not_control_c(
+        model, tokenizer, monkeypatch) -> None:
+    typed, arrived = iter([KeyboardInterrupt, "/Hi", "there", EOFError]), iter([[1], [], []])
 
-    def type_next(_: str) -> str:
+    def type_next(_: str = "") -> str:
         event = next(typed)
         if isinstance(event, str):
             return event
         raise event
 
     monkeypatch.setattr("builtins.input", type_next)
+    monkeypatch.setattr("select.select", lambda *_: (next(arrived),))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     talker = conversation(model, tokenizer)
     talk(talker, Console(file=io.StringIO()), Console(file=io.StringIO()))
-    assert talker.messages[0]["content"] == "Hi"
+    assert talker.messages[0]["content"] == "/Hi\nthere"

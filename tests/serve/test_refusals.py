@@ -41,6 +41,7 @@ WRONG = [
     ("chat", {"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
     ("chat", {"max_completion_tokens": 5}, "max_tokens", "differ"),
+    ("chat", {"continue_final_message": True}, "continue_final_message", "not user; add the text"),
     ("chat", {"max_tokens": 199}, "max_tokens", "ask for at most"),
     ("text", {"n": 65}, "n", "64"),
     ("text", {"prompt": ["x"] * 40, "n": 2}, "n", "64 choices"),
