@@ -1,20 +1,19 @@
 """Constraints on generated text: which tokens may come next, so that a text follows a grammar.
 
-A constraint is compiled once; each request then has a state of its own. `llguidance` compiles JSON
-schemas, regular expressions and context-free grammars, and computes the tokens that a state allows.
+`llguidance` compiles JSON schemas, regular expressions and context-free grammars, once for all
+requests with the same one, and computes the tokens that each request's own state allows.
 """
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fira.data.tokenizer import Tokenizer
+from fira.data.tokenizer import CALL, CALL_END, Tokenizer
 
 LONGEST = 2**15  # characters of a grammar; the slowest found of this length compiles in 0.4 s
 # About 4 ms of work at most for the lexer of one token (llguidance: 14,000 units a ms), and 40 MB.
@@ -25,34 +24,27 @@ JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_sep
 
 
 class Constraint:
-    """A compiled grammar. `start` gives the state of one request."""
+    """A compiled grammar and how much of it a text has written."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self.matcher, self.vocab_size = matcher, vocab_size
 
-    def start(self) -> State:
-        return State(self.matcher.deep_copy(), self.vocab_size)
-
-
-class State:
-    """How much of a grammar one request has written."""
-
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self.matcher, self.vocab_size = matcher, vocab_size
+    def start(self) -> Constraint:
+        """The same grammar with a state of its own."""
+        return Constraint(self.matcher.deep_copy(), self.vocab_size)
 
     def allowed(self, ends: Iterable[int]) -> Tensor:
         """Whether each token may come next, [V]; `ends` may where the text may end.
 
-        Raises ValueError if the grammar became too complex for its limits.
+        Raises ValueError if the grammar exceeds its limits on this text.
         """
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         if self.matcher.is_error():
-            raise ValueError(f"the grammar fails on this text ({one_line(self.matcher.get_error())}"
-                             "); use a simpler one")
-        allowed_V = torch.from_numpy(np.unpackbits(bits, count=self.vocab_size,
-                                                   bitorder="little").view(bool))
+            raise ValueError(f"the grammar fails on this text ({_one_line(self.matcher)}); use a "
+                             "simpler one")
+        allowed_V = np.unpackbits(bits, count=self.vocab_size, bitorder="little").view(bool)
         allowed_V[[*ends]] = self.matcher.is_accepting()
-        return allowed_V
+        return torch.from_numpy(allowed_V)
 
     def accept(self, token: int) -> None:
         """Continue after an allowed token that does not end the text."""
@@ -70,20 +62,20 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """Raises ValueError if llguidance is not installed."""
         try:
-            from llguidance import LLTokenizer
+            import llguidance
         except ImportError:
             raise ValueError("constraints need the package llguidance; install it with: "
                              "pip install 'fira-moe[serve]'") from None
-        self.vocab_size, names = vocab_size, tokenizer.token_bytes()
-        names += [b""] * (vocab_size - len(names))
-        self.eos_token_id, self.bos_token_id = tokenizer.end_of_text, None
-        self.special_token_ids = [id for id in tokenizer.added.values() if not names[id]]
+        self.library, self.vocab_size, self.encode = llguidance, vocab_size, tokenizer.encode
+        names = tokenizer.token_bytes()
+        self.special_token_ids = [id for name, id in tokenizer.added.items()
+                                  if not names[id] or name in (CALL, CALL_END)]
         for name, id in tokenizer.added.items():
             names[id] = name.encode()
-        self.tokens, self.is_tokenizer_wrapper = names, True  # what LLTokenizer reads
-        self.encode = tokenizer.encode
-        this: Any = self
-        self.tokenizer = LLTokenizer(this, n_vocab=vocab_size)
+        self.tokens = names + [b""] * (vocab_size - len(names))
+        self.eos_token_id, self.bos_token_id = tokenizer.end_of_text, None
+        self.is_tokenizer_wrapper: Any = True  # with these fields LLTokenizer reads this object
+        self.tokenizer = llguidance.LLTokenizer(self, n_vocab=vocab_size)  # type: ignore[arg-type]
         self.compile = functools.lru_cache(64)(self._compile)
 
     def __call__(self, text: str | bytes) -> list[int]:
@@ -93,35 +85,26 @@ class Grammars:
     def _compile(self, kind: str, grammar: str) -> Constraint:
         """`kind`: json (a schema), regex, or grammar (Lark's or llama.cpp's GBNF).
 
-        Raises ValueError, one line, for what cannot be compiled within llguidance's limits.
+        Raises ValueError, one line, for what cannot be compiled within LONGEST and LIMITS.
         """
-        from llguidance import LLMatcher, LLParserLimits
         from llguidance.gbnf_to_lark import any_to_lark
 
         if len(grammar) > LONGEST:
             raise ValueError(f"it has {len(grammar)} characters; give at most {LONGEST}")
+        matchers = self.library.LLMatcher
         try:
-            if kind == "json":
-                source = LLMatcher.grammar_from_json_schema(grammar, JSON_FORM)
-            elif kind == "regex":
-                source = LLMatcher.grammar_from_regex(grammar)
-            else:
-                source = LLMatcher.grammar_from_lark(any_to_lark(grammar))
+            source = (matchers.grammar_from_json_schema(grammar, JSON_FORM) if kind == "json" else
+                      matchers.grammar_from_regex(grammar) if kind == "regex" else
+                      matchers.grammar_from_lark(any_to_lark(grammar)))
         except Exception as error:  # any_to_lark raises no narrower kind
-            raise ValueError(f"{one_line(str(error))}; change that part") from None
-        matcher = LLMatcher(self.tokenizer, source, log_level=0,
-                            limits=LLParserLimits(**LIMITS))
+            raise ValueError(f"{' '.join(str(error).split())[:160]}; change that part") from None
+        matcher = matchers(self.tokenizer, source, log_level=0,
+                           limits=self.library.LLParserLimits(**LIMITS))
         matcher.compute_bitmask()  # some grammars exceed a limit only here
         if matcher.is_error():
-            raise ValueError(f"{one_line(matcher.get_error())}; change that part")
+            raise ValueError(f"{_one_line(matcher)}; change that part")
         return Constraint(matcher, self.vocab_size)
 
 
-def one_line(text: str) -> str:
-    """The first 160 characters of an error."""
-    return " ".join(text.split())[:160]
-
-
-def choices(texts: Sequence[str]) -> str:
-    """The grammar of one of these texts."""
-    return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+def _one_line(matcher: Any) -> str:
+    return " ".join(matcher.get_error().split())[:160]
