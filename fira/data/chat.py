@@ -130,9 +130,9 @@ def _encode(tokenizer: Tokenizer, parts: Sequence[str]) -> list[int]:
 
 
 def knows_tools(tokenizer: Tokenizer) -> bool:
-    """Whether the chat template that came with the tokenizer has this form of tools."""
+    """Whether the tokenizer, and the chat template that came with it, have this form of tools."""
     template = str(tokenizer.settings.get("chat_template"))
-    return all(part in template for part in ("tools", CALL, RESPONSE))
+    return {CALL, CALL_END} <= {*tokenizer.added} and "tools" in template and CALL in template
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tuned: bool,

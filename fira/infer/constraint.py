@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fira.data.tokenizer import CALL, CALL_END, Tokenizer
+from fira.data.tokenizer import Tokenizer
 
 LONGEST = 2**15  # characters of a grammar; the slowest found of this length compiles in 0.4 s
 # About 4 ms of work at most for the lexer of one token (llguidance: 14,000 units a ms), and 40 MB.
@@ -60,46 +60,42 @@ class Grammars:
     """Compiles constraints for one tokenizer and a head of `vocab_size` rows."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Raises ValueError if llguidance is not installed."""
-        try:
-            import llguidance
-        except ImportError:
-            raise ValueError("constraints need the package llguidance; install it with: "
-                             "pip install 'fira-moe[serve]'") from None
-        self.library, self.vocab_size, self.encode = llguidance, vocab_size, tokenizer.encode
-        names = tokenizer.token_bytes()
-        self.special_token_ids = [id for name, id in tokenizer.added.items()
-                                  if not names[id] or name in (CALL, CALL_END)]
-        for name, id in tokenizer.added.items():
-            names[id] = name.encode()
-        self.tokens = names + [b""] * (vocab_size - len(names))
-        self.eos_token_id, self.bos_token_id = tokenizer.end_of_text, None
-        self.is_tokenizer_wrapper: Any = True  # with these fields LLTokenizer reads this object
-        self.tokenizer = llguidance.LLTokenizer(self, n_vocab=vocab_size)  # type: ignore[arg-type]
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.compile = functools.lru_cache(64)(self._compile)
 
-    def __call__(self, text: str | bytes) -> list[int]:
-        """LLTokenizer's way to encode text."""
-        return self.encode(text if isinstance(text, str) else text.decode())
+    @functools.cached_property
+    def library(self) -> Any:
+        """llguidance. Raises ValueError if it is not installed."""
+        try:
+            import llguidance.gbnf_to_lark
+        except ImportError:
+            raise ValueError("the package llguidance is not installed; run: pip install "
+                             "'fira-moe[serve]'") from None
+        return llguidance
+
+    @functools.cached_property
+    def tokens(self) -> Any:
+        """The vocabulary as llguidance's tree of bytes; 50,257 tokens take a second."""
+        return self.library.LLTokenizer(self.tokenizer.reference.to_str(), n_vocab=self.vocab_size,
+                                        eos_token=self.tokenizer.end_of_text)
 
     def _compile(self, kind: str, grammar: str) -> Constraint:
         """`kind`: json (a schema), regex, or grammar (Lark's or llama.cpp's GBNF).
 
         Raises ValueError, one line, for what cannot be compiled within LONGEST and LIMITS.
         """
-        from llguidance.gbnf_to_lark import any_to_lark
-
+        library = self.library
         if len(grammar) > LONGEST:
             raise ValueError(f"it has {len(grammar)} characters; give at most {LONGEST}")
-        matchers = self.library.LLMatcher
+        matchers = library.LLMatcher
         try:
             source = (matchers.grammar_from_json_schema(grammar, JSON_FORM) if kind == "json" else
                       matchers.grammar_from_regex(grammar) if kind == "regex" else
-                      matchers.grammar_from_lark(any_to_lark(grammar)))
+                      matchers.grammar_from_lark(library.gbnf_to_lark.any_to_lark(grammar)))
         except Exception as error:  # any_to_lark raises no narrower kind
             raise ValueError(f"{' '.join(str(error).split())[:160]}; change that part") from None
-        matcher = matchers(self.tokenizer, source, log_level=0,
-                           limits=self.library.LLParserLimits(**LIMITS))
+        matcher = matchers(self.tokens, source, log_level=0,
+                           limits=library.LLParserLimits(**LIMITS))
         matcher.compute_bitmask()  # some grammars exceed a limit only here
         if matcher.is_error():
             raise ValueError(f"{_one_line(matcher)}; change that part")

@@ -295,7 +295,7 @@ class Release:
             end, _, self.stopped = min(found)
             text, self.pending = self.pending[:end - len(self.stopped)], ""
             return text
-        keep = max((_overlap(self.pending, stop) for stop in self.stop), default=0)
+        keep = max((overlap(self.pending, stop) for stop in self.stop), default=0)
         cut = len(self.pending) - keep
         text, self.pending = self.pending[:cut], self.pending[cut:]
         return text
@@ -306,7 +306,7 @@ class Release:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest beginning of `stop` that `text` ends with."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1)
                  if text.endswith(stop[:size])), 0)

@@ -6,6 +6,7 @@ APIError for a request that cannot be fulfilled as it is; nothing is adjusted.
 """
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,11 +14,13 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, TypeAdapter
 
 from fira import __version__
-from fira.data.chat import prompt_ids
-from fira.data.tokenizer import PAD, TURN_END, Tokenizer
+from fira.data.chat import knows_tools, prompt_ids
+from fira.data.tokenizer import CALL, CALL_END, PAD, TURN_END, Tokenizer
+from fira.infer.constraint import Grammars
 from fira.infer.request import SamplingParams
 from fira.serve import schema
 from fira.serve.schema import MAX_CHOICES, APIError, ChatRequest, CompletionRequest
+from fira.serve.structure import choose_tools, constrain
 
 COMPLETION_TOKENS = 16  # OpenAI's default for a completion; a chat's default is what fits
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
@@ -39,6 +42,7 @@ class ServedModel:
     width: int = 0  # of the last hidden states, which become embeddings
 
     def __post_init__(self) -> None:
+        self.grammars = Grammars(self.tokenizer, self.vocab_size)
         names = self.tokenizer.token_bytes()
         for token in self.tokenizer.description["added_tokens"]:
             names[token["id"]] = token["content"].encode()
@@ -63,6 +67,7 @@ class Generation:
     choices: list[tuple[list[int], SamplingParams]]  # prompt ids and parameters, by choice index
     echoes: list[str]  # for each choice, the prompt text to repeat before the generated text
     hidden_tokens: int = 0  # leading prompt ids that are not part of the caller's text
+    calls: bool = False  # whether the generated text may call tools
 
     @property
     def prompt_tokens(self) -> int:
@@ -77,15 +82,21 @@ def chat(request: ChatRequest, model: ServedModel) -> Generation:
     if limit is not None and other is not None and limit != other:
         raise APIError(400, f"max_tokens={other} and max_completion_tokens={limit} differ; "
                        "give one of them", "max_tokens")
-    ids = _chat_ids(request.messages, model, request.continue_final_message)
+    tools = choose_tools(request)
+    if tools:
+        _check_tools(model, "tools")
+    ids = _chat_ids(request.messages, model, request.continue_final_message, tools)
     room = _room(ids, model, "messages", least=1)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     limit = limit if limit is not None else other
-    params = _params(request, model, room, room if limit is None else limit, logprobs)
+    params = _params(request, model, room, room if limit is None else limit, logprobs, tools)
     if model.chat_tuned:
         params = replace(params, stop_ids=(model.tokenizer.special(TURN_END),))
+    if tools:
+        params = replace(params, named={model.tokenizer.special(name): name.encode()
+                                        for name in (CALL, CALL_END)})
     choices = _choices(request, ids, params)
-    return Generation(request, choices, [""] * len(choices))
+    return Generation(request, choices, [""] * len(choices), calls=bool(tools))
 
 
 def complete(request: CompletionRequest, model: ServedModel) -> Generation:
@@ -195,19 +206,33 @@ def _text_ids(text: str, model: ServedModel, param: str = "prompt") -> list[int]
 
 
 def _chat_ids(messages: Sequence[schema.Message], model: ServedModel,
-              continue_final: bool | None) -> list[int]:
+              continue_final: bool | None, tools: Sequence[schema.Tool] = ()) -> list[int]:
     """Messages as chat turns, or as plain text for a model that was not tuned for chat."""
     if continue_final and messages[-1].role != "assistant":
         raise APIError(400, "continue_final_message needs a last message of role assistant, not "
                        f"{messages[-1].role}; add the text to continue", "continue_final_message")
-    turns = []
-    for message in messages:
-        content = message.content
+    turns: list[dict[str, Any]] = []
+    for number, message in enumerate(messages):
+        content, calls = message.content or "", message.tool_calls or []
+        if message.content is None and not calls:
+            raise APIError(400, f"messages.{number}.content is missing; give it",
+                           f"messages.{number}.content", "missing_field")
+        if message.role == "tool" or calls:
+            _check_tools(model, f"messages.{number}")
         text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         role = "system" if message.role == "developer" else message.role
-        turns.append({"role": role, "content": text})
-    _check_size("".join(turn["content"] for turn in turns), model, "messages")
-    return prompt_ids(model.tokenizer, turns, model.chat_tuned, bool(continue_final))
+        turns.append({"role": role, "content": text,
+                      "tool_calls": [call.function.model_dump() for call in calls]})
+    described = [tool.model_dump(exclude_none=True) for tool in tools]
+    _check_size(json.dumps([turns, described], ensure_ascii=False), model, "messages")
+    return prompt_ids(model.tokenizer, turns, model.chat_tuned, described,
+                      bool(continue_final))
+
+
+def _check_tools(model: ServedModel, param: str) -> None:
+    if not (model.chat_tuned and knows_tools(model.tokenizer)):
+        raise APIError(400, "this model's chat template has no form for tools and their calls; "
+                       f"leave out {param}", param)
 
 
 def _check_size(text: str, model: ServedModel, param: str) -> None:
@@ -228,7 +253,7 @@ def _room(ids: Sequence[int], model: ServedModel, param: str, least: int = 0) ->
 
 
 def _params(request: schema.GenerationRequest, model: ServedModel, room: int, limit: int,
-            logprobs: int | None) -> SamplingParams:
+            logprobs: int | None, tools: Sequence[schema.Tool] = ()) -> SamplingParams:
     if limit > room:
         raise APIError(400, f"max_tokens={limit} and a prompt of {model.window - room} tokens "
                        f"are more than the model's window of {model.window}; ask for at most "
@@ -238,9 +263,10 @@ def _params(request: schema.GenerationRequest, model: ServedModel, room: int, li
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     bias = {int(id): value for id, value in (request.logit_bias or {}).items()}
     _check_ids(list(bias), model.vocab_size, "logit_bias")
+    constraint = constrain(request, model.grammars, tools)
     return SamplingParams(max_new_tokens=limit, stop=stop, logprobs=logprobs, logit_bias=bias,
                           ignore_end=bool(request.ignore_eos), experts=bool(request.experts),
-                          **given)
+                          constraint=constraint, **given)
 
 
 def _choices(request: schema.GenerationRequest, ids: list[int],

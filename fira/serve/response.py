@@ -15,6 +15,7 @@ import numpy as np
 from fira.infer.request import End, Token, TokenScore
 from fira.serve.api import Generation, ServedModel
 from fira.serve.schema import ChatRequest, Usage
+from fira.serve.structure import CallParser
 
 MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot express
 DONE = b"data: [DONE]\n\n"
@@ -54,6 +55,20 @@ class ChoiceState:
     # each token with the position where its text begins; when streaming, those not yet in a chunk
     tokens: list[tuple[Token, int]] = field(default_factory=list)
     end: End | None = None
+    parser: CallParser | None = None  # if the text may call tools
+
+    @property
+    def finish_reason(self) -> str:
+        assert self.end
+        called = self.parser and self.parser.calls and self.end.reason == "stop"
+        return "tool_calls" if called else self.end.reason
+
+    def deltas(self) -> list[dict[str, Any]]:
+        """What the text that is not sent yet adds to a message."""
+        text, self.sent = self.text[self.sent:], len(self.text)
+        if self.parser:
+            return list(self.parser.push(text, last=self.end is not None))
+        return [{"content": text}] if text else []
 
 
 class ResponseBuilder:
@@ -65,7 +80,8 @@ class ResponseBuilder:
 
     def __init__(self, generation: Generation, model: ServedModel) -> None:
         self.generation, self.model, self.request = generation, model, generation.request
-        self.choices = [ChoiceState() for _ in generation.choices]
+        self.choices = [ChoiceState(parser=CallParser() if generation.calls else None)
+                        for _ in generation.choices]
         self.stream = bool(self.request.stream)
         self.is_chat = isinstance(self.request, ChatRequest)
         self.logprobs = generation.choices[0][1].logprobs is not None
@@ -98,15 +114,13 @@ class ResponseBuilder:
         """The chunks that an event completes: text, with its tokens, as soon as there is some."""
         self.add(index, event)
         choice = self.choices[index]
-        text = choice.text[choice.sent:]
-        if not text and choice.end is None:
-            return
-        if text or choice.tokens:
-            yield self._chunk(index, {"content" if self.is_chat else "text": text}, None,
-                              choice.tokens)
-        choice.sent, choice.tokens = len(choice.text), []
+        deltas = choice.deltas() or ([{"content": ""}] if choice.end and choice.tokens else [])
+        for delta in deltas:
+            content = delta if self.is_chat else {"text": delta["content"]}
+            yield self._chunk(index, content, None, choice.tokens)
+            choice.tokens = []
         if choice.end:
-            yield self._chunk(index, {} if self.is_chat else {"text": ""}, choice.end.reason)
+            yield self._chunk(index, {} if self.is_chat else {"text": ""}, choice.finish_reason)
 
     def last_chunks(self) -> Iterator[bytes]:
         """The chunks after every choice has ended."""
@@ -119,9 +133,9 @@ class ResponseBuilder:
         choices = []
         for index, choice in enumerate(self.choices):
             assert choice.end, f"choice {index} has not ended"
-            content = ({"message": {"role": "assistant", "content": choice.text}} if self.is_chat
+            content = ({"message": join(choice.deltas())} if self.is_chat
                        else {"text": self.generation.echoes[index] + choice.text})
-            choices.append(self._choice(index, content, choice.end.reason, choice.tokens))
+            choices.append(self._choice(index, content, choice.finish_reason, choice.tokens))
         return encode({**self.head, "choices": choices, "usage": self.usage()})
 
     def usage(self) -> Usage:
@@ -187,6 +201,19 @@ class ResponseBuilder:
             offsets.append(length)
             length += len(decoder.decode(self.model.token_bytes[score.id]))
         return offsets
+
+
+def join(deltas: list[dict[str, Any]]) -> dict[str, Any]:
+    """The message that these deltas make."""
+    calls: list[dict[str, Any]] = []
+    content = "".join(delta.get("content", "") for delta in deltas)
+    for piece in (piece for delta in deltas for piece in delta.get("tool_calls", ())):
+        if "id" in piece:
+            calls.append({name: piece[name] for name in ("id", "type", "function")})
+        else:
+            calls[-1]["function"]["arguments"] += piece["function"]["arguments"]
+    message = {"role": "assistant", "content": content or (None if calls else "")}
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def sse(content: Mapping[str, Any]) -> bytes:
