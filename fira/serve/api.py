@@ -1,8 +1,8 @@
 """The operations of the API. Each turns a checked request into a response, or into prompt ids and
 sampling parameters for the engine. No input or output.
 
-OPERATIONS lists all of them; the routes and /openapi.json are made from it. Operations raise
-APIError for a request that cannot be fulfilled as it is; nothing is adjusted.
+OPERATIONS lists all of them; the routes and openapi.py's description are made from it. Operations
+raise APIError for a request that cannot be fulfilled as it is; nothing is adjusted.
 """
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
-from fira import __version__
 from fira.data.chat import knows_tools, prompt_ids
 from fira.data.tokenizer import CALL, CALL_END, PAD, TURN_END, Tokenizer
 from fira.infer.constraint import Grammars
 from fira.infer.request import SamplingParams
-from fira.serve import schema
+from fira.serve import items, schema
 from fira.serve.schema import MAX_CHOICES, APIError, ChatRequest, CompletionRequest
 from fira.serve.structure import choose_tools, constrain
 
@@ -68,6 +67,7 @@ class Generation:
     echoes: list[str]  # for each choice, the prompt text to repeat before the generated text
     hidden_tokens: int = 0  # leading prompt ids that are not part of the caller's text
     calls: bool = False  # whether the generated text may call tools
+    asked: items.ItemRequest | None = None  # the request, if it came in the form of items
 
     @property
     def prompt_tokens(self) -> int:
@@ -97,6 +97,17 @@ def chat(request: ChatRequest, model: ServedModel) -> Generation:
                                         for name in (CALL, CALL_END)})
     choices = _choices(request, ids, params)
     return Generation(request, choices, [""] * len(choices), calls=bool(tools))
+
+
+def respond(request: items.ItemRequest, model: ServedModel) -> Generation:
+    try:
+        return replace(chat(items.to_chat(request), model), asked=request)
+    except APIError as error:  # the names of chat's fields become those of this request
+        names = {"messages": "input", "max_tokens": "max_output_tokens",
+                 "response_format": "text.format"}
+        param = names.get(error.param or "", error.param)
+        message = error.message.replace("max_tokens", "max_output_tokens")
+        raise APIError(error.status, message, param, error.code) from None
 
 
 def complete(request: CompletionRequest, model: ServedModel) -> Generation:
@@ -292,6 +303,7 @@ class Operation(NamedTuple):
 
 OPERATIONS = {
     "/v1/chat/completions": Operation("Reply to a chat", chat, schema.ChatCompletion, ChatRequest),
+    "/v1/responses": Operation("Reply to items", respond, schema.ItemResponse, items.ItemRequest),
     "/v1/completions": Operation("Continue a text", complete, schema.TextCompletion,
                                  CompletionRequest),
     "/v1/embeddings": Operation("Turn texts into vectors", embed, schema.Embeddings,
@@ -304,50 +316,3 @@ OPERATIONS = {
     "/v1/models/{model:path}": Operation("Describe one model", describe_model, schema.Model),
     "/health": Operation("Whether the model is loaded", report_health, schema.Health),
 }
-ERRORS = {"401": "The API key is missing or unknown",
-          "404": "The named model is not the served one",
-          "503": "The model is loading; see Retry-After"}
-POST_ERRORS = {"400": "A field of the request is wrong", "413": "The body is too large",
-               "415": "The body is not JSON", "429": "The queue is full; see Retry-After"}
-EVENT = {"type": "object", "required": ["data"], "properties": {"data": {
-    "type": "string", "description": "a chunk or an error in JSON; the last one is [DONE]"}}}
-REF = "#/components/schemas/{model}"
-
-
-def openapi() -> dict[str, Any]:
-    """The OpenAPI description of all operations."""
-    types = [type for operation in OPERATIONS.values()
-             for type in (operation.request, operation.response) if type]
-    _, schemas = TypeAdapter.json_schemas([(type.__name__, "validation", TypeAdapter(type))
-                                           for type in (*types, schema.Error)], ref_template=REF)
-    return {"openapi": "3.1.0",
-            "info": {"title": "FIRA", "version": __version__,
-                     "description": "An OpenAI-compatible server of one FIRA model."},
-            "security": [{}, {"key": []}],  # a key is required if the server was given --keys
-            "paths": {path.replace(":path", ""): {
-                "post" if operation.request else "get": _describe(path, operation)}
-                for path, operation in OPERATIONS.items()},
-            "components": {"schemas": schemas["$defs"], "securitySchemes": {
-                "key": {"type": "http", "scheme": "bearer"}}}}
-
-
-def _describe(path: str, operation: Operation) -> dict[str, Any]:
-    errors = {**ERRORS, **(POST_ERRORS if operation.request else {})}
-    content = _json(operation.response)
-    if operation.function in (chat, complete):
-        content["text/event-stream"] = {"schema": EVENT}
-    described: dict[str, Any] = {
-        "summary": operation.summary, "operationId": operation.function.__name__,
-        "responses": {"200": {"description": operation.summary, "content": content},
-                      **{status: {"description": words, "content": _json(schema.Error)}
-                         for status, words in errors.items()}}}
-    if operation.request:
-        described["requestBody"] = {"required": True, "content": _json(operation.request)}
-    if "{model" in path:
-        described["parameters"] = [{"name": "model", "in": "path", "required": True,
-                                    "schema": {"type": "string"}}]
-    return described
-
-
-def _json(model: Any) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": REF.format(model=model.__name__)}}}
