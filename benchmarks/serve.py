@@ -4,6 +4,7 @@
     python benchmarks/serve.py fuzz --cases 1000 --seed 3
     python benchmarks/serve.py client PATH/TO/openai-python
     python benchmarks/serve.py programs FOLDER
+    python benchmarks/serve.py constraint RUN
 
 load keeps `streams` requests streaming for `seconds`, beside a client that hardly reads a long
 stream. Every greedy completion is compared with `generate`. None may be lost, wrong or cut, memory
@@ -18,17 +19,22 @@ what the server does not do must end in the client's error for a status 4xx; REF
 
 programs runs the programs of docs/clients.md with FOLDER/bin/python, or with node and
 FOLDER/node_modules; each must print an object of their schema, unless its package is not there.
+
+constraint compares the tokens per processor second of RUN with and without a JSON schema and free
+text under a grammar, alternating, medians of seven.
 """
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,7 +58,7 @@ from fira.model.spec import FIRA2Spec
 
 PROMPTS, TOKENS = 32, 32
 # The model's context. fuzz and client have a short one: chats ask for as much as it allows.
-TESTS = {"load": 128, "fuzz": 32, "client": 32, "programs": 4096}
+TESTS = {"load": 128, "fuzz": 32, "client": 32, "programs": 4096, "constraint": 2}
 TEST_FILES = ("test_completions.py", "test_models.py", "chat/test_completions.py")
 REFUSED = {  # part of a test's name: why the server refuses its request
     "with_all_params": "asks for tools, audio, stored chats, best_of or suffix",
@@ -340,6 +346,30 @@ def run_programs(folder: Path, address: str) -> dict[str, Any]:
     return results
 
 
+def compare_constraints(run: Path) -> dict[str, Any]:
+    """Tokens per processor second, by form of text and number of answers written together."""
+    records = {"type": "array", "minItems": 99, "items": {
+        "type": "object", "properties": {"name": {"type": "string", "maxLength": 20},
+                                         "kind": {"enum": ["a", "b"]}, "n": {"type": "integer"}},
+        "required": ["name", "kind", "n"], "additionalProperties": False}}
+    forms = {"plain": {}, "schema": {"guided_json": records}, "text": {"guided_regex": r"(.|\n)*"}}
+    speeds: dict[str, list[float]] = {}
+    server, ticks = Server(run), os.sysconf("SC_CLK_TCK")
+    for answers, turn, (form, fields) in itertools.product((1, 8), range(8), forms.items()):
+        stat = Path(f"/proc/{server.process.pid}/stat")
+        start = sum(map(int, stat.read_text().split()[13:15]))
+        tokens = 0
+        for seed in range(16 // answers):
+            tokens += httpx.post(f"{server.address}/v1/completions", timeout=600, json={
+                "prompt": "The", "max_tokens": 100, "n": answers, "seed": seed, "ignore_eos": True,
+                **fields}).raise_for_status().json()["usage"]["completion_tokens"]
+        used = (sum(map(int, stat.read_text().split()[13:15])) - start) / ticks
+        if turn:  # the first round compiles
+            speeds.setdefault(f"{form}, {answers} at once", []).append(tokens / used)
+    server.stop()
+    return {"faults": [], **{name: round(statistics.median(all)) for name, all in speeds.items()}}
+
+
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("test", choices=TESTS)
@@ -350,7 +380,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    if options.test in ("client", "programs") and not options.checkout:
+    if options.test in ("client", "programs", "constraint") and not options.checkout:
         parser.error(f"{options.test} needs a folder")
     with serving(TESTS[options.test]) as (server, expected):
         if options.test == "load":
@@ -359,6 +389,8 @@ def main() -> None:
             result = fuzz(server.address, options.cases, options.seed)
         elif options.test == "programs":
             result = run_programs(options.checkout, server.address)
+        elif options.test == "constraint":
+            result = compare_constraints(options.checkout)
         else:
             result = run_client_tests(options.checkout, server.address)
     for name, value in result.items():
