@@ -303,7 +303,7 @@ class Operation(NamedTuple):
 
 OPERATIONS = {
     "/v1/chat/completions": Operation("Reply to a chat", chat, schema.ChatCompletion, ChatRequest),
-    "/v1/responses": Operation("Reply to items", respond, schema.ItemResponse, items.ItemRequest),
+    "/v1/responses": Operation("Reply to items", respond, items.ItemResponse, items.ItemRequest),
     "/v1/completions": Operation("Continue a text", complete, schema.TextCompletion,
                                  CompletionRequest),
     "/v1/embeddings": Operation("Turn texts into vectors", embed, schema.Embeddings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from fira.serve import schema
 from fira.serve.schema import MAX_MESSAGES, APIError, Label, Nothing, Strict
@@ -84,6 +85,14 @@ class ItemRequest(Strict):
         None, description="false: the server stores nothing that could be fetched later")
     previous_response_id: Literal[""] | None = Field(
         None, description="left out: the server stores nothing; send the conversation in input")
+
+
+class ItemResponse(TypedDict):
+    id: str
+    object: str
+    status: str
+    model: str
+    output: list[dict[str, Any]]
 
 
 def to_chat(request: ItemRequest) -> schema.ChatRequest:

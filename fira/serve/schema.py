@@ -315,14 +315,6 @@ class Embeddings(TypedDict):
     usage: dict[str, int]
 
 
-class ItemResponse(TypedDict):
-    id: str
-    object: str
-    status: str
-    model: str
-    output: list[dict[str, Any]]
-
-
 class Model(TypedDict):
     id: str
     object: str
