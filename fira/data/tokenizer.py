@@ -28,9 +28,32 @@ END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start
 SPECIAL = (END_OF_TEXT, PAD, TURN_START, TURN_END, "<think>", "</think>", "<tool_call>",
            "</tool_call>", "<tool_response>", "</tool_response>",
            *(f"<|reserved_{number}|>" for number in range(22)))
-CHAT_TEMPLATE = (  # ChatML; fira/data/chat.py gives the same ids
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CALL, CALL_END, RESPONSE, RESPONSE_END = SPECIAL[6:10]
+# Tools stand in the system message in Qwen3's own words: programs made for Qwen3 know them.
+TOOLS_HEAD = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "
+    "provided with function signatures within <tools></tools> XML tags:\n<tools>\n")
+TOOLS_TAIL = (
+    "</tools>\n\nFor each function call, return a json object with function name and arguments "
+    f"within {CALL}{CALL_END} XML tags:\n{CALL}\n"
+    f'{{"name": <function-name>, "arguments": <args-json-object>}}\n{CALL_END}')
+CHAT_TEMPLATE = (  # ChatML with Qwen3's form of tools; fira/data/chat.py gives the same ids
+    "{% if tools %}<|im_start|>system\n{% if messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] + '\n\n' }}{% endif %}" + TOOLS_HEAD +
+    "{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}" + TOOLS_TAIL + "<|im_end|>\n"
+    "{% endif %}{% for message in messages %}{% if message['role'] == 'tool' %}"
+    "{% if loop.first or messages[loop.index0 - 1]['role'] != 'tool' %}<|im_start|>user{% endif %}"
+    "{{ '\n<tool_response>\n' + message['content'] + '\n</tool_response>' }}"
+    "{% if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% elif not (tools and loop.first and message['role'] == 'system') %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] or '' }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{% if message['content'] or not loop.first %}{{ '\n' }}{% endif %}"
+    "{% set call = call['function'] or call %}"
+    "{{ '<tool_call>\n{\"name\": \"' + call['name'] + '\", \"arguments\": ' }}"
+    "{{ call['arguments'] if call['arguments'] is string else call['arguments'] | tojson }}"
+    "{{ '}\n</tool_call>' }}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 FILES = ("tokenizer.json", "tokenizer_config.json")
 INPUTS = {"model_input_names": ["input_ids", "attention_mask"]}  # transformers 4 would add others
 KNOWN = {  # vocabularies without a pattern, by a hash of their ids: pattern, and special tokens

@@ -6,7 +6,7 @@ complete and no stop string can begin in it. So a token's text may be empty; the
 tokens and of the end, joined, are the whole text.
 
 The draw itself is `fira.model.generate.sample`. Penalties and biases, which depend on the request's
-own tokens, and log-probabilities are added here. Nothing depends on other requests.
+own tokens, the constraint and log-probabilities are added here. Nothing depends on other requests.
 """
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fira.infer.constraint import Constraint
 from fira.model.generate import check_sampling, sample
 
 Reason = Literal["stop", "length", "cancelled", "error"]
@@ -48,6 +49,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for the prompt's tokens, in `End.prompt`
     experts: bool = False  # report the experts that processed each token, per layer
     embed_from: int | None = None  # report `End.embedding`, of the prompt from this token on
+    constraint: Constraint | None = None  # the grammar that the text follows
+    named: Mapping[int, bytes] = field(default_factory=dict)  # special tokens that give this text
 
     def __post_init__(self) -> None:
         check_sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
@@ -131,7 +134,8 @@ class Request:
         self.prompt_scores = [TokenScore(prompt[0], None)] if scored else []
         self.hidden_D: Any = None  # sum of the last hidden states to embed
         self.ends = {*params.stop_ids} | (set() if params.ignore_end else {end_of_text})
-        self.text = Release(token_bytes, params.stop)
+        self.text = Release(token_bytes, params.stop, params.named)
+        self.constraint = params.constraint.start() if params.constraint else None
         self.generator = torch.Generator(device)
         if params.seed is None:
             self.generator.seed()
@@ -163,7 +167,10 @@ class Request:
     def add_token(self, logits_V: Tensor, experts_LK: Tensor | None) -> Token:
         """Choose the next token. Raises ValueError if no logit is finite."""
         params = self.params
-        token = choose_token(logits_V, self.prompt, self.new, params, self.generator)
+        allowed_V = self.constraint.allowed(self.ends) if self.constraint else None
+        token = choose_token(logits_V, self.prompt, self.new, params, self.generator, allowed_V)
+        if self.constraint and token not in self.ends:
+            self.constraint.accept(token)
         self.new.append(token)
         self.window.append(token)
         text = "" if token in self.ends else self.text.push(token)
@@ -176,7 +183,8 @@ class Request:
 
     def end_reason(self) -> Reason | None:
         """Why the text ends with its latest token; None if it may go on."""
-        if self.new[-1] in self.ends or self.text.stopped:
+        finished = self.constraint is not None and self.constraint.finished
+        if self.new[-1] in self.ends or self.text.stopped or finished:
             return "stop"
         return "length" if len(self.new) >= self.params.max_new_tokens else None
 
@@ -204,9 +212,14 @@ def check_request(prompt: Sequence[int], params: SamplingParams, vocab_size: int
 
 
 def choose_token(logits_V: Tensor, prompt: Sequence[int], new: Sequence[int],
-                 params: SamplingParams, generator: torch.Generator) -> int:
-    """The token after `prompt` and the `new` tokens. Raises ValueError if no logit is finite."""
+                 params: SamplingParams, generator: torch.Generator,
+                 allowed_V: Tensor | None = None) -> int:
+    """The token after `prompt` and the `new` tokens; with `allowed_V`, one of those.
+
+    Raises ValueError if no logit is finite."""
     logits_V = penalize(logits_V, prompt, new, params)
+    if allowed_V is not None:
+        logits_V = logits_V.masked_fill(~allowed_V.to(logits_V.device), -math.inf)
     largest = float(logits_V.max())
     if not math.isfinite(largest):  # NaN too
         raise ValueError(f"the largest logit is {largest}; the model's weights are damaged, or "
@@ -264,15 +277,17 @@ class Release:
     first ends the text, and the longest of those complete at once.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:
-        self.token_bytes, self.stop = token_bytes, stop
+    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = (),
+                 named: Mapping[int, bytes] | None = None) -> None:
+        self.token_bytes, self.stop, self.named = token_bytes, stop, named or {}
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.pending = ""
         self.stopped: str | None = None  # the stop string that ended the text
 
     def push(self, token: int) -> str:
         """The text that this token releases."""
-        data = self.token_bytes[token] if token < len(self.token_bytes) else b""
+        data = self.named.get(token) or (
+            self.token_bytes[token] if token < len(self.token_bytes) else b"")
         self.pending += self.decoder.decode(data)
         found = [(self.pending.find(stop) + len(stop), -len(stop), stop)
                  for stop in self.stop if stop in self.pending]
@@ -280,7 +295,7 @@ class Release:
             end, _, self.stopped = min(found)
             text, self.pending = self.pending[:end - len(self.stopped)], ""
             return text
-        keep = max((_overlap(self.pending, stop) for stop in self.stop), default=0)
+        keep = max((overlap(self.pending, stop) for stop in self.stop), default=0)
         cut = len(self.pending) - keep
         text, self.pending = self.pending[:cut], self.pending[cut:]
         return text
@@ -291,7 +306,7 @@ class Release:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest beginning of `stop` that `text` ends with."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1)
                  if text.endswith(stop[:size])), 0)

@@ -1,23 +1,25 @@
 """The operations of the API. Each turns a checked request into a response, or into prompt ids and
 sampling parameters for the engine. No input or output.
 
-OPERATIONS lists all of them; the routes and /openapi.json are made from it. Operations raise
-APIError for a request that cannot be fulfilled as it is; nothing is adjusted.
+OPERATIONS lists all of them; the routes and openapi.py's description are made from it. Operations
+raise APIError for a request that cannot be fulfilled as it is; nothing is adjusted.
 """
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
-from fira import __version__
-from fira.data.chat import prompt_ids
-from fira.data.tokenizer import PAD, TURN_END, Tokenizer
+from fira.data.chat import knows_tools, prompt_ids
+from fira.data.tokenizer import CALL, CALL_END, PAD, TURN_END, Tokenizer
+from fira.infer.constraint import Grammars
 from fira.infer.request import SamplingParams
-from fira.serve import schema
+from fira.serve import items, schema
 from fira.serve.schema import MAX_CHOICES, APIError, ChatRequest, CompletionRequest
+from fira.serve.structure import choose_tools, constrain
 
 COMPLETION_TOKENS = 16  # OpenAI's default for a completion; a chat's default is what fits
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
@@ -39,6 +41,7 @@ class ServedModel:
     width: int = 0  # of the last hidden states, which become embeddings
 
     def __post_init__(self) -> None:
+        self.grammars = Grammars(self.tokenizer, self.vocab_size)
         names = self.tokenizer.token_bytes()
         for token in self.tokenizer.description["added_tokens"]:
             names[token["id"]] = token["content"].encode()
@@ -63,6 +66,8 @@ class Generation:
     choices: list[tuple[list[int], SamplingParams]]  # prompt ids and parameters, by choice index
     echoes: list[str]  # for each choice, the prompt text to repeat before the generated text
     hidden_tokens: int = 0  # leading prompt ids that are not part of the caller's text
+    calls: bool = False  # whether the generated text may call tools
+    asked: items.ItemRequest | None = None  # the request, if it came in the form of items
 
     @property
     def prompt_tokens(self) -> int:
@@ -77,15 +82,32 @@ def chat(request: ChatRequest, model: ServedModel) -> Generation:
     if limit is not None and other is not None and limit != other:
         raise APIError(400, f"max_tokens={other} and max_completion_tokens={limit} differ; "
                        "give one of them", "max_tokens")
-    ids = _chat_ids(request.messages, model, request.continue_final_message)
+    tools = choose_tools(request)
+    if tools:
+        _check_tools(model, "tools")
+    ids = _chat_ids(request.messages, model, request.continue_final_message, tools)
     room = _room(ids, model, "messages", least=1)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     limit = limit if limit is not None else other
-    params = _params(request, model, room, room if limit is None else limit, logprobs)
+    params = _params(request, model, room, room if limit is None else limit, logprobs, tools)
     if model.chat_tuned:
         params = replace(params, stop_ids=(model.tokenizer.special(TURN_END),))
+    if tools:
+        params = replace(params, named={model.tokenizer.special(name): name.encode()
+                                        for name in (CALL, CALL_END)})
     choices = _choices(request, ids, params)
-    return Generation(request, choices, [""] * len(choices))
+    return Generation(request, choices, [""] * len(choices), calls=bool(tools))
+
+
+def respond(request: items.ItemRequest, model: ServedModel) -> Generation:
+    try:
+        return replace(chat(items.to_chat(request), model), asked=request)
+    except APIError as error:  # the names of chat's fields become those of this request
+        names = {"messages": "input", "max_tokens": "max_output_tokens",
+                 "response_format": "text.format"}
+        param = names.get(error.param or "", error.param)
+        message = error.message.replace("max_tokens", "max_output_tokens")
+        raise APIError(error.status, message, param, error.code) from None
 
 
 def complete(request: CompletionRequest, model: ServedModel) -> Generation:
@@ -195,19 +217,33 @@ def _text_ids(text: str, model: ServedModel, param: str = "prompt") -> list[int]
 
 
 def _chat_ids(messages: Sequence[schema.Message], model: ServedModel,
-              continue_final: bool | None) -> list[int]:
+              continue_final: bool | None, tools: Sequence[schema.Tool] = ()) -> list[int]:
     """Messages as chat turns, or as plain text for a model that was not tuned for chat."""
     if continue_final and messages[-1].role != "assistant":
         raise APIError(400, "continue_final_message needs a last message of role assistant, not "
                        f"{messages[-1].role}; add the text to continue", "continue_final_message")
-    turns = []
-    for message in messages:
-        content = message.content
+    turns: list[dict[str, Any]] = []
+    for number, message in enumerate(messages):
+        content, calls = message.content or "", message.tool_calls or []
+        if message.content is None and not calls:
+            raise APIError(400, f"messages.{number}.content is missing; give it",
+                           f"messages.{number}.content", "missing_field")
+        if message.role == "tool" or calls:
+            _check_tools(model, f"messages.{number}")
         text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         role = "system" if message.role == "developer" else message.role
-        turns.append({"role": role, "content": text})
-    _check_size("".join(turn["content"] for turn in turns), model, "messages")
-    return prompt_ids(model.tokenizer, turns, model.chat_tuned, bool(continue_final))
+        turns.append({"role": role, "content": text,
+                      "tool_calls": [call.function.model_dump() for call in calls]})
+    described = [tool.model_dump(exclude_none=True) for tool in tools]
+    _check_size(json.dumps([turns, described], ensure_ascii=False), model, "messages")
+    return prompt_ids(model.tokenizer, turns, model.chat_tuned, described,
+                      bool(continue_final))
+
+
+def _check_tools(model: ServedModel, param: str) -> None:
+    if not (model.chat_tuned and knows_tools(model.tokenizer)):
+        raise APIError(400, "this model's chat template has no form for tools and their calls; "
+                       f"leave out {param}", param)
 
 
 def _check_size(text: str, model: ServedModel, param: str) -> None:
@@ -228,7 +264,7 @@ def _room(ids: Sequence[int], model: ServedModel, param: str, least: int = 0) ->
 
 
 def _params(request: schema.GenerationRequest, model: ServedModel, room: int, limit: int,
-            logprobs: int | None) -> SamplingParams:
+            logprobs: int | None, tools: Sequence[schema.Tool] = ()) -> SamplingParams:
     if limit > room:
         raise APIError(400, f"max_tokens={limit} and a prompt of {model.window - room} tokens "
                        f"are more than the model's window of {model.window}; ask for at most "
@@ -238,9 +274,10 @@ def _params(request: schema.GenerationRequest, model: ServedModel, room: int, li
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     bias = {int(id): value for id, value in (request.logit_bias or {}).items()}
     _check_ids(list(bias), model.vocab_size, "logit_bias")
+    constraint = constrain(request, model.grammars, tools)
     return SamplingParams(max_new_tokens=limit, stop=stop, logprobs=logprobs, logit_bias=bias,
                           ignore_end=bool(request.ignore_eos), experts=bool(request.experts),
-                          **given)
+                          constraint=constraint, **given)
 
 
 def _choices(request: schema.GenerationRequest, ids: list[int],
@@ -266,6 +303,7 @@ class Operation(NamedTuple):
 
 OPERATIONS = {
     "/v1/chat/completions": Operation("Reply to a chat", chat, schema.ChatCompletion, ChatRequest),
+    "/v1/responses": Operation("Reply to items", respond, items.ItemResponse, items.ItemRequest),
     "/v1/completions": Operation("Continue a text", complete, schema.TextCompletion,
                                  CompletionRequest),
     "/v1/embeddings": Operation("Turn texts into vectors", embed, schema.Embeddings,
@@ -278,50 +316,3 @@ OPERATIONS = {
     "/v1/models/{model:path}": Operation("Describe one model", describe_model, schema.Model),
     "/health": Operation("Whether the model is loaded", report_health, schema.Health),
 }
-ERRORS = {"401": "The API key is missing or unknown",
-          "404": "The named model is not the served one",
-          "503": "The model is loading; see Retry-After"}
-POST_ERRORS = {"400": "A field of the request is wrong", "413": "The body is too large",
-               "415": "The body is not JSON", "429": "The queue is full; see Retry-After"}
-EVENT = {"type": "object", "required": ["data"], "properties": {"data": {
-    "type": "string", "description": "a chunk or an error in JSON; the last one is [DONE]"}}}
-REF = "#/components/schemas/{model}"
-
-
-def openapi() -> dict[str, Any]:
-    """The OpenAPI description of all operations."""
-    types = [type for operation in OPERATIONS.values()
-             for type in (operation.request, operation.response) if type]
-    _, schemas = TypeAdapter.json_schemas([(type.__name__, "validation", TypeAdapter(type))
-                                           for type in (*types, schema.Error)], ref_template=REF)
-    return {"openapi": "3.1.0",
-            "info": {"title": "FIRA", "version": __version__,
-                     "description": "An OpenAI-compatible server of one FIRA model."},
-            "security": [{}, {"key": []}],  # a key is required if the server was given --keys
-            "paths": {path.replace(":path", ""): {
-                "post" if operation.request else "get": _describe(path, operation)}
-                for path, operation in OPERATIONS.items()},
-            "components": {"schemas": schemas["$defs"], "securitySchemes": {
-                "key": {"type": "http", "scheme": "bearer"}}}}
-
-
-def _describe(path: str, operation: Operation) -> dict[str, Any]:
-    errors = {**ERRORS, **(POST_ERRORS if operation.request else {})}
-    content = _json(operation.response)
-    if operation.function in (chat, complete):
-        content["text/event-stream"] = {"schema": EVENT}
-    described: dict[str, Any] = {
-        "summary": operation.summary, "operationId": operation.function.__name__,
-        "responses": {"200": {"description": operation.summary, "content": content},
-                      **{status: {"description": words, "content": _json(schema.Error)}
-                         for status, words in errors.items()}}}
-    if operation.request:
-        described["requestBody"] = {"required": True, "content": _json(operation.request)}
-    if "{model" in path:
-        described["parameters"] = [{"name": "model", "in": "path", "required": True,
-                                    "schema": {"type": "string"}}]
-    return described
-
-
-def _json(model: Any) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": REF.format(model=model.__name__)}}}

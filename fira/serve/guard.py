@@ -162,7 +162,7 @@ def _path(error: ErrorDetails) -> list[str]:
     first, *rest = error["loc"]
     # the last part of an unknown field is the caller's own word and may look like such a name
     last = [rest.pop()] if rest and error["type"] == UNKNOWN else []
-    members = ("str", "int", "constrained-str", "constrained-int")
+    members = ("str", "int", "constrained-str", "constrained-int", "NamedTool")
     return [str(part) for part in (first, *(
         part for part in rest
         if isinstance(part, int) or not (part in members or "[" in part)), *last)]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import itertools
 import json
 import time
 import uuid
@@ -14,7 +15,8 @@ import numpy as np
 
 from fira.infer.request import End, Token, TokenScore
 from fira.serve.api import Generation, ServedModel
-from fira.serve.schema import ChatRequest, Usage
+from fira.serve.schema import APIError, ChatRequest, Usage
+from fira.serve.structure import CallParser
 
 MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot express
 DONE = b"data: [DONE]\n\n"
@@ -54,6 +56,20 @@ class ChoiceState:
     # each token with the position where its text begins; when streaming, those not yet in a chunk
     tokens: list[tuple[Token, int]] = field(default_factory=list)
     end: End | None = None
+    parser: CallParser | None = None  # if the text may call tools
+
+    @property
+    def finish_reason(self) -> str:
+        assert self.end
+        called = self.parser and self.parser.calls and self.end.reason == "stop"
+        return "tool_calls" if called else self.end.reason
+
+    def deltas(self) -> list[dict[str, Any]]:
+        """What the text that is not sent yet adds to a message."""
+        text, self.sent = self.text[self.sent:], len(self.text)
+        if self.parser:
+            return list(self.parser.push(text, last=self.end is not None))
+        return [{"content": text}] if text else []
 
 
 class ResponseBuilder:
@@ -65,7 +81,8 @@ class ResponseBuilder:
 
     def __init__(self, generation: Generation, model: ServedModel) -> None:
         self.generation, self.model, self.request = generation, model, generation.request
-        self.choices = [ChoiceState() for _ in generation.choices]
+        self.choices = [ChoiceState(parser=CallParser() if generation.calls else None)
+                        for _ in generation.choices]
         self.stream = bool(self.request.stream)
         self.is_chat = isinstance(self.request, ChatRequest)
         self.logprobs = generation.choices[0][1].logprobs is not None
@@ -98,15 +115,13 @@ class ResponseBuilder:
         """The chunks that an event completes: text, with its tokens, as soon as there is some."""
         self.add(index, event)
         choice = self.choices[index]
-        text = choice.text[choice.sent:]
-        if not text and choice.end is None:
-            return
-        if text or choice.tokens:
-            yield self._chunk(index, {"content" if self.is_chat else "text": text}, None,
-                              choice.tokens)
-        choice.sent, choice.tokens = len(choice.text), []
+        deltas = choice.deltas() or ([{"content": ""}] if choice.end and choice.tokens else [])
+        for delta in deltas:
+            content = delta if self.is_chat else {"text": delta["content"]}
+            yield self._chunk(index, content, None, choice.tokens)
+            choice.tokens = []
         if choice.end:
-            yield self._chunk(index, {} if self.is_chat else {"text": ""}, choice.end.reason)
+            yield self._chunk(index, {} if self.is_chat else {"text": ""}, choice.finish_reason)
 
     def last_chunks(self) -> Iterator[bytes]:
         """The chunks after every choice has ended."""
@@ -119,10 +134,14 @@ class ResponseBuilder:
         choices = []
         for index, choice in enumerate(self.choices):
             assert choice.end, f"choice {index} has not ended"
-            content = ({"message": {"role": "assistant", "content": choice.text}} if self.is_chat
+            content = ({"message": join(choice.deltas())} if self.is_chat
                        else {"text": self.generation.echoes[index] + choice.text})
-            choices.append(self._choice(index, content, choice.end.reason, choice.tokens))
+            choices.append(self._choice(index, content, choice.finish_reason, choice.tokens))
         return encode({**self.head, "choices": choices, "usage": self.usage()})
+
+    def failed(self, error: APIError) -> bytes:
+        """The last chunk of a stream that the engine could not finish."""
+        return sse(error.body)
 
     def usage(self) -> Usage:
         ends = [choice.end for choice in self.choices if choice.end]
@@ -187,6 +206,121 @@ class ResponseBuilder:
             offsets.append(length)
             length += len(decoder.decode(self.model.token_bytes[score.id]))
         return offsets
+
+
+class ItemResponseBuilder(ResponseBuilder):
+    """The same for /v1/responses: the message becomes items, and a stream is of named events."""
+
+    def __init__(self, generation: Generation, model: ServedModel) -> None:
+        super().__init__(generation, model)
+        self.id = f"resp_{uuid.uuid4().hex}"
+        self.choice, self.items = self.choices[0], list[dict[str, Any]]()
+        self.events = itertools.count()
+
+    @property
+    def status(self) -> str:
+        end = self.choice.end
+        return "in_progress" if not end else "completed" if end.reason == "stop" else "incomplete"
+
+    def first_chunks(self) -> Iterator[bytes]:
+        for kind in ("response.created", "response.in_progress"):
+            yield self._event(kind, response=self._describe())
+
+    def chunks(self, index: int, event: Event) -> Iterator[bytes]:
+        self.add(index, event)
+        yield from self._take()
+
+    def last_chunks(self) -> Iterator[bytes]:
+        yield self._event(f"response.{self.status}", response=self._describe())
+
+    def body(self) -> bytes:
+        for _ in self._take():
+            pass
+        return encode(self._describe())
+
+    def failed(self, error: APIError) -> bytes:
+        return self._event("error", code=error.code, message=error.message, param=error.param)
+
+    def _take(self) -> Iterator[bytes]:
+        """The events of the text that came since the last call, and of the end of the message."""
+        for delta in self.choice.deltas():
+            if "content" in delta:
+                if not self.items or self.items[-1]["type"] != "message":
+                    part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+                    yield from self._open("msg", type="message", role="assistant", content=[part])
+                    yield self._event("response.content_part.added", content_index=0, part=part)
+                self.items[-1]["content"][0]["text"] += delta["content"]
+                yield self._event("response.output_text.delta", content_index=0, logprobs=[],
+                                  delta=delta["content"])
+            for call in delta.get("tool_calls", ()):
+                function = call["function"]
+                if "id" in call:
+                    yield from self._open("fc", type="function_call", call_id=call["id"],
+                                          **function)
+                else:
+                    self.items[-1]["arguments"] += function["arguments"]
+                    yield self._event("response.function_call_arguments.delta",
+                                      delta=function["arguments"])
+        if self.choice.end:
+            yield from self._close()
+
+    def _open(self, kind: str, **fields: Any) -> Iterator[bytes]:
+        yield from self._close()
+        item = {"id": f"{kind}_{uuid.uuid4().hex}", "status": "in_progress", **fields}
+        self.items.append(item)
+        yield self._event("response.output_item.added", item=item)
+
+    def _close(self) -> Iterator[bytes]:
+        """The events after the latest item, if there is one."""
+        if not self.items:
+            return
+        item = self.items[-1]
+        item["status"] = "incomplete" if self.status == "incomplete" else "completed"
+        for part in item.get("content", ()):
+            yield self._event("response.output_text.done", content_index=0, logprobs=[],
+                              text=part["text"])
+            yield self._event("response.content_part.done", content_index=0, part=part)
+        if "arguments" in item:
+            yield self._event("response.function_call_arguments.done", name=item["name"],
+                              arguments=item["arguments"])
+        yield self._event("response.output_item.done", item=item)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        place: dict[str, Any] = {}
+        if self.items and "response" not in fields:
+            place = {"output_index": len(self.items) - 1, "item_id": self.items[-1]["id"]}
+        return f"event: {kind}\n".encode() + sse(
+            {"type": kind, "sequence_number": next(self.events), **place, **fields})
+
+    def _describe(self) -> dict[str, Any]:
+        asked, usage = self.generation.asked, self.usage()
+        assert asked
+        given = asked.model_dump(by_alias=True, exclude={"input", "stream", "user", "include"})
+        cut = {"reason": "max_output_tokens"} if self.status == "incomplete" else None
+        return {**given, "id": self.id, "object": "response", "created_at": self.head["created"],
+                "status": self.status, "error": None, "incomplete_details": cut,
+                "model": self.model.name, "output": self.items, "metadata": {},
+                "tools": given["tools"] or [], "tool_choice": given["tool_choice"] or "auto",
+                "parallel_tool_calls": asked.parallel_tool_calls is not False,
+                "usage": self.choice.end and {
+                    "input_tokens": usage["prompt_tokens"],
+                    "input_tokens_details": usage["prompt_tokens_details"],
+                    "output_tokens": usage["completion_tokens"],
+                    "output_tokens_details": {"reasoning_tokens": 0},
+                    "total_tokens": usage["total_tokens"]}}
+
+
+def join(deltas: list[dict[str, Any]]) -> dict[str, Any]:
+    """The message that these deltas make."""
+    calls: list[dict[str, Any]] = []
+    content = "".join(delta.get("content", "") for delta in deltas)
+    for piece in (piece for delta in deltas for piece in delta.get("tool_calls", ())):
+        if "id" in piece:
+            calls.append({name: piece[name] for name in ("id", "type", "function")})
+        else:
+            calls[-1]["function"]["arguments"] += piece["function"]["arguments"]
+    message = {"role": "assistant", "content": content or (None if calls else "")}
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def sse(content: Mapping[str, Any]) -> bytes:

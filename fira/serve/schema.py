@@ -39,7 +39,6 @@ class APIError(Exception):
 
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 Label = Field(None, description="a label or a hint, which has no effect")
-NoTools = Field(None, description="left out or empty, because the model calls no tools")
 
 
 class Strict(BaseModel):
@@ -53,12 +52,48 @@ class TextPart(Strict):
     text: str
 
 
+class Call(Strict):
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call in an assistant's message, as a response gives it."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Call
+    index: int | None = None
+
+
 class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = None
     name: str | None = Label
     annotations: Nothing = None
-    tool_calls: Nothing = NoTools
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
+    tool_call_id: str | None = Label
+
+
+class Function(Strict):
+    name: str = Field(pattern=r"^[\w.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: FunctionName
 
 
 class StreamOptions(Strict):
@@ -66,8 +101,26 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
+class NamedSchema(Strict):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(Strict):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class Structure(Strict):
+    """vLLM's structured_outputs: exactly one of the fields."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -115,6 +168,13 @@ class GenerationRequest(Strict):
     store: Literal[False] | None = Field(
         None, description="false, because the server stores nothing")
     service_tier: Literal["auto", "default"] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: Structure | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
 
 
 class ChatRequest(GenerationRequest):
@@ -123,10 +183,10 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
-    tools: Nothing = NoTools
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = Label
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="'none', 'auto', 'required' or an object that names one of the tools")
+    parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = Field(
         None, description='["text"], because the model writes text only')
     reasoning_effort: Literal["none"] | None = None
@@ -212,7 +272,8 @@ class TextLogprobs(TypedDict):
 
 class AssistantMessage(TypedDict):
     role: str
-    content: str
+    content: str | None
+    tool_calls: NotRequired[list[dict[str, Any]]]
 
 
 class Choice(TypedDict):

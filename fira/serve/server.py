@@ -26,10 +26,16 @@ from starlette.types import Receive, Scope, Send
 
 from fira import __version__
 from fira.infer.request import End, QueueFull
-from fira.serve import api
+from fira.serve import api, openapi
 from fira.serve.guard import OPEN_PATHS, Keys, check_host, parse, read_body
 from fira.serve.metrics import Metrics
-from fira.serve.response import KEEPALIVE, EmbeddingBuilder, Event, ResponseBuilder, sse
+from fira.serve.response import (
+    KEEPALIVE,
+    EmbeddingBuilder,
+    Event,
+    ItemResponseBuilder,
+    ResponseBuilder,
+)
 from fira.serve.schema import MAX_CHOICES, APIError, EmbeddingRequest
 
 PAGE = Path(__file__).with_name("page.html")
@@ -55,7 +61,7 @@ class Server:
         self.metrics = Metrics(lambda: self.service and self.service[1])
 
     def app(self) -> Starlette:
-        html, description = PAGE.read_text(encoding="utf-8"), api.openapi()
+        html, description = PAGE.read_text(encoding="utf-8"), openapi.describe()
         headers = page_headers(html)
         pages: dict[str, Callable[[], Response]] = {
             "/": lambda: HTMLResponse(html, headers=headers),
@@ -133,7 +139,8 @@ class Server:
                                            Events(engine, result, lambda: None))
             events = Events(engine, result, lambda: self.metrics.first_token.observe(
                 _elapsed(request)))
-            return await self.generate(request, ResponseBuilder(result, model), events)
+            builder = ItemResponseBuilder if result.asked else ResponseBuilder
+            return await self.generate(request, builder(result, model), events)
         return JSONResponse(result)
 
     async def generate(self, request: Request, builder: Any, events: Events) -> Response:
@@ -162,7 +169,7 @@ class Server:
             for chunk in builder.last_chunks():
                 yield chunk
         except APIError as error:
-            yield sse(error.body)
+            yield builder.failed(error)
         self.metrics.seconds.labels(request.scope["path"]).observe(_elapsed(request))
 
 

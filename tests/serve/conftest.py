@@ -154,18 +154,23 @@ def http(running):
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
+def window():
+    return 128
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer, window):
     spec = FIRA2Spec(vocab_size=320, d_model=32, n_head=2, n_kv_head=1, head_dim=16, num_layers=2,
-                     d_ff=32, num_experts=4, top_k=2, context=128)
+                     d_ff=32, num_experts=4, top_k=2, context=window)
     return build(spec, seed=1).eval()
 
 
 @pytest.fixture(scope="module")
 def real(model, tokenizer):
     """A server over a real engine."""
-    engine = Engine(model, tokenizer, slots=8, capacity=128)
+    engine = Engine(model, tokenizer, slots=8)
     engine.start()
-    served = ServedModel("tiny", tokenizer, 128, 320, chat_tuned=True,
+    served = ServedModel("tiny", tokenizer, model.spec.context, 320, chat_tuned=True,
                          architecture=architecture(model), width=32)
     running = RunningServer(lambda: (served, engine)).wait()
     yield running

@@ -141,7 +141,7 @@ def test_generated_requests_are_answered_as_described(described):
     """Some hundred cases; benchmarks/serve.py runs thousands."""
     for operation in described.get_all_operations():
         @given(case=operation.ok().as_strategy())
-        @settings(max_examples=30, deadline=None, database=None, derandomize=True,
+        @settings(max_examples=20, deadline=None, database=None, derandomize=True,
                   suppress_health_check=list(HealthCheck))
         def run(case):
             conforms(case)
