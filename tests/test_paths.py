@@ -10,7 +10,7 @@ from fira.serve.api import ServedModel
 from fira.serve.process import architecture
 from fira.stages.pretrain import pretrain
 from fira.train.loop import Loop
-from tests.serve.conftest import RunningServer, model, tokenizer  # noqa: F401
+from tests.serve.conftest import RunningServer, model, tokenizer, window  # noqa: F401
 from tests.trace import tracing
 
 
@@ -25,9 +25,9 @@ def chat(running, text: str) -> int:
     return usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
 
 
-@pytest.mark.parametrize("compiled, most", [(True, 13), (False, 16)])
+@pytest.mark.parametrize("compiled, most", [(True, 14), (False, 17)])
 def test_a_chat_request_passes_few_files(model, tokenizer, compiled, most):  # noqa: F811
-    """13 with the compiled step and a short message, 16 where the model itself reads a prompt."""
+    """14 with the compiled step and a short message, 17 where the model itself reads a prompt."""
     if compiled:
         pytest.importorskip("numba")
     with tracing() as path:
