@@ -254,6 +254,9 @@ def chat(run: Path, system: str | None, device: str, precision: str, **sampling:
               help="Number of responses that are generated at the same time.")
 @click.option("--queue", type=click.IntRange(1), default=256, show_default=True,
               help="Number of requests that may wait for a slot; further ones get status 429.")
+@click.option("--pause", type=click.IntRange(1), default=100, show_default=True,
+              help="Milliseconds for which reading other prompts may hold up an answer between two "
+                   "of its tokens; more gives more tokens per second in all.")
 @precision_option
 @device_option
 def serve(run: Path, **options: Any) -> None:

@@ -240,8 +240,7 @@ class Engine:
             logits_PV, experts_LNK = self._read_plain(tokens_N, parts, chosen)
         self._count(experts_LNK)
         if not compiled and len(tokens_N) >= LEAST:
-            took = 1000 * (time.monotonic() - began) / len(tokens_N)
-            self._token_ms = (self._token_ms + took) / 2
+            self._token_ms += 500 * (time.monotonic() - began) / len(tokens_N) - self._token_ms / 2
         for (request, size), part, ids in zip(chosen, parts, tokens, strict=True):
             self.cache.extend(part, ids, request.repeats)
             request.read += size
