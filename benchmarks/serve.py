@@ -52,7 +52,7 @@ PROMPTS, TOKENS = 32, 32
 TESTS = {"load": 128, "attack": 128, "fuzz": 32, "client": 32}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LARGE = b'{"prompt": [' + b"0," * 2**21 + b"0]}"
-LONG = json.dumps({"prompt": ["The"] * 16, "n": 4, "max_tokens": 100, "logprobs": 20}).encode()
+LONG = json.dumps({"prompt": ["The"] * 4, "n": 4, "max_tokens": 100, "logprobs": 20}).encode()
 ATTACKS = (  # how many connections, after how many seconds they are replaced, what they send
     (1000, 20, b""), (50, 20, HEAD), (50, 90, HEAD + b"Content-Length: 9\r\n\r\n{"),
     (20, 0.1, b"\x16\x03\x01\r\n\r\n"),
