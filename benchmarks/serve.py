@@ -1,14 +1,16 @@
 """Tests `fira serve` with a tiny random model: under load, generated requests, OpenAI's client.
 
     python benchmarks/serve.py load --streams 200 --seconds 60
+    python benchmarks/serve.py attack --streams 4 --seconds 60
     python benchmarks/serve.py fuzz --cases 1000 --seed 3
     python benchmarks/serve.py client PATH/TO/openai-python
     python benchmarks/serve.py programs FOLDER
     python benchmarks/serve.py constraint RUN
 
-load keeps `streams` requests streaming for `seconds`, beside a client that hardly reads a long
-stream. Every greedy completion is compared with `generate`. None may be lost, wrong or cut, memory
-may not grow by a tenth after the first quarter, and a server killed with -9 must serve again.
+load keeps `streams` requests streaming for `seconds`. Every greedy completion is compared with
+`generate`. None may be lost, wrong or cut; memory may not grow by a tenth after the first quarter.
+
+attack is the same while the connections of ATTACKS are opened again and again.
 
 fuzz lets schemathesis read /openapi.json and send `cases` valid requests to each operation and as
 many invalid ones to each that takes a body. No response may be a 5xx, take 30 seconds, or have a
@@ -32,7 +34,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -40,7 +41,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,16 @@ from fira.model.spec import FIRA2Spec
 
 PROMPTS, TOKENS = 32, 32
 # The model's context. fuzz and client have a short one: chats ask for as much as it allows.
-TESTS = {"load": 128, "fuzz": 32, "client": 32, "programs": 4096, "constraint": 2}
+TESTS = {"load": 128, "attack": 128, "fuzz": 32, "client": 32, "programs": 4096, "constraint": 2}
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+LARGE = b'{"prompt": [' + b"0," * 2**21 + b"0]}"
+LONG = json.dumps({"prompt": ["The"] * 4, "n": 4, "max_tokens": 100, "logprobs": 20}).encode()
+ATTACKS = (  # how many connections, after how many seconds they are replaced, what they send
+    (1000, 20, b""), (50, 20, HEAD), (50, 90, HEAD + b"Content-Length: 9\r\n\r\n{"),
+    (20, 0.1, b"\x16\x03\x01\r\n\r\n"),
+    (20, 0.1, HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n"),
+    (3, 0, HEAD + b"Content-Length: %d\r\n\r\n" % len(LARGE) + LARGE),
+    (3, 90, HEAD + b"Content-Length: %d\r\n\r\n" % len(LONG) + LONG))
 TEST_FILES = ("test_completions.py", "test_models.py", "chat/test_completions.py")
 REFUSED = {  # part of a test's name: why the server refuses its request
     "with_all_params": "asks for tools, audio, stored chats, best_of or suffix",
@@ -91,25 +101,20 @@ def make_run(folder: Path, context: int) -> list[tuple[str, str]]:
 
 
 class Server:
-    """`fira serve` on a run, in a process that can be started again."""
+    """`fira serve` on a run, in a process of its own."""
 
     def __init__(self, run: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.run, self.address = run, f"http://127.0.0.1:{self.port}"
-        self.restart_seconds = self.start()
-
-    def start(self) -> float:
-        """Seconds until the new process is healthy."""
-        began = time.monotonic()
-        self.process = subprocess.Popen([sys.executable, "-m", "fira", "serve", str(self.run),
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.process = subprocess.Popen([sys.executable, "-m", "fira", "serve", str(run),
                                          "--port", str(self.port), "--slots", "32",
                                          "--queue", "1000", "--name", "run"])
         while self.process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
                 httpx.get(f"{self.address}/health").raise_for_status()
-                return time.monotonic() - began
+                return
             time.sleep(0.05)
         raise RuntimeError(f"fira serve exited with {self.process.returncode}")
 
@@ -166,59 +171,47 @@ async def request_until(http: httpx.AsyncClient, expected: list[tuple[str, str]]
         number += 7
 
 
-async def read_slowly(port: int, end: float, tally: dict[str, Any]) -> None:
-    """A client that requests ten megabytes, more than its socket holds, and reads 32 bytes/s."""
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.connect(("127.0.0.1", port))
-    reader, writer = await asyncio.open_connection(sock=client, limit=64)
-    body = json.dumps({"prompt": ["The"] * 16, "n": 4, "max_tokens": 100, "stream": True,
-                       "logprobs": 20, "ignore_eos": True}).encode()
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
-                 b"application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    while time.monotonic() < end:
-        tally["slow_bytes"] += len(await reader.read(16))
-        await asyncio.sleep(0.5)
-    writer.close()
+async def strike(port: int, wait: float, sent: bytes, end: float) -> None:
+    """Open a connection, send, read nothing for `wait` seconds, and begin again."""
+    while (left := end - time.monotonic()) > 0:
+        with contextlib.suppress(OSError):
+            writer = (await asyncio.open_connection("127.0.0.1", port, limit=64))[1]
+            writer.write(sent)
+            await writer.drain()
+            await asyncio.sleep(min(wait, left))
+            writer.close()
 
 
-async def load(server: Server, expected: list[tuple[str, str]], streams: int,
-               seconds: int) -> dict[str, Any]:
-    tally: dict[str, Any] = {"right": 0, "wrong": 0, "lost": 0, "first": [], "whole": [],
-                             "memory": [], "slow_bytes": 0}
+async def load(server: Server, expected: list[tuple[str, str]], streams: int, seconds: int,
+               attacks: Sequence[tuple[int, float, bytes]]) -> dict[str, Any]:
+    tally: dict[str, Any] = {"right": 0, "wrong": 0, "lost": 0, "first": [], "whole": []}
+    health, memory, start = [], [], time.monotonic()
     async with httpx.AsyncClient(base_url=server.address, timeout=120,
                                  limits=httpx.Limits(max_connections=streams + 10)) as http:
-        start = time.monotonic()
         tasks = [asyncio.create_task(request_until(http, expected, number, start + seconds, tally))
                  for number in range(streams)]
-        tasks.append(asyncio.create_task(read_slowly(server.port, start + seconds, tally)))
-        for _ in range(4):
-            await asyncio.sleep(seconds / 4)
-            tally["memory"].append(round(server.memory()))
+        strikes = [asyncio.create_task(strike(server.port, wait, sent, start + seconds + 5))
+                   for count, wait, sent in attacks for _ in range(count)]
+        while (began := time.monotonic()) < start + seconds:
+            tally["lost"] += (await http.get("/health")).status_code != 200
+            health.append(round(1000 * (time.monotonic() - began)))
+            memory.append(round(server.memory()))
+            await asyncio.sleep(0.05)
         await asyncio.gather(*tasks)
-        took, right = time.monotonic() - start, tally["right"]
-        times = {name: sorted(tally[name]) for name in ("first", "whole")}
-        killed = await kill(http, server, expected)
-        restart = server.start()
-        await request(http, *expected[0], tally)
-    return {"streams": streams, "seconds": seconds, "right": right, "wrong": tally["wrong"],
-            "lost": tally["lost"], "tokens_per_second": round(right * TOKENS / took),
-            "median_first_token_s": round(times["first"][right // 2], 2),
-            "median_completion_s": round(times["whole"][right // 2], 2),
-            "slowest_completion_s": round(times["whole"][-1], 2), "memory_mb": tally["memory"],
-            "slow_client_bytes": tally["slow_bytes"], "killed_amid": killed,
-            "restart_s": round(restart, 1), "exit": server.stop()}
-
-
-async def kill(http: httpx.AsyncClient, server: Server, expected: list[tuple[str, str]]) -> int:
-    """Kill the server during completions; the number of requests that end in an error."""
-    tally: dict[str, Any] = {"right": 0, "wrong": 0, "first": [], "whole": []}
-    tasks = [asyncio.create_task(request(http, *pair, tally)) for pair in expected]
-    await asyncio.sleep(0.1)
-    server.process.send_signal(signal.SIGKILL)
-    server.process.wait()
-    ends = await asyncio.gather(*tasks, return_exceptions=True)
-    return sum(isinstance(end, httpx.HTTPError) for end in ends)
+    took, right = time.monotonic() - start, tally["right"]
+    times = {name: sorted(tally[name]) for name in ("first", "whole")}
+    began, exit_code = time.monotonic(), server.stop()  # while the attackers' connections are open
+    result = {"streams": streams, "seconds": seconds, "right": right, "wrong": tally["wrong"],
+              "lost": tally["lost"], "tokens_per_second": round(right * TOKENS / took),
+              "median_first_token_s": round(times["first"][right // 2], 2),
+              "median_completion_s": round(times["whole"][right // 2], 2),
+              "slowest_completion_s": round(times["whole"][-1], 2),
+              "health_p99_ms": sorted(health)[int(0.99 * len(health))],
+              "memory_mb": [memory[len(memory) // 4], memory[-1]], "exit": exit_code,
+              "exit_s": round(time.monotonic() - began, 1)}
+    await asyncio.wait(strikes or tasks)
+    grown = memory[-1] > 1.1 * memory[len(memory) // 4]
+    return {**result, "faults": result["wrong"] or result["lost"] or exit_code or grown}
 
 
 def fuzz(address: str, cases: int, number: int) -> dict[str, Any]:
@@ -383,8 +376,9 @@ def main() -> None:
     if options.test in ("client", "programs", "constraint") and not options.checkout:
         parser.error(f"{options.test} needs a folder")
     with serving(TESTS[options.test]) as (server, expected):
-        if options.test == "load":
-            result = asyncio.run(load(server, expected, options.streams, options.seconds))
+        if options.test in ("load", "attack"):
+            attacks = ATTACKS if options.test == "attack" else ()
+            result = asyncio.run(load(server, expected, options.streams, options.seconds, attacks))
         elif options.test == "fuzz":
             result = fuzz(server.address, options.cases, options.seed)
         elif options.test == "programs":
@@ -397,10 +391,6 @@ def main() -> None:
         print(f"{name:>22}  {value}")
     append(options.json, result, {"openai-python": options.checkout} if options.test == "client"
            else None)
-    if options.test == "load":
-        first, *_, last = result["memory_mb"]
-        result["faults"] = (result["wrong"] or result["lost"] or result["exit"]
-                            or last > 1.1 * first or not result["killed_amid"])
     sys.exit(bool(result["faults"]))
 
 

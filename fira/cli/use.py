@@ -244,8 +244,7 @@ def chat(run: Path, system: str | None, device: str, precision: str, **sampling:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
               help="Port to listen on; 0 takes a free one.")
-@click.option("--keys", type=click.Path(dir_okay=False, path_type=Path),
-              show_default="no key is required",
+@click.option("--keys", type=click.Path(dir_okay=False, path_type=Path), show_default="none",
               help="File with the accepted API keys, one per line.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", show_default="none",
               help="Origin of web pages that may call the server; may be repeated.")
@@ -254,6 +253,8 @@ def chat(run: Path, system: str | None, device: str, precision: str, **sampling:
               help="Number of responses that are generated at the same time.")
 @click.option("--queue", type=click.IntRange(1), default=256, show_default=True,
               help="Number of requests that may wait for a slot; further ones get status 429.")
+@click.option("--pause", type=click.IntRange(1), default=100, show_default=True,
+              help="Milliseconds that an answer's next token may wait for other prompts.")
 @precision_option
 @device_option
 def serve(run: Path, **options: Any) -> None:

@@ -22,6 +22,7 @@ from fira.model.transformer import attention
 
 # A prompt waits for an earlier one that will read this many more of its tokens than are cached.
 WORTH_WAITING = 16
+BLOCK = 128  # tokens of a prompt that are read by themselves, if rounding may depend on no others
 
 
 class Part(NamedTuple):
@@ -35,7 +36,8 @@ class Part(NamedTuple):
 class SlotCache:
     """Keys and values of `slots` requests, `capacity` positions each.
 
-    `idle` are the slots that no request owns, the one unused for longest first.
+    `idle` are the slots that no request owns, the one unused for longest first. `repeated` is how
+    many first tokens of each slot were read in whole blocks, each by itself.
     """
 
     def __init__(self, model: Any, slots: int, capacity: int) -> None:
@@ -44,19 +46,26 @@ class SlotCache:
         self.keys = model.token_embedding.weight.new_zeros(shape, requires_grad=False)
         self.values = torch.zeros_like(self.keys)
         self.tokens: list[list[int]] = [[] for _ in range(slots)]
+        self.repeated = [0] * slots
         self.idle = list(range(slots))
 
     def take(self, prompt: Sequence[int], earlier: Sequence[Sequence[int]],
-             reuse: bool = True) -> tuple[int, int] | None:
+             reuse: bool = True, repeats: bool = False) -> tuple[int, int] | None:
         """An idle slot for a prompt, and how many of the prompt's first tokens it already holds.
 
+        If it `repeats`, only whole blocks count, whose rows are those that it would compute itself.
         None: one of the `earlier` prompts, which are being read now, will soon hold more of the
         same beginning; so of prompts that come together only one reads it.
         """
         wanted = prompt[:-1] if reuse else []  # the last token must be read for its logits
-        shared = [common_prefix(wanted, tokens) for tokens in self.tokens]
+
+        def usable(tokens: Sequence[int], repeated: int) -> int:
+            length = common_prefix(wanted, tokens)
+            return min(length, repeated) // BLOCK * BLOCK if repeats else length
+
+        shared = list(map(usable, self.tokens, self.repeated))
         length = max(shared)
-        if any(common_prefix(wanted, other) >= length + WORTH_WAITING for other in earlier):
+        if any(usable(other, len(other)) >= length + WORTH_WAITING for other in earlier):
             return None
         source, slot = shared.index(length), self.idle[0]  # the slot unused for longest
         if source in self.idle and length == len(self.tokens[source]):
@@ -66,7 +75,14 @@ class SlotCache:
                 rows[:, slot, :, :length] = rows[:, source, :, :length]
         self.idle.remove(slot)
         self.tokens[slot] = self.tokens[source][:length]
+        self.repeated[slot] = min(length, self.repeated[source])
         return slot, length
+
+    def extend(self, part: Part, tokens: Sequence[int], repeats: bool) -> None:
+        """The rows of a part have been written."""
+        self.tokens[part.slot].extend(tokens)
+        self.repeated[part.slot] = (part.start + BLOCK if repeats and part.size == BLOCK else
+                                    min(self.repeated[part.slot], part.start))
 
     def release(self, slot: int) -> None:
         """A request has ended; what its slot holds stays for prompts with the same beginning."""
@@ -175,3 +191,12 @@ def split_budget(budget: int, needs: Sequence[int]) -> list[int]:
         given[index] += more
         left -= more
     return given
+
+
+def group_prompts(parts: Sequence[tuple[Any, int]]) -> list[list[tuple[Any, int]]]:
+    """(Request, size) that are read at once: all but those that repeat, of which each is read by
+    itself, to the end of its block at most."""
+    parts = [part for part in parts if part[1]]
+    return [[part for part in parts if not part[0].repeats],
+            *([(request, min(request.unread, BLOCK - request.read % BLOCK))]
+              for request, _ in parts if request.repeats)]

@@ -1,8 +1,11 @@
 """Many requests, one model: continuous batching over a key-value cache with slots.
 
 One step reads the newest token of every request that is generating, and at most `prefill_tokens`
-tokens of prompts that are not read yet. Requests join and leave between steps. A prompt that begins
-like what a slot holds reuses those rows of the cache instead of reading the tokens again.
+tokens of prompts that are not read yet, fewer if the others would wait for more than `pause` ms.
+Requests join and leave between steps. A prompt that begins like what a slot holds reuses its rows.
+
+A row's last bits depend on which rows are multiplied together. So the prompt of a request with a
+seed is read in blocks, each by itself; the compiled step computes every row by itself.
 
 A request has the `capacity` of its slot. Its prompt must fit, and generation ends with "length"
 when its last token would find no place, so prompt and new tokens together are at most capacity + 1.
@@ -15,6 +18,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Generator, Sequence
 from queue import SimpleQueue
 from typing import Any
@@ -23,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fira.infer.cache import DecodeStep, Part, SlotBatch, SlotCache, split_budget
+from fira.infer.cache import DecodeStep, Part, SlotBatch, SlotCache, group_prompts, split_budget
 from fira.infer.request import (
     End,
     Listener,
@@ -38,6 +42,7 @@ from fira.model.generate import window_length
 from fira.model.router import Watch, routers
 
 log = logging.getLogger(__name__)
+LEAST = 64  # prompt tokens of a step, however long they take: fewer take hardly less time
 COUNTED = ("finished", "cancelled", "failed", "prompt_tokens", "cached_tokens", "generated_tokens",
            "steps")
 
@@ -49,18 +54,19 @@ class Engine:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, slots: int = 8, capacity: int | None = None,
-                 max_waiting: int = 64, prefill_tokens: int = 512, slide: bool = False,
-                 decode_step: DecodeStep | None = None) -> None:
+                 max_waiting: int = 64, prefill_tokens: int = 512, pause: int = 100,
+                 slide: bool = False, decode_step: DecodeStep | None = None) -> None:
         """Raises ValueError on a number out of range."""
         context = model.spec.context
         self.capacity = window_length(model) if capacity is None else capacity
         for name, value, most in (("slots", slots, None), ("prefill_tokens", prefill_tokens, None),
-                                  ("capacity", self.capacity, context)):
+                                  ("pause", pause, None), ("capacity", self.capacity, context)):
             if value < 1 or (most and value > most):
                 raise ValueError(f"{name}={value} must be at least 1"
                                  + (f" and at most the model's context={most}" if most else ""))
         self.model = model.eval()
-        self.max_waiting, self.prefill_tokens, self.slide = max_waiting, prefill_tokens, slide
+        self.max_waiting, self.slide = max_waiting, slide
+        self.prefill_tokens, self.pause = prefill_tokens, pause
         self.token_bytes, self.end_of_text = tokenizer.token_bytes(), tokenizer.end_of_text
         self.cache = SlotCache(model, slots, self.capacity)
         self.device = self.cache.keys.device
@@ -74,6 +80,7 @@ class Engine:
         self._running: list[Request] = []  # oldest first
         self._thread: threading.Thread | None = None
         self._loads = np.zeros((len(routers(model)), model.spec.num_experts), np.int64)
+        self._token_ms = pause / LEAST  # of reading a prompt; the latest part counts half
         self._counts = dict.fromkeys(COUNTED, 0)
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener) -> int:
@@ -115,11 +122,12 @@ class Engine:
                 self._counts["steps"] += 1
                 compiled = self.decode_step is not None
                 chosen = [(request, 1) for request in self._running if not request.reading]
-                prompts = self._choose_prompts()
-                if compiled and self._are_short(prompts):
-                    chosen, prompts = chosen + prompts, []
-                self._read(chosen, compiled)
-                self._read(prompts, False)
+                groups = self._choose_prompts(answering=bool(chosen))
+                short = [group for group in groups if compiled and self._are_short(group)]
+                self._read(sum(short, chosen), compiled)
+                for group in groups:
+                    if group not in short:
+                        self._read(group, False)
                 return True
             except BaseException as error:
                 self._fail(error)
@@ -204,12 +212,13 @@ class Engine:
                 if request.params.max_new_tokens == 0 and not request.scores_prompt:
                     self._finish(request, "length")
 
-    def _choose_prompts(self) -> list[tuple[Request, int]]:
-        """The requests whose prompts are read now, and how many tokens of each."""
+    def _choose_prompts(self, answering: bool) -> list[list[tuple[Request, int]]]:
+        """The requests whose prompts are read now, and how many tokens of each, in groups."""
         reading = [request for request in self._running if request.reading]
         ready = [request for request in reading if self._take_slot(request, reading)]
-        sizes = split_budget(self.prefill_tokens, [request.unread for request in ready])
-        return [(request, size) for request, size in zip(ready, sizes, strict=True) if size]
+        fitting = max(LEAST, round(self.pause / self._token_ms)) if answering else 2**30
+        sizes = split_budget(min(self.prefill_tokens, fitting), [one.unread for one in ready])
+        return group_prompts(list(zip(ready, sizes, strict=True)))
 
     def _are_short(self, prompts: list[tuple[Request, int]]) -> bool:
         """Whether the compiled step reads these prompts faster than the model does."""
@@ -220,6 +229,7 @@ class Engine:
         """Read so many tokens of each request, and choose the next one where none is left."""
         if not chosen:
             return
+        began = time.monotonic()
         parts = [Part(request.slot, request.read, size) for request, size in chosen]
         tokens = [request.window[part.start:part.start + part.size]
                   for (request, _), part in zip(chosen, parts, strict=True)]
@@ -229,8 +239,10 @@ class Engine:
         else:
             logits_PV, experts_LNK = self._read_plain(tokens_N, parts, chosen)
         self._count(experts_LNK)
-        for (request, size), ids in zip(chosen, tokens, strict=True):
-            self.cache.tokens[request.slot].extend(ids)
+        if not compiled and len(tokens_N) >= LEAST:
+            self._token_ms += 500 * (time.monotonic() - began) / len(tokens_N) - self._token_ms / 2
+        for (request, size), part, ids in zip(chosen, parts, tokens, strict=True):
+            self.cache.extend(part, ids, request.repeats)
             request.read += size
         # OpenMP's threads keep spinning after their work is done, on the cores that a compiled step
         # needs: choosing a token of 50,304 with two threads made the next step of fira-334m 1.4
@@ -262,8 +274,10 @@ class Engine:
     def _take_slot(self, request: Request, reading: Sequence[Request]) -> bool:
         """Before a prompt is read; False: it waits for an earlier one with the same beginning."""
         if request.slot < 0:
-            earlier = [other.window for other in reading[:reading.index(request)]]
-            taken = self.cache.take(request.window, earlier, reuse=not request.scores_prompt)
+            earlier = [other.window for other in reading[:reading.index(request)]
+                       if other.repeats or not request.repeats]
+            taken = self.cache.take(request.window, earlier, not request.scores_prompt,
+                                    request.repeats)
             if taken is None:
                 return False
             request.slot, request.read = taken

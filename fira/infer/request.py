@@ -132,6 +132,7 @@ class Request:
         scored, embedded = params.prompt_logprobs is not None, params.embed_from is not None
         self.scores_prompt = scored or embedded  # such a prompt is read in full
         self.prompt_scores = [TokenScore(prompt[0], None)] if scored else []
+        self.repeats = params.seed is not None and params.temperature > 0
         self.hidden_D: Any = None  # sum of the last hidden states to embed
         self.ends = {*params.stop_ids} | (set() if params.ignore_end else {end_of_text})
         self.text = Release(token_bytes, params.stop, params.named)

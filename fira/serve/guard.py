@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from fira.serve.schema import APIError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN_PATHS = ("/", "/health", "/openapi.json")  # these need no key
-MAX_BODY = 4 * 2**20  # bytes; the prompt of any model here is far smaller
+MAX_BODY = 4 * 2**20  # bytes, for every model
+OTHER_BYTES, OTHER_VALUES = 2**18, 2**13  # what a body may have besides its prompts
 MAX_DISCARDED = 16 * MAX_BODY  # bytes of a too large body that are read, so that the client,
 # which sends before it listens, receives the error instead of a closed connection
 BODY_SECONDS = 60
 UNKNOWN = "none_required"  # pydantic's word for a field that is not declared and not null
 MAX_ERRORS = 1000  # wrong fields in one request; more are only counted
+_parsing = threading.Lock()  # pydantic holds Python's lock; between two bodies others get it
 _LOOPBACK_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
@@ -116,10 +119,21 @@ async def _read(request: Request) -> bytes:
     return bytes(body)
 
 
-def parse(schema: type[BaseModel], body: bytes) -> Any:
-    """Return the request in `body`. Raises APIError(400) with one line about its first error."""
+def parse(schema: type[BaseModel], body: bytes, tokens: int = MAX_BODY,
+          token_bytes: int = 1) -> Any:
+    """Return the request in `body`. Raises APIError with one line about its first error (400), or,
+    before it is parsed, if it is more than prompts of so many `tokens` in all can be (413).
+
+    Values and not bytes take the time: 4 MB of text 6 ms, of numbers 0.4 s, of objects 1 s.
+    """
+    for size, most, what in ((len(body), OTHER_BYTES + tokens * max(8, 6 * token_bytes), "bytes"),
+                             (body.count(b","), OTHER_VALUES + tokens, "values")):
+        if size > most:
+            raise APIError(413, f"the body has {size} {what}, more than the {most} that prompts "
+                           "for this model's window can need; send less")
     try:
-        return schema.model_validate_json(body)
+        with _parsing:
+            return schema.model_validate_json(body)
     except ValidationError as error:
         raise _explain(schema, error) from None
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from rich.text import Text
 
 from fira.infer.chat import UNTUNED
@@ -18,14 +17,16 @@ from fira.model.files import CONFIG, find_model, knows_chat
 from fira.model.generate import window_length
 from fira.runlog import console
 from fira.serve.api import ServedModel
+from fira.serve.connection import SIGNALS, HTTPServer
 from fira.serve.guard import LOOPBACK, Keys, check_origins
 from fira.serve.server import Server, Service
 
-DRAIN_SECONDS = 30  # time to finish the requests in progress after a signal
+CONNECTIONS = 256  # besides those of the requests that may run or wait
+SEND_BUFFER = 128 * 1024  # bytes that the system holds for a client that does not read
 
 
 def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, slots: int,
-          queue: int, device: str, precision: str, cors: Sequence[str] = ()) -> None:
+          queue: int, pause: int, device: str, precision: str, cors: Sequence[str] = ()) -> None:
     """Serve until a signal. Raises ValueError or OSError, one line, if the server cannot start."""
     accepted, origins = Keys.load(keys) if keys else None, check_origins(cors)
     folder = find_model(run)
@@ -40,14 +41,15 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
     notes.print(f"loading {folder}, listening on {address}", soft_wrap=True)
 
     def load_service() -> Service:
-        model, engine = open_service(run, name, slots, queue, device, precision)
+        model, engine = open_service(run, name, slots, queue, pause, device, precision)
         notes.print(f"serving {model.name}: chat page at {address}, API at {address}/v1",
                     soft_wrap=True)
         if not model.chat_tuned:
             notes.print(Text(UNTUNED, style="yellow"), soft_wrap=True)
         return model, engine
 
-    run_until_signal(load_service, accepted, host in LOOPBACK, listener, origins)
+    run_until_signal(load_service, accepted, host in LOOPBACK, listener,
+                     slots + queue + CONNECTIONS, origins)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -62,11 +64,13 @@ def listen(host: str, port: int) -> socket.socket:
     # Accepted connections inherit TCP_NODELAY. asyncio sets it only on sockets that it creates;
     # without it each small write waits up to 40 ms for the client's delayed acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     return listener
 
 
 def run_until_signal(load_service: Callable[[], Service], keys: Keys | None, loopback: bool,
-                     listener: socket.socket, origins: Sequence[str] = ()) -> None:
+                     listener: socket.socket, connections: int,
+                     origins: Sequence[str] = ()) -> None:
     """Run the server. Raises the exception that loading raised."""
     errors: list[Exception] = []
 
@@ -75,21 +79,19 @@ def run_until_signal(load_service: Callable[[], Service], keys: Keys | None, loo
         process.should_exit = True
 
     app = Server(load_service, failed, keys, loopback, origins).app()
-    process = uvicorn.Server(uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="on", server_header=False,
-        timeout_graceful_shutdown=DRAIN_SECONDS))
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after draining
+    process = HTTPServer(app, connections)
+    for number in SIGNALS:  # uvicorn raises them again after draining
         signal.signal(number, lambda *_: None)
     process.run(sockets=[listener])
     if errors:
         raise errors[0]
 
 
-def open_service(run: Path, name: str, slots: int, queue: int, device: str,
+def open_service(run: Path, name: str, slots: int, queue: int, pause: int, device: str,
                  precision: str) -> Service:
     """Load the model of a run and start an engine for it."""
     model, tokenizer, folder = load(run, device)
-    engine = Engine(model, tokenizer, slots=slots, max_waiting=queue)
+    engine = Engine(model, tokenizer, slots=slots, max_waiting=queue, pause=pause)
     engine.decode_step = open_step(model, precision, console().print)
     engine.start()
     created = int((folder / CONFIG).stat().st_mtime)

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import re
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -83,15 +84,14 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        loading = asyncio.create_task(self._load())
+        threading.Thread(target=self._load, name="load", daemon=True).start()  # no end waits for it
         yield
-        await loading
         if self.service:
             await asyncio.to_thread(self.service[1].close)
 
-    async def _load(self) -> None:
+    def _load(self) -> None:
         try:
-            self.service = await asyncio.to_thread(self.load)
+            self.service = self.load()
         except Exception as error:
             self.failed(error)
 
@@ -127,14 +127,14 @@ class Server:
     async def call(self, operation: api.Operation, request: Request) -> Response:
         """Run an operation on the request's body, if it has one, and on the model."""
         model, engine = self.ready()
-        name, arguments = request.path_params.get("model"), [model]
         if operation.request:
-            body: Any = parse(operation.request, await read_body(request))
-            name, arguments = body.model, [body, model]
-        api.check_model(name, model)
-        result = await asyncio.to_thread(operation.function, *arguments)
+            body = await read_body(request)
+            result = await asyncio.to_thread(prepare, operation, body, model)
+        else:
+            api.check_model(request.path_params.get("model"), model)
+            result = operation.function(model)
         if isinstance(result, api.Generation):
-            if isinstance(body, EmbeddingRequest):
+            if isinstance(result.request, EmbeddingRequest):
                 return await self.generate(request, EmbeddingBuilder(result, model),
                                            Events(engine, result, lambda: None))
             events = Events(engine, result, lambda: self.metrics.first_token.observe(
@@ -171,6 +171,14 @@ class Server:
         except APIError as error:
             yield builder.failed(error)
         self.metrics.seconds.labels(request.scope["path"]).observe(_elapsed(request))
+
+
+def prepare(operation: api.Operation, body: bytes, model: api.ServedModel) -> Any:
+    """An operation's result for a body. It may take long, so it runs outside of the event loop."""
+    assert operation.request
+    request: Any = parse(operation.request, body, MAX_CHOICES * model.window, model.longest_token)
+    api.check_model(request.model, model)
+    return operation.function(request, model)
 
 
 class Events:

@@ -248,3 +248,33 @@ def test_threads_end_with_the_step():
     for thread in started:
         thread.join(timeout=10)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_seed_repeats_to_the_last_bit_whatever_else_is_read(tokenizer, precision):
+    model = build(FIRA2Spec(**SMALL | {"vocab_size": 320, "context": 200}, **GROUPED,
+                            num_experts=8, top_k=3), seed=1).eval()
+    step = FusedStep(model, precision, threads=2)
+    prompts = [list(range(start, start + length)) for start, length in (
+        (5, 1), (5, 10), (9, 17), (5, 40), (5, 65), (5, 129), (7, 100), (5, 110))]
+    asked = [SamplingParams(max_new_tokens=12, seed=seed, logprobs=0, ignore_end=True)
+             for seed in range(len(prompts))]
+
+    def answer(engine, chosen):
+        """The requests `chosen`, amid others that have no seed."""
+        events = {number: [] for number in chosen}
+        for number in chosen:
+            engine.add(prompts[number], asked[number], events[number].append)
+            if len(chosen) > 1:
+                engine.add([*prompts[number], 3], SamplingParams(20), lambda _: None)
+                engine.step()
+        while engine.step():
+            pass
+        return [[(event.id, event.score) for event in seen[:-1]] for seen in events.values()]
+
+    alone = [answer(Engine(model, tokenizer, slots=1, decode_step=step), [number])[0]
+             for number in range(len(prompts))]
+    for budget in (512, 20):
+        engine = Engine(model, tokenizer, slots=5, prefill_tokens=budget, decode_step=step)
+        for order in (range(8), (7, 5, 3, 1, 0, 2, 4, 6)):  # then with what the slots hold
+            assert answer(engine, order) == [alone[number] for number in order], budget

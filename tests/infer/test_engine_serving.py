@@ -5,6 +5,7 @@ import itertools
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,6 +79,26 @@ def test_a_long_prompt_does_not_stall_the_others(model, tokenizer):
     assert events.index("short") < events.index("long")
     assert events.count("answering") >= 15  # one for each part of the prompt
     engine.close()
+
+
+@pytest.mark.parametrize("token_ms, pause, most", [(1, 100, 100), (1, 200, 200), (10, 100, 64)])
+def test_reading_prompts_holds_up_an_answer_for_a_pause_at_most(
+        model, tokenizer, monkeypatch, token_ms, pause, most):
+    engine, clock, sizes = Engine(model, tokenizer, slots=17, pause=pause), [0.0], []
+    monkeypatch.setattr("fira.infer.engine.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def slow(tokens_N, *others):
+        sizes.append(len(tokens_N))
+        clock[0] += token_ms * len(tokens_N) / 1000
+        return Engine._read_plain(engine, tokens_N, *others)
+
+    monkeypatch.setattr(engine, "_read_plain", slow)
+    engine.add([5], LONG, lambda _: None)
+    engine.step()
+    for n in range(16):
+        engine.add([n] * 60, SHORT, lambda _: None)
+    engine.close(drain=True)
+    assert 0.8 * most < max(sizes) <= most
 
 
 def test_a_stream_left_early_frees_its_slot(engine):

@@ -92,3 +92,8 @@ def test_a_forbidden_token_is_never_chosen() -> None:
 def test_values_out_of_range_are_refused_by_name(field, value) -> None:
     with pytest.raises(ValueError, match=f"^{field}="):
         SamplingParams(**{field: value})
+
+
+def test_the_coldest_temperatures_are_greedy() -> None:
+    logits = torch.tensor([1.0, 60.0, 59.9])
+    assert {choose(logits, [], [], temperature=t) for t in (1e-300, 1e-45, 1e-38, 9e-7)} == {1}

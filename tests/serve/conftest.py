@@ -6,13 +6,13 @@ import time
 
 import httpx
 import pytest
-import uvicorn
 
 from fira.data.tokenizer import train_tokenizer
 from fira.infer.engine import Engine
 from fira.infer.request import End, QueueFull, Release, Token, TokenScore
 from fira.model.spec import FIRA2Spec
 from fira.serve.api import ServedModel
+from fira.serve.connection import HTTPServer
 from fira.serve.guard import Keys
 from fira.serve.process import architecture, listen
 from fira.serve.server import Server
@@ -48,6 +48,8 @@ class FakeEngine:
 
     def close(self):
         self.cancelled |= set(self.running)
+        while self.running:
+            time.sleep(0.01)
 
     def _generate(self, number, ids, params, listener):
         text, count, reason = Release(self.tokenizer.token_bytes(), params.stop), 0, "length"
@@ -97,9 +99,7 @@ class RunningServer:
         self.server = Server(load, self.fail, keys and Keys(keys), loopback, **options)
         self.socket = listen("127.0.0.1", 0)
         self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        config = uvicorn.Config(self.server.app(), log_level="error", lifespan="on",
-                                timeout_graceful_shutdown=5)
-        self.process = uvicorn.Server(config)
+        self.process = HTTPServer(self.server.app(), limit=50)
         self.thread = threading.Thread(target=self.process.run,
                                        kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from fira.serve.process import listen
+from tests.serve.test_connection import HEAD
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {"prompt": "The state", "max_tokens": 40, "ignore_eos": True}
@@ -68,6 +69,18 @@ def test_it_comes_back_after_a_kill_and_ends_well_at_sigterm(serve):
         assert b"".join(parts).endswith(b"data: [DONE]\n\n")
     assert second.child.wait(10) == 0
     assert "Traceback" not in second.child.stderr.read()
+
+
+def test_a_second_signal_ends_it_at_once(serve):
+    process = serve()
+    with socket.create_connection(("127.0.0.1", process.http.base_url.port)) as client:
+        client.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
+        time.sleep(0.5)
+        process.child.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.child.wait(1)
+        process.child.send_signal(signal.SIGINT)
+        assert process.child.wait(10) == -signal.SIGINT
 
 
 def test_an_address_that_cannot_be_used_is_one_line(trained_run, refused):

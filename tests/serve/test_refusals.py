@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from pydantic import ValidationError
@@ -134,6 +136,34 @@ def test_other_faults_have_their_own_status(http):
     assert status("GET", "/v1/models/gpt-4") == 404
     assert http.get("/v1/models/tiny").json()["chat_tuned"] is True
     assert MAX_BODY < 10**7
+
+
+MANY = [json.dumps({"prompt": "a", **fields}).encode() for fields in (
+    {"prompt": [0] * 50_000}, {"prompt": [[0] * 800] * 64}, {"x": [{}] * 50_000},
+    {"logit_bias": dict.fromkeys(range(50_000), 1)}, {"x": ["\"," * 50_000]})]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/detokenize"])
+@pytest.mark.parametrize("body", [*MANY, b'{"prompt": "' + b"x" * 3 * 2**20 + b'"}'])
+def test_more_than_the_window_can_hold_is_refused_before_it_is_parsed(
+        running, engine, monkeypatch, path, body):
+    monkeypatch.setattr(CompletionRequest, "model_validate_json", None)  # it is not called
+    response = running.http.post(path, content=body, headers=JSON)
+    assert response.status_code == 413 and "more than the" in response.text and not engine.asked
+
+
+@pytest.mark.parametrize("prompt", [[100] * 199, "\x01" * 198])
+def test_as_much_as_the_window_holds_is_accepted(running, prompt):
+    assert running.text(prompt=[prompt] * 64, max_tokens=1).status_code == 200
+
+
+def test_health_is_answered_while_bodies_are_parsed(running, monkeypatch):
+    begun, ended = threading.Event(), threading.Event()
+    monkeypatch.setattr("fira.serve.server.prepare", lambda *_: begun.set() or ended.wait(20))
+    with ThreadPoolExecutor(40) as pool:
+        pool.map(lambda _: running.text(), range(40))
+        assert begun.wait(9) and running.http.get("/health").status_code == 200
+        ended.set()
 
 
 @pytest.mark.parametrize("host, status", [
