@@ -25,9 +25,9 @@ def chat(running, text: str) -> int:
     return usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
 
 
-@pytest.mark.parametrize("compiled, most", [(True, 14), (False, 17)])
+@pytest.mark.parametrize("compiled, most", [(True, 15), (False, 18)])
 def test_a_chat_request_passes_few_files(model, tokenizer, compiled, most):  # noqa: F811
-    """14 with the compiled step and a short message, 17 where the model itself reads a prompt."""
+    """15 with the compiled step and a short message, 18 where the model itself reads a prompt."""
     if compiled:
         pytest.importorskip("numba")
     with tracing() as path:
