@@ -20,6 +20,8 @@ Messages = list[dict[str, Any]]
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
             "model": "assistant", "system": "system"}
 
+WHOLE = 1 << 40  # ids: a limit for rows that are never shortened
+
 
 class Row(NamedTuple):
     """Ids of a conversation or a piece of text, and whether each is a target: [n] both."""
@@ -128,34 +130,53 @@ def text_rows(tokenizer: Tokenizer, sources: Sequence[str], longest: int) -> Ite
             yield Row(piece, np.arange(len(piece)) > 0)
 
 
-def pairs(tokenizer: Tokenizer, sources: Sequence[str], longest: int,
-          counts: dict[str, int]) -> Iterator[Row]:
-    """Two rows for every record with a prompt, a chosen and a rejected answer, the chosen one
-    first; each is text or messages, and answers may hold the prompt too, as on the hub. Pairs of
-    more than `longest` ids are left out and counted. Raises ValueError, with the place."""
+def pairs(tokenizer: Tokenizer, sources: Sequence[str], skip_bad: bool = False
+          ) -> Iterator[tuple[Row, Row] | None]:
+    """The rows of the chosen and of the rejected answer of every record; None for a pair at fault,
+    if bad ones are skipped. Raises ValueError, one line with the place, if they are not."""
     for where, record in _records(sources):
         try:
-            both = [_answered(record, key) for key in ("chosen", "rejected")]
-            if both[0] == both[1]:
-                raise ValueError("chosen and rejected are equal")
-            rows = [chat_row(tokenizer, _checked(messages), longest)[0] for messages in both]
+            chosen, rejected = (chat_row(tokenizer, messages, WHOLE)[0]
+                                for messages in read_pair(record))
+            assert chosen and rejected, record  # both end with an answer
+            yield chosen, rejected
         except (TypeError, AttributeError, LookupError, ValueError) as error:
-            reason = f"field {error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{where}: {reason}; correct this row, or leave it out") from None
-        counts["rows"] += 1
-        if None in rows or sum(len(row.ids) - 1 for row in rows if row) >= longest:
-            counts["rows left out"] += 1
-        else:
-            yield from (row for row in rows if row)
+            if not skip_bad:
+                reason = f"field {error} is missing" if isinstance(error, KeyError) else error
+                raise ValueError(f"{where}: {reason}; correct this row, leave it out, or give "
+                                 "--skip-bad") from error
+            yield None
+
+
+def read_pair(record: Any) -> tuple[Messages, Messages]:
+    """The conversations that end with the chosen and with the rejected answer of a record; only
+    that answer is trained on.
+
+    prompt, chosen and rejected are text or messages; the answers may hold the prompt's messages too
+    (with or without the field prompt), as on the hub. Raises ValueError for what is no pair.
+    """
+    if not isinstance(record, dict) or not record.keys() >= {"chosen", "rejected"}:
+        found = ", ".join([*record][:8]) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"no pair of answers under {found}; use prompt, chosen and rejected")
+    chosen, rejected = (_answered(record, key) for key in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise ValueError("chosen and rejected differ before their last message, the answer")
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are equal")
+    return chosen, rejected
 
 
 def _answered(record: Any, key: str) -> Messages:
-    """The conversation that ends with an answer; only that answer is trained on."""
-    prompt, answer = record.get("prompt") or [], record[key]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(answer, str):
-        answer = [{"role": "assistant", "content": answer}]
-    messages = answer if answer[0]["role"] != "assistant" else [*prompt, *answer]
-    return [message | {"train": number == len(messages) - 1}
-            for number, message in enumerate(messages)]
+    given = {"user": record.get("prompt") or [], "assistant": record[key]}
+    prompt, answer = ([{"role": role, "content": value}] if isinstance(value, str) else value
+                      for role, value in given.items())
+    if not all(isinstance(part, list) and all(isinstance(one, dict) and "role" in one
+                                              for one in part) for part in (prompt, answer)):
+        raise ValueError(f"prompt or {key} is neither text nor messages")
+    messages = answer if answer and answer[0]["role"] != "assistant" else [*prompt, *answer]
+    if not answer or messages[-1]["role"] != "assistant" or not str(answer[-1]["content"]).strip():
+        raise ValueError(f"{key} has no answer, or an empty one, at its end")
+    if len(messages) == len(answer) and answer[0]["role"] == "assistant":
+        raise ValueError(f"{key} answers nothing: give the prompt, or messages that begin with it")
+    return _checked([message | {"train": number == len(messages) - 1}
+                     for number, message in enumerate(messages)])

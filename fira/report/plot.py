@@ -63,7 +63,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
         recent = losses[-1 - len(losses) // 50:]  # the loss of one batch is too noisy
         facts |= {"steps": f"{last['step']:,}", "tokens": short(last["tokens"]),
                   "training time": str(timedelta(seconds=round(last["seconds"]))),
-                  "training loss (nats per token)": f"{recent.mean():.4f}" if len(recent) else "",
+                  "training loss (nats)": f"{recent.mean():.4f}" if len(recent) else "",
                   "tokens per second": short(last["tokens"] / (last["seconds"] or math.nan)),
                   "skipped steps": last.get("skipped")}
     if parameters := run.about.get("parameters"):
@@ -121,7 +121,7 @@ def short(number: float) -> str:
 
 def _draw_loss(axes: Axes, run: Run) -> None:
     """Loss of training and validation against tokens."""
-    axes.set_title("loss (nats per token)")
+    axes.set_title("loss (nats)")
     losses, validation = numbers(run.steps, "loss"), numbers(run.validations, "loss")
     _draw_line(axes, run, losses, TRAINING)
     finite = np.concatenate([losses, validation])
@@ -153,11 +153,16 @@ def _draw_score(axes: Axes, run: Run) -> None:
 
 
 def _draw_metric(axes: Axes, run: Run, key: str, title: str) -> None:
-    """One number of the step rows against tokens."""
+    """One number of the step rows against tokens, and of the evaluations, if they have it."""
     axes.set_title(title, parse_math=False)
     values = numbers(run.steps, key)
     _draw_line(axes, run, values, OTHER, smoothed=key != "lr")  # the schedule has no noise
-    finite = values[np.isfinite(values)]
+    validation = numbers(run.validations, key)
+    if np.isfinite(validation).any():
+        axes.plot(numbers(run.validations, "tokens"), validation, color=VALIDATION,
+                  **_markers(validation))
+    finite = np.concatenate([values, validation])
+    finite = finite[np.isfinite(finite)]
     if len(finite):
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
