@@ -89,7 +89,6 @@ class Stage(NamedTuple):
     adapt: Callable[[Any, Any, Tokenizer], None] = lambda config, model, tokenizer: None
     preset: dict[str, Any] | None = None
     weight_decay: float = WEIGHT_DECAY
-    rate: float = 1.0  # of a tuning: times the rates that the method suggests
 
     def load(self, preset: str) -> dict[str, Any]:
         return load_preset(preset) if self.preset is None else self.preset

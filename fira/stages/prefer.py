@@ -29,7 +29,6 @@ REFERENCE = "reference.safetensors"
 # so both answers may fall, as long as the rejected one falls more (Pal et al. 2024, 2402.13228).
 MOST_LOST = 0.5
 PATIENCE = 2  # evaluations in a row that are worse, or lose more, end the run
-RATE = 0.25  # of the learning rates for conversations
 
 
 class PreferData(Config):
@@ -183,4 +182,4 @@ def _evaluate(layout: Layout, loss_fn: Any, batches: Any) -> dict[str, float]:
 
 
 PREFER = Stage("prefer", PreferConfig, open_data, recipe, adapt,
-               {"optim": {}, "train": {"steps": 1, "patience": PATIENCE}}, 0.0, RATE)
+               {"optim": {}, "train": {"steps": 1, "patience": PATIENCE}}, 0.0)

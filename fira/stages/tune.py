@@ -195,17 +195,17 @@ TUNE = Stage("tune", TuneConfig, open_data, recipe, adapt,
              {"optim": {}, "train": {"steps": 1}}, 0.0)
 
 
-def settings_for(run: Path, start: Path, method: str, rate: float) -> list[str]:
+def settings_for(run: Path, start: Path, method: str) -> list[str]:
     """What the method and the tuned run suggest: its sequences, and a tenth of its rates for full
-    tuning; all rates times `rate`."""
+    tuning."""
     spec, config = open_start(start).spec, _record_of(run, start)
     length = min(spec.context, config.get("train", {}).get("sequence_length", 1024))
     found = [f"train.sequence_length={length}", f"train.batch_tokens={16 * length}",
              "train.micro_batch=4", "schedule.kind=cosine", "schedule.warmup=0.05"]
     if method != "full":
-        return [*found, f"optim.lr={2e-3 * rate:g}"]
+        return [*found, "optim.lr=2e-3"]
     optim = config.get("optim", {"lr": 5e-4})
-    rates = {key: value / 10 * rate for key, value in optim.items() if key.endswith("lr") and value}
+    rates = {key: value / 10 for key, value in optim.items() if key.endswith("lr") and value}
     kept = {key: optim[key] for key in ("rule", "expert_interval", "head_follows") if key in optim}
     return found + [f"optim.{key}={value}" for key, value in {**rates, **kept}.items()]
 
@@ -263,8 +263,7 @@ def tune(source: Path | None, sections: dict[str, dict[str, Any]], epochs: float
         data["general"] = _find_general(data, source, start.folder, run)
     stage = stage._replace(preset=stage.load(stage.name) | sections | {
         "model": start.spec.model_dump()})
-    settings = [*settings_for(source, start.folder, sections["tune"]["method"], stage.rate),
-                *settings]
+    settings = [*settings_for(source, start.folder, sections["tune"]["method"]), *settings]
     config = configure(stage, stage.load(stage.name), settings, start)
     opened = stage.open(config)
     if not {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}:
