@@ -56,7 +56,7 @@ def preference_loss(beta: float, normalized: bool) -> Callable[..., tuple[Tensor
         margin_P = beta * (chosen_P - rejected_P)
         each_P2, size_P2 = (rows[used_BS].view(-1, 2).detach() for rows in (means_BS, tokens_BS))
         return -F.logsigmoid(margin_P).sum() / max(1, len(margin_P)), {
-            "chosen": _mean(each_P2[:, 0]), "rejected": _mean(each_P2[:, 1]),
+            "chosen_change": _mean(each_P2[:, 0]), "rejected_change": _mean(each_P2[:, 1]),
             "margin": _mean(margin_P.detach()), "accuracy": _mean((margin_P.sign() + 1) / 2),
             "chosen_tokens": _mean(size_P2[:, 0]), "rejected_tokens": _mean(size_P2[:, 1])}
     return loss_fn

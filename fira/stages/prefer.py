@@ -133,9 +133,10 @@ def recipe(config: PreferConfig, data: Data, tokenizer: Tokenizer, layout: Layou
     def probe() -> tuple[dict[str, float], Score]:
         row = _evaluate(layout, loss_fn, in_order(data.held_out, config.train.micro_batch,
                                                   kind=PairBatch))
-        return row, Score("loss", row["loss"], refused="" if row["chosen"] >= -MOST_LOST else (
-            f"the chosen answers became less likely by {-row['chosen']:.2f} nats per token, more "
-            f"than {MOST_LOST}; tune again with a lower optim.lr or a larger --beta"))
+        change = row["chosen_change"]
+        return row, Score("loss", row["loss"], refused="" if change >= -MOST_LOST else (
+            f"the chosen answers became less likely by {-change:.2f} nats per token, more than "
+            f"{MOST_LOST}; tune again with a lower optim.lr or a larger --beta"))
 
     return Recipe(batches, loss_fn, probe, begin)
 

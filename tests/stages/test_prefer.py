@@ -61,7 +61,7 @@ def test_held_out_pairs_are_preferred_after_a_few_steps(method, trained_run, fil
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)  # the model is its own reference
     assert first["accuracy"] == pytest.approx(0.5, abs=0.5) and abs(first["margin"]) < 1e-5
     assert last["accuracy"] > 0.9 and last["margin"] > 0.2 and last["loss"] < 0.6, last
-    assert last["chosen"] > last["rejected"]
+    assert last["chosen_change"] > last["rejected_change"]
 
 
 def die(start, files, run):
@@ -109,7 +109,7 @@ def test_two_ranks_equal_one(trained_run, files, tmp_path):
     on_ranks(2, prefer_run, trained_run, files, two, *settings, "train.micro_batch=2", join=False)
     for kind in ("step", "validation"):
         for ours, theirs in zip(rows(two, kind), rows(alone, kind), strict=True):
-            for name in ("loss", "margin", "chosen", "accuracy"):
+            for name in ("loss", "margin", "chosen_change", "accuracy"):
                 assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
     torch.testing.assert_close(load_pretrained(two).state_dict(),
                                load_pretrained(alone).state_dict(), rtol=1e-3, atol=1e-4)
