@@ -122,13 +122,7 @@ def short(number: float) -> str:
 def _draw_loss(axes: Axes, run: Run) -> None:
     """Loss of training and validation against tokens."""
     axes.set_title("loss (nats)")
-    losses, validation = numbers(run.steps, "loss"), numbers(run.validations, "loss")
-    _draw_line(axes, run, losses, TRAINING)
-    finite = np.concatenate([losses, validation])
-    finite = finite[np.isfinite(finite)]
-    if np.isfinite(validation).any():
-        axes.plot(numbers(run.validations, "tokens"), validation, color=VALIDATION,
-                  label="validation", **_markers(validation))
+    finite = _draw_lines(axes, run, "loss", TRAINING)
     if len(set(finite)) > 1:  # show every value, but cut off a spike that would flatten the curve
         low, start = min(finite), max(finite[:max(3, len(finite) // 50)])
         high = min(max(finite), 1.5 * start)
@@ -153,16 +147,9 @@ def _draw_score(axes: Axes, run: Run) -> None:
 
 
 def _draw_metric(axes: Axes, run: Run, key: str, title: str) -> None:
-    """One number of the step rows against tokens, and of the evaluations, if they have it."""
+    """One number of the step rows against tokens."""
     axes.set_title(title, parse_math=False)
-    values = numbers(run.steps, key)
-    _draw_line(axes, run, values, OTHER, smoothed=key != "lr")  # the schedule has no noise
-    validation = numbers(run.validations, key)
-    if np.isfinite(validation).any():
-        axes.plot(numbers(run.validations, "tokens"), validation, color=VALIDATION,
-                  **_markers(validation))
-    finite = np.concatenate([values, validation])
-    finite = finite[np.isfinite(finite)]
+    finite = _draw_lines(axes, run, key, OTHER, smoothed=key != "lr")  # a schedule has no noise
     if len(finite):
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -170,21 +157,28 @@ def _draw_metric(axes: Axes, run: Run, key: str, title: str) -> None:
             axes.set_ylim(0, max(finite) * 1.15 or 1)
 
 
-def _draw_line(axes: Axes, run: Run, values: np.ndarray, color: str, smoothed: bool = True) -> None:
-    """Values of the steps against tokens: each value pale, their moving average strong."""
+def _draw_lines(axes: Axes, run: Run, key: str, color: str, smoothed: bool = True) -> np.ndarray:
+    """One number of the steps against tokens, each value pale, their moving average strong, and of
+    the evaluations, if they have it. Returns all its finite values."""
+    values, validation = numbers(run.steps, key), numbers(run.validations, key)
     finite = np.isfinite(values)
     if not finite.any():
         _say(axes, "no steps yet")
-        return
+        return values[finite]
     values, tokens = values[finite], numbers(run.steps, "tokens")[finite]
+    drawn = np.concatenate([values, validation[np.isfinite(validation)]])
     if smoothed and len(values) > FEW:
         axes.plot(tokens, values, color=color, alpha=0.25, linewidth=0.8)
         values = smooth(values)
     axes.plot(tokens, values, color=color, label="training", **_markers(values))
+    if len(drawn) > len(values):
+        axes.plot(numbers(run.validations, "tokens"), validation, color=VALIDATION,
+                  label="validation", **_markers(validation))
     axes.set_xlabel("tokens")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    return drawn
 
 
 def _markers(values: np.ndarray) -> dict[str, Any]:
