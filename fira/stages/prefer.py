@@ -5,6 +5,7 @@ once, and kept in the run folder.
 """
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +113,8 @@ def _read(config: PreferConfig, sources: Files) -> tuple[list[tuple[Row, Row]], 
                   f"the model reads {context} tokens, the shortest pair has {shortest}: shorten it"
                   if shortest > context else "set train.sequence_length="
                   f"{min(context, 1 << (shortest - 1).bit_length())}")
-        raise ConfigError(f"no pair is left to train on{_left_out(counts)}; {remedy}")
+        raise ConfigError(f"no pair of {', '.join(map(os.path.basename, sources))} is left"
+                          f"{_left_out(counts)}; {remedy}")
     return found, counts
 
 

@@ -118,7 +118,7 @@ def test_the_run_stops_with_a_line_when_chosen_answers_fall(trained_run, made, f
 @pytest.mark.parametrize("chosen, given, code, words", [
     ("So.", (), 1, "bad.jsonl:1: chosen and rejected are equal; correct this row, leave it out"),
     ("So.", ("--skip-bad",), 2, "3 left out, at fault; give rows with prompt, chosen and rejected"),
-    ("war and peace " * 4, (), 2, "no pair is left to train on; 3 left out, too long for "
+    ("war and peace " * 4, (), 2, "no pair of bad.jsonl is left; 3 left out, too long for "
      "train.sequence_length=32, which holds both answers; set train.sequence_length=64"),
     ("war " * 90, (), 2, "the model reads 64 tokens, the shortest pair has")])
 def test_pairs_that_cannot_be_trained_on_are_refused_before_a_folder_is_made(
