@@ -23,8 +23,7 @@ from fira.cli.training import run_training
               help="Pairs of answers (prompt, chosen, rejected) to learn a preference from, "
                    "instead of --chat and --text; may be repeated.")
 @click.option("--beta", type=click.FloatRange(0, min_open=True),
-              show_default="0.1, or 5 with --length-normalized",
-              help="With --prefer: how strongly the model is held to what it was.")
+              help="With --prefer: how strongly the model is held; 0.1, or 5 if length-normalized.")
 @click.option("--length-normalized", is_flag=True,
               help="With --prefer: compare log-probabilities per token.")
 @click.option("--held-out", multiple=True, metavar="FILES",
@@ -33,8 +32,7 @@ from fira.cli.training import run_training
               show_default="the text that RUN was trained on, if it is there",
               help="General text, or a folder that fira data wrote: for --replay, and to measure "
                    "what is forgotten; self is text that the model writes itself.")
-@click.option("--skip-bad", is_flag=True,
-              help="With --prefer: leave out pairs at fault, and count them.")
+@click.option("--skip-bad", is_flag=True, help="With --prefer: leave pairs at fault out, counted.")
 @click.option("--replay", type=click.FloatRange(0, 1, max_open=True), default=0.0,
               show_default=True, help="Share of general text in what is read.")
 @click.option("--method", type=click.Choice(["full", "lora", "experts"]), default="lora",
@@ -73,10 +71,8 @@ def tune(source: Path | None, settings: tuple[str, ...], run: Path, device: str,
     sections = {"tune": {"method": method, "rank": rank,
                          "router": router or ("train" if method == "full" else "freeze")}}
     if prefer:
-        sections["prefer"] = {"beta": beta or (5.0 if length_normalized else 0.1),
-                              "normalized": length_normalized}
-        sections["data"] = {"chat": list(prefer), "held_out": list(data["held_out"]),
-                            "skip_bad": skip_bad}
+        sections["prefer"] = {"beta": beta, "normalized": length_normalized}
+        sections["data"] = {"chat": prefer, "held_out": data["held_out"], "skip_bad": skip_bad}
     else:
         sections["data"] = {key: list(value) if isinstance(value, tuple) else value
                             for key, value in data.items()}

@@ -40,7 +40,8 @@ class PreferData(Config):
 
 
 class PreferOptions(Config):
-    beta: float = Field(0.1, gt=0, description="how strongly the reference holds the model")
+    beta: float | None = Field(None, gt=0, description="how strongly the reference holds the "
+                               "model; null is 0.1, or 5 if normalized")
     normalized: bool = Field(False, description="compare log-probabilities per token")
 
 
@@ -124,7 +125,8 @@ def _left_out(counts: dict[str, int]) -> str:
 
 def recipe(config: PreferConfig, data: Data, tokenizer: Tokenizer, layout: Layout) -> Recipe:
     """Packed pairs, the loss of DPO, and the same on held-out pairs."""
-    loss_fn = preference_loss(config.prefer.beta, config.prefer.normalized)
+    normalized = config.prefer.normalized
+    loss_fn = preference_loss(config.prefer.beta or (5.0 if normalized else 0.1), normalized)
     batches = PackedBatches([Part("pairs", data.train, 1.0)], config.train, layout.rows, PairBatch)
 
     def begin(run: Path, fresh: bool) -> None:

@@ -34,7 +34,7 @@ def write(path, count, start=0, **changes):
 
 def prefer_run(rank, start, files, run, *settings, method="full", resume=False):
     sections = {"tune": {"method": method, "rank": 4, "router": "freeze"},
-                "prefer": {"beta": 0.1, "normalized": False},
+                "prefer": {"normalized": False},
                 "data": {"chat": [str(files[0])], "held_out": [str(files[1])]}}
     rate = "optim.lr=1e-3" if method == "full" else "optim.lr=5e-3"
     tune(None if resume else start, sections, 1.0, [*SETTINGS, rate, *settings], run, "cpu",
