@@ -5,7 +5,7 @@ What cannot be is refused here, before a device is used or a file is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,11 +65,13 @@ class RunConfig(Config):
 
 
 class Opened(NamedTuple):
-    """The data of a run, checked: the folder of its tokenizer, and what the record says of it."""
+    """The data of a run, checked: the folder of its tokenizer, what the record says of it, and what
+    the screen does."""
 
     folder: Path
     data: Any
     about: dict[str, Any]
+    lines: Sequence[str] = ()
 
 
 class Stage(NamedTuple):

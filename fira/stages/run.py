@@ -99,6 +99,8 @@ def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
         _write_config(run, stage, plan, opened.about, trained)
         sinks = tracker(run, state.step, config.model_dump())
         log = RunLog.resume(run, state.step, say, sinks=sinks)
+    for line in opened.lines:
+        screen.print(line, soft_wrap=True, markup=False)
     _introduce(config, state, start, trained, mesh, screen)
     if text:
         screen.print(text, soft_wrap=True)
