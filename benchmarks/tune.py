@@ -25,8 +25,10 @@ from record import append, machine, new_parser, peak_memory, reset_peak
 
 from fira.convert.files import load_run, write_run
 from fira.convert.hf import export_run
-from fira.data.conversations import chat_row, conversations
+from fira.data.conversations import Conversation, chat_row, read_conversation
 from fira.data.packs import Packs, in_order
+from fira.data.records import records
+from fira.data.sources import inputs
 from fira.data.tokenizer import Tokenizer
 from fira.loss.head import next_token_loss
 from fira.model import build
@@ -54,8 +56,8 @@ TEMPLATE = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start
 
 def read_rows(path: str, tokenizer: Tokenizer, longest: int, count: int) -> list[list[Any]]:
     """The first conversations that fit."""
-    fit = (messages for _, messages in conversations([path])
-           if chat_row(tokenizer, messages, longest)[1] == 0)
+    given = (read_conversation(record) for _, record in records(inputs([path])))
+    fit = (one.messages for one in given if not chat_row(tokenizer, one, longest)[1])
     return list(islice(fit, count))
 
 
@@ -66,7 +68,7 @@ def fira_side(folder: Path, rows: list[list[Any]], rank: int) -> Any:
     initialize(model, 0, (one for one in whole(model.named_parameters()) if ".lora." in one.name))
     optimizer = make_optimizer(model, OptimConfig(lr=RATE), 0.0)
     model.train()
-    found = [chat_row(tokenizer, messages, 1 << 20)[0] for messages in rows]
+    found = [chat_row(tokenizer, Conversation(messages, []), 1 << 20)[0] for messages in rows]
     length = max(len(row.ids) for row in found if row) - 1
     steps = []
     for first in range(0, len(found), ROWS):

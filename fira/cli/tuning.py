@@ -32,7 +32,7 @@ from fira.cli.training import run_training
               show_default="the text that RUN was trained on, if it is there",
               help="General text, or a folder that fira data wrote: for --replay, and to measure "
                    "what is forgotten; self is text that the model writes itself.")
-@click.option("--skip-bad", is_flag=True, help="With --prefer: leave pairs at fault out, counted.")
+@click.option("--skip-bad", is_flag=True, help="Leave out rows at fault, and count them.")
 @click.option("--replay", type=click.FloatRange(0, 1, max_open=True), default=0.0,
               show_default=True, help="Share of general text in what is read.")
 @click.option("--method", type=click.Choice(["full", "lora", "experts"]), default="lora",
@@ -45,26 +45,31 @@ from fira.cli.training import run_training
               help="Whether routers are trained.")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
               help="How often the data is read.")
-@click.option("--run", "--run-folder", "run", type=NEW_FOLDER, required=True,
+@click.option("--run", "--run-folder", "run", type=NEW_FOLDER,
               help="Folder of the new run.")
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of --run.")
+@click.option("--dry-run", is_flag=True,
+              help="Only show what would be read and trained, and the memory needed.")
 @device_option
-def tune(source: Path | None, settings: tuple[str, ...], run: Path, device: str, resume: bool,
-         epochs: float, method: str, rank: int, router: str | None, beta: float | None,
-         length_normalized: bool, skip_bad: bool, prefer: tuple[str, ...], **data: Any) -> None:
+def tune(source: Path | None, settings: tuple[str, ...], run: Path | None, device: str,
+         resume: bool, dry_run: bool, epochs: float, method: str, rank: int, router: str | None,
+         beta: float | None, length_normalized: bool, prefer: tuple[str, ...], **data: Any) -> None:
     """Train a run further on conversations or text.
 
     RUN was trained here or imported. The loss is taken on assistant turns only. The base stays as
     it is: an adapter is a small run that needs it.
     """
+    from rich.console import Console
+
     from fira.runlog import console
+    from fira.stages.dryrun import show
     from fira.stages.prefer import PREFER
-    from fira.stages.tune import TUNE
+    from fira.stages.tune import TUNE, open_tuning
     from fira.stages.tune import tune as run_tune
 
     if source is not None and "=" in str(source) and not source.exists():
         settings, source = (str(source), *settings), None
-    if source is None and not resume:
+    if source is None and (dry_run or not resume):
         raise click.UsageError("Missing argument 'RUN': only --resume --run FOLDER needs none")
     if not resume and bool(prefer) == bool(data["chat"] or data["text"]):
         raise click.UsageError("give --chat FILES or --text FILES, or else --prefer FILES")
@@ -72,9 +77,15 @@ def tune(source: Path | None, settings: tuple[str, ...], run: Path, device: str,
                          "router": router or ("train" if method == "full" else "freeze")}}
     if prefer:
         sections["prefer"] = {"beta": beta, "normalized": length_normalized}
-        sections["data"] = {"chat": prefer, "held_out": data["held_out"], "skip_bad": skip_bad}
+        sections["data"] = {"chat": prefer} | {key: data[key] for key in ("held_out", "skip_bad")}
     else:
         sections["data"] = {key: list(value) if isinstance(value, tuple) else value
                             for key, value in data.items()}
-    run_training(lambda: run_tune(source, sections, epochs, settings, run, device, resume,
-                                  console(), PREFER if prefer else TUNE), run)
+    stage = PREFER if prefer else TUNE
+    if dry_run and source:
+        show(*open_tuning(source, sections, epochs, settings, None, stage), device, Console())
+    elif run is None:
+        raise click.UsageError("Missing option '--run': only --dry-run needs none")
+    else:
+        run_training(lambda: run_tune(source, sections, epochs, settings, run, device, resume,
+                                      console(), stage), run)

@@ -7,7 +7,10 @@ renderer, byte-pair encoding may join that with the newline before it.
 
 Tools have the form of Qwen3's chat template (Hermes): their descriptions stand in the system
 message, a call is JSON between <tool_call> and </tool_call> at the end of the assistant's message,
-and what the tools return follows as a user's turn of <tool_response> blocks.
+and what the tools return follows as a user's turn of <tool_response> blocks. Thoughts, which an
+assistant's message has under reasoning_content, stand before its text between <think> and </think>.
+Qwen3's template leaves out those of earlier turns; here they stay, as the beginning must not change
+with what follows.
 """
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ from fira.data.tokenizer import (
     CALL_END,
     RESPONSE,
     RESPONSE_END,
+    THINK,
+    THINK_END,
     TOOLS_HEAD,
     TOOLS_TAIL,
     TURN_END,
@@ -37,7 +42,8 @@ class Marker(str):
 
 
 class Turn(NamedTuple):
-    """A message as ids: `ids[start:stop]` are its text, its calls and the token that ends it."""
+    """A message as ids: `ids[start:stop]` are its thoughts, text and calls and the token
+    that ends it."""
 
     role: str
     ids: list[int]
@@ -47,7 +53,8 @@ class Turn(NamedTuple):
 
 def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]],
           tools: Sequence[Mapping[str, Any]] = ()) -> Iterator[Turn]:
-    """Each of `messages` ({"role", "content"}; an assistant's may have "tool_calls") as ids.
+    """Each of `messages` ({"role", "content"}; an assistant's may have "tool_calls"
+    and "reasoning_content") as ids.
 
     `tools` are OpenAI's {"type": "function", "function"}; they stand in the first message's ids.
     Raises ValueError for an unknown role, a message without text, or a tokenizer without ChatML.
@@ -82,6 +89,10 @@ def write_turns(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[s
         before, role, after = roles[number:number + 3]
         text, calls = _text(number, message), message.get("tool_calls") or ()
         head, body = [Marker(TURN_START), f"{role}\n"], [text]
+        if role == "assistant" and (thoughts := message.get("reasoning_content")):
+            text = text.lstrip("\n")
+            body = [Marker(THINK), "\n" + thoughts.strip("\n") + "\n", Marker(THINK_END),
+                    f"\n\n{text}"]
         if tools and not number:
             own = [text, "\n\n"] if role == "system" else []
             described = [json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools]

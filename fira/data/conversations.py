@@ -1,24 +1,38 @@
 """Files of conversations and of text become rows: token ids, and which of them are trained on.
 
-A conversation is trained on in its assistant turns only: their text and the token that ends the
-turn, never the head of the turn. Text is trained on in all of it.
+A conversation is trained on in its assistant turns only: their thoughts, text and calls and the
+token that ends the turn, never the head of the turn. Text is trained on in all of it.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import collections
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fira.data import addresses
 from fira.data.chat import turns
-from fira.data.sources import inputs
-from fira.data.text import items, records
-from fira.data.tokenizer import Tokenizer
+from fira.data.records import read_record, records, unread_records
+from fira.data.sources import RECORDS, Input, Tally, inputs, note
+from fira.data.text import items
+from fira.data.tokenizer import TURN_END, TURN_START, Tokenizer
 
-Messages = list[dict[str, Any]]
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-            "model": "assistant", "system": "system"}
+ROLE_OF = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+           "developer": "system", "observation": "tool", "function_response": "tool"}
+QUESTIONS = ("instruction", "prompt", "question", "query")
+ANSWERS = ("output", "completion", "response", "answer")
+CONTEXTS = ("input", "context")  # what a question is about, after it
+SYSTEMS = ("system", "system_prompt")
+FORMS = ("messages", "conversations (from, value)", f"one of {', '.join(QUESTIONS)} with one of "
+         f"{', '.join(ANSWERS)}")
+SHORTENED = "cut after the last answer that fits"
+TOO_LONG = "left out, too long for their first answer"
+NO_ANSWER, AT_FAULT = "left out, without an answer to train on", "left out, at fault"
+FAULTS = (TypeError, AttributeError, LookupError, ValueError)  # of a row that is none
+_THOUGHTS = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 WHOLE = 1 << 40  # ids: a limit for rows that are never shortened
 
@@ -30,125 +44,233 @@ class Row(NamedTuple):
     trained: np.ndarray
 
 
-def _pair(question: str, answer: str) -> Callable[[Any], Messages]:
-    def read(record: Any) -> Messages:
-        asked = "\n\n".join(text for text in (record[question], record.get("input")) if text)
-        return [{"role": "user", "content": asked},
-                {"role": "assistant", "content": record[answer]}]
-    return read
+class Conversation(NamedTuple):
+    """Messages ({"role", "content"}, and what `fira.data.chat.turns` reads), and the tools."""
 
-
-# How the messages of a record are found: by its keys, in this order.
-FORMS: dict[tuple[str, ...], Callable[[Any], Messages]] = {
-    ("messages",): lambda record: record["messages"],
-    ("conversations",): lambda record: [
-        {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]}
-        for turn in record["conversations"]],
-    ("instruction", "output"): _pair("instruction", "output"),
-    ("prompt", "completion"): _pair("prompt", "completion"),
-}
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
 
 
 def find_form(record: Any) -> tuple[str, ...]:
-    """The keys of FORMS that a record has. Raises ValueError if it has none of them."""
-    for form in FORMS:
-        if isinstance(record, dict) and record.keys() >= set(form):
+    """The keys under which a record has its conversation. Raises ValueError if it has none."""
+    keys = record if isinstance(record, dict) else {}
+    for form in (("messages",), ("conversations",)):
+        if isinstance(keys.get(form[0]), list):
             return form
-    keys = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
-    known = "; ".join(" and ".join(form) for form in FORMS)
-    raise ValueError(f"no conversation under the keys {keys}; use {known}")
+    for found in ((question, answer) for question in QUESTIONS for answer in ANSWERS):
+        if all(keys.get(key) is not None for key in found):
+            return found
+    raise ValueError(f"no conversation under the keys {', '.join([*keys][:8]) or '(none)'}; use "
+                     f"{'; '.join(FORMS)}; text is given with --text")
 
 
-def conversations(sources: Sequence[str]) -> Iterator[tuple[str, Messages]]:
-    """The place and the messages of every record of `sources`, checked. Raises ValueError, one
-    line with the place, for a record that is no conversation."""
-    for where, record in _records(sources):
-        try:
-            yield where, _checked(FORMS[find_form(record)](record))
-        except (TypeError, AttributeError, LookupError, ValueError) as error:
-            reason = f"field {error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{where}: {reason}; correct this row, or leave it out") from None
+def read_conversation(record: Any) -> Conversation:
+    """The conversation of a record, checked. Raises ValueError, with the message's number."""
+    form, tools = find_form(record), record.get("tools") or []
+    asked, answer = _question(record, form[0]) if len(form) == 2 else [], record[form[-1]]
+    if not isinstance(answer, list):
+        answer = [{"role": "assistant", "content": answer}]
+    messages = [_message(number, one) for number, one in enumerate([*asked, *answer])]
+    for message in messages[:len(asked)]:  # a question may have answers to earlier ones in it
+        message["train"] = False
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError("tools is no list of objects")
+    _check_order(messages)
+    return Conversation(messages, tools)
 
 
-def _records(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    for source in sources:
-        if source == "sotu":
-            yield from ((f"sotu:{number}", {"messages": messages})
-                        for number, messages in enumerate(addresses.conversations(), start=1))
-        else:
-            yield from records([source])
+def _question(record: Any, key: str) -> list[Any]:
+    """The messages before an answer: a list of them, or a text with what it is about."""
+    if isinstance(record[key], list):
+        return record[key]
+    parts = [record[key], *(record[name] for name in CONTEXTS if record.get(name))]
+    text = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+    return [*({"role": "system", "content": record[name]} for name in SYSTEMS if record.get(name)),
+            {"role": "user", "content": text}]
 
 
-def _checked(messages: Messages) -> Messages:
+def _message(number: int, given: Any) -> dict[str, Any]:
+    """A message with a role that chat turns know; an answer is stripped of white space around it,
+    and of its thoughts, which get a field of their own."""
+    if not (isinstance(given, dict) and given.keys() & {"role", "from"}):
+        raise ValueError(f"message {number} has no role")
+    role = str(given.get("role", given.get("from")))
+    message = given | {"role": ROLE_OF.get(role, role),
+                       "content": given.get("content", given.get("value"))}
+    if message["role"] == "assistant" and isinstance(message["content"], str):
+        split = None if message.get("reasoning_content") else _THOUGHTS.match(message["content"])
+        thoughts = {"reasoning_content": split[1].strip()} if split else {}
+        message |= thoughts | {"content": (split[2] if split else message["content"]).strip()}
+    return message
+
+
+def _check_order(messages: list[dict[str, Any]]) -> None:
     before = ""
     for number, message in enumerate(messages):
-        role, content = message["role"], message["content"]
-        if role == before:
-            raise ValueError(f"message {number} is of the {role} like the one before it")
+        role = message["role"]
+        if role == before != "tool":
+            raise ValueError(f"message {number} is of the {role} like the one before it; join them")
         if role == "system" and number:
             raise ValueError(f"message {number} is of the system, which speaks only first")
-        if role == "assistant" and not (isinstance(content, str) and content.strip()):
+        if role == "assistant" and not (message["content"] or message.get("tool_calls")):
             raise ValueError(f"message {number}, an answer, is empty")
         before = role
-    return [message | {"content": message["content"].strip()} if message["role"] == "assistant"
-            else message for message in messages]
 
 
-def chat_row(tokenizer: Tokenizer, messages: Messages, longest: int) -> tuple[Row | None, int]:
-    """The row of a conversation, and how many turns were left out because it is too long.
+def chat_row(tokenizer: Tokenizer, conversation: Conversation,
+             longest: int) -> tuple[Row | None, str, int]:
+    """The row of a conversation, what became of it ("" if it is whole), and how many ids are needed
+    for its first answer.
 
-    Whole turns are kept while they fit into `longest` ids, up to an assistant's; None if not even
-    the first answer fits, or if none is trained on.
+    Whole turns are kept while they fit into `longest` ids, up to an answer that is trained on; None
+    if not even the first one fits, or if there is none. A message is not trained on if its field
+    `train` is false or its `weight` 0.
     """
+    answers = (all(message.get(key) not in (False, 0) for key in ("train", "weight"))
+               for message in conversation.messages if message["role"] == "assistant")
     ids: list[int] = []
-    trained: list[bool] = []
-    kept = size = 0
-    for number, turn in enumerate(turns(tokenizer, messages), start=1):
-        answer = turn.role == "assistant" and messages[number - 1].get("train", True)
-        mask = np.zeros(len(turn.ids), bool)
-        mask[turn.start:turn.stop] = answer
+    spans: list[slice] = []
+    size = 0
+    for turn in turns(tokenizer, *conversation):
+        before = len(ids)
         ids += turn.ids
-        trained += mask.tolist()
-        if len(ids) > longest:
+        trained = turn.stop > 0 and next(answers)
+        if len(ids) > longest and (size or trained):
             break
-        if answer:
-            kept, size = number, len(ids)
-    row = Row(np.array(ids[:size], np.int32), np.array(trained[:size], bool)) if size else None
-    return row, len(messages) - kept
+        if trained:
+            spans.append(slice(before + turn.start, before + turn.stop))
+            size = len(ids)
+    else:
+        if not size:
+            return None, NO_ANSWER, 0
+    if not size:
+        return None, TOO_LONG, len(ids)
+    mask = np.zeros(size, bool)
+    for span in spans:
+        mask[span] = True
+    return Row(np.array(ids[:size], np.int32), mask), SHORTENED * (len(ids) > longest), size
 
 
-def text_rows(tokenizer: Tokenizer, sources: Sequence[str], longest: int) -> Iterator[Row]:
-    """Documents between end-of-text tokens, cut into rows of at most `longest` ids, each of which
-    begins with the last id of the one before it: every id is a target once."""
-    ids = [tokenizer.end_of_text]
-    for item in items(inputs(list(sources))):
-        ids += tokenizer.encode(item.text)
-        if item.ends:
-            ids.append(tokenizer.end_of_text)
-        while len(ids) >= longest or (item.ends and len(ids) > 1):
-            piece, ids = np.array(ids[:longest], np.int32), ids[longest - 1:]
-            yield Row(piece, np.arange(len(piece)) > 0)
+def check_turns(tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the tokenizer has no tokens that begin and end a turn."""
+    if gone := [name for name in (TURN_START, TURN_END) if name not in tokenizer.added]:
+        raise ValueError(f"the tokenizer of this base has no {' and no '.join(gone)}, which chat "
+                         "turns need; tune it on --text, or tune a base whose tokenizer has them "
+                         "(those of fira tokenizer train, Qwen2 and Qwen3 do)")
+
+
+def _fault(error: Exception) -> str:
+    return f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+class Reader:
+    """Reads rows of at most `longest` ids. `lines` say what was found and `tally` counts what was
+    shortened or left out, with the first places; `needed` is the length that the shortest of the
+    rows that are too long needs."""
+
+    def __init__(self, tokenizer: Tokenizer, longest: int, skip_bad: bool = False) -> None:
+        self.tokenizer, self.longest, self.skip_bad = tokenizer, longest, skip_bad
+        self.lines: list[str] = []
+        self.tally: Tally = {}
+        self.needed = 0
+
+    def chat(self, given: Sequence[Input]) -> list[Row]:
+        """The rows of all conversations in `given`. Raises ValueError, one line with the place, for
+        a record that is none, unless bad ones are left out."""
+        check_turns(self.tokenizer)
+        rows = list[Row]()
+        for place in given:
+            if place.ending not in (*RECORDS, "hub", "sotu"):
+                raise ValueError(f"{place.name} is text, not conversations (.jsonl, .ndjson, .json "
+                                 "or .parquet); give it with --text")
+            forms, where = collections.Counter[str](), ""
+            for where, record in unread_records([place]):
+                try:
+                    record = read_record(record)
+                    found = chat_row(self.tokenizer, read_conversation(record), self.longest)
+                except FAULTS as error:
+                    if not self.skip_bad:
+                        raise ValueError(f"{where}: {_fault(error)}; correct this row, leave it "
+                                         "out, or give --skip-bad") from error
+                    note(self.tally, AT_FAULT, Path(where).name)
+                    continue
+                forms["/".join(find_form(record))] += 1
+                row, why, needed = found
+                rows += [row] if row else []
+                if why:
+                    note(self.tally, why, Path(where).name)
+                if why == TOO_LONG:
+                    self.needed = min(needed, self.needed or needed)
+            if not where:
+                raise ValueError(f"{place.name} holds no conversation; give a file with "
+                                 f"{'; '.join(FORMS)}")
+            self.lines.append(f"{Path(place.name).name}: {forms.total():,} conversations "
+                              f"({', '.join(forms) or 'none'})")
+        return rows
+
+    def text(self, given: Sequence[Input]) -> list[Row]:
+        """The rows of documents between end-of-text tokens. A document is cut into rows each of
+        which begins with the last id of the one before it: every id is a target once."""
+        rows = list[Row]()
+        for place in given:
+            _refuse_conversations(place)
+            count, number = len(rows), 0
+            end = np.array([self.tokenizer.end_of_text], np.int32)
+            ids = end
+            for item in items([place]):
+                number += item.ends
+                ids = np.concatenate([ids, self.tokenizer.encode_array(item.text).astype(np.int32),
+                                      end[:item.ends]])
+                while len(ids) >= self.longest or (item.ends and len(ids) > 1):
+                    piece = ids[:self.longest]
+                    ids = ids[len(piece) - 1:]
+                    rows.append(Row(piece, np.arange(len(piece)) > 0))
+            if not number:
+                raise ValueError(f"{place.name} holds no text; leave it out")
+            self.lines.append(f"{Path(place.name).name}: {number:,} documents "
+                              f"({len(rows) - count:,} rows of text)")
+        return rows
+
+
+def _refuse_conversations(place: Input) -> None:
+    """Raises ValueError if the first record is a conversation and no text."""
+    if place.ending in RECORDS:
+        where, record = next(records([place]), ("", {}))
+        try:
+            form = find_form(record)
+        except ValueError:
+            return
+        if "text" not in record:
+            raise ValueError(f"{where} is a conversation ({'/'.join(form)}), not text; give it "
+                             "with --chat")
+
+
+def without(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """`rows` without those that are equal to one of `others`."""
+    seen = {row.ids.tobytes() for row in others}
+    return [row for row in rows if row.ids.tobytes() not in seen]
 
 
 def pairs(tokenizer: Tokenizer, sources: Sequence[str], skip_bad: bool = False
           ) -> Iterator[tuple[Row, Row] | None]:
     """The rows of the chosen and of the rejected answer of every record; None for a pair at fault,
     if bad ones are skipped. Raises ValueError, one line with the place, if they are not."""
-    for where, record in _records(sources):
+    check_turns(tokenizer)
+    for where, record in unread_records(inputs(sources, RECORDS)):
         try:
-            chosen, rejected = (chat_row(tokenizer, messages, WHOLE)[0]
-                                for messages in read_pair(record))
+            chosen, rejected = (chat_row(tokenizer, one, WHOLE)[0]
+                                for one in read_pair(read_record(record)))
             assert chosen and rejected, record  # both end with an answer
             yield chosen, rejected
-        except (TypeError, AttributeError, LookupError, ValueError) as error:
+        except FAULTS as error:
             if not skip_bad:
-                reason = f"field {error} is missing" if isinstance(error, KeyError) else error
-                raise ValueError(f"{where}: {reason}; correct this row, leave it out, or give "
-                                 "--skip-bad") from error
+                raise ValueError(f"{where}: {_fault(error)}; correct this row, leave it out, or "
+                                 "give --skip-bad") from error
             yield None
 
 
-def read_pair(record: Any) -> tuple[Messages, Messages]:
+def read_pair(record: Any) -> tuple[Conversation, Conversation]:
     """The conversations that end with the chosen and with the rejected answer of a record; only
     that answer is trained on.
 
@@ -159,14 +281,14 @@ def read_pair(record: Any) -> tuple[Messages, Messages]:
         found = ", ".join([*record][:8]) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"no pair of answers under {found}; use prompt, chosen and rejected")
     chosen, rejected = (_answered(record, key) for key in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1]:
+    if chosen.messages[:-1] != rejected.messages[:-1]:
         raise ValueError("chosen and rejected differ before their last message, the answer")
     if chosen == rejected:
         raise ValueError("chosen and rejected are equal")
     return chosen, rejected
 
 
-def _answered(record: Any, key: str) -> Messages:
+def _answered(record: Any, key: str) -> Conversation:
     given = {"user": record.get("prompt") or [], "assistant": record[key]}
     prompt, answer = ([{"role": role, "content": value}] if isinstance(value, str) else value
                       for role, value in given.items())
@@ -178,5 +300,5 @@ def _answered(record: Any, key: str) -> Messages:
         raise ValueError(f"{key} has no answer, or an empty one, at its end")
     if len(messages) == len(answer) and answer[0]["role"] == "assistant":
         raise ValueError(f"{key} answers nothing: give the prompt, or messages that begin with it")
-    return _checked([message | {"train": number == len(messages) - 1}
-                     for number, message in enumerate(messages)])
+    return read_conversation({"prompt": messages[:-1], "completion": messages[-1:],
+                              "tools": record.get("tools")})

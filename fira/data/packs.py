@@ -40,8 +40,8 @@ class Packs:
         if not rows:
             raise ValueError("no row is left to train on; give more data, or longer sequences with "
                              f"train.sequence_length above {length}")
-        self.groups, self.length = [rows[first:first + together]
-                                    for first in range(0, len(rows), together)], length
+        self.rows, self.length = rows, length
+        self.groups = [rows[first:first + together] for first in range(0, len(rows), together)]
         self.packs = pack([sum(len(row.ids) - 1 for row in group) for group in self.groups], length)
         digest = hashlib.sha256(str(length).encode())
         for row in rows:
@@ -76,7 +76,7 @@ class Windows:
     def read(self, numbers: np.ndarray) -> Sequence[np.ndarray]:
         windows = np.stack([self.tokens[start:start + self.length + 1]
                             for start in numbers * self.length]).astype(np.int64)
-        positions = np.broadcast_to(np.arange(self.length), windows[:, 1:].shape)
+        positions = np.tile(np.arange(self.length), (len(windows), 1))
         return windows[:, :-1], windows[:, 1:], positions
 
 

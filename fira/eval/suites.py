@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fira.data.text import records
+from fira.data.records import records
+from fira.data.sources import inputs
 from fira.eval.forms import read_rows
 from fira.eval.task import Row, Task
 from fira.files import read_json
@@ -93,7 +94,7 @@ def open_task(name: str, source: str, limit: int | None = None, letters: bool = 
 
 def _records(source: str) -> Iterator[tuple[str, Any]]:
     if not source.endswith(".json"):
-        return records([source])
+        return records(inputs([source]))
     content = read_json(Path(source), "give JSON lines, or a task of BIG-bench")
     return ((f"{source} example {n}", row)
             for n, row in enumerate(content.get("examples", []), start=1))

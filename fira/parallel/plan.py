@@ -60,6 +60,7 @@ class Work(NamedTuple):
     sequence_length: int
     rule: str = "adamw"
     recompute: bool = False
+    logits: int = BLOCK_ELSEWHERE  # held at a time
 
 
 @lru_cache(maxsize=1024)
@@ -107,7 +108,7 @@ def memory_of(work: Work, grid: Grid, stage: int) -> dict[str, float]:
         backward, per_layer = backward + tokens * per_layer, spec.d_model + 2 * spec.top_k
     activations = tokens * (in_flight * layers * per_layer + 3 * spec.d_model)
     head = spec.vocab_size * spec.d_model if stage == pipeline - 1 else 0
-    logits = (2 * min(tokens * spec.vocab_size, BLOCK_ELSEWHERE) + in_flight * head) if head else 0
+    logits = (2 * min(tokens * spec.vocab_size, work.logits) + in_flight * head) if head else 0
     if shard > 1:  # weights and gradients of a block, and the next block's weights
         backward += ends + 3 * found["blocks"] // layers
     else:

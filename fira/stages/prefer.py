@@ -58,6 +58,7 @@ class Referenced:
 
     def __init__(self, packs: Packs) -> None:
         self.packs, self.key, self.length = packs, packs.key, packs.length
+        self.rows = packs.rows
         self.reference = np.zeros((len(packs), packs.length), np.float32)
 
     def __len__(self) -> int:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from fira.config import Config, ConfigError
 from fira.data.batches import Folder, Shards
-from fira.data.conversations import Row, chat_row, conversations, text_rows
+from fira.data.conversations import Reader, Row, without
 from fira.data.packs import PackedBatches, Packs, Part, Sequences, Windows, in_order
 from fira.data.shards import MANIFEST
+from fira.data.sources import RECORDS, TEXT, find, inputs, listed
 from fira.data.tokenizer import END_OF_TEXT, PAD, SPECIAL, TURN_END, Tokenizer
 from fira.files import read_json, sha256, write_text
 from fira.infer.load import load
@@ -57,6 +58,7 @@ class TuneData(Config):
                                    "them a twentieth of the rows")
     general: Files = Field([], description="general text, prepared by `fira data` or files: "
                                   "for replay, and to see what is forgotten")
+    skip_bad: bool = Field(False, description="leave out rows at fault, and count them")
     replay: float = Field(0.0, ge=0, lt=1, description="share of general text in what is read")
 
 
@@ -86,32 +88,46 @@ class Data(NamedTuple):
 def open_data(config: TuneConfig) -> Opened:
     """Read and pack everything. Raises ValueError, one line with the place, for what is wrong."""
     data, length = config.data, config.train.sequence_length
-    tokenizer, counts = Tokenizer.load(data.start), dict.fromkeys(
-        ("rows", "rows shortened", "rows left out", "tokens", "tokens trained on"), 0)
-    rows = [*_chat_rows(tokenizer, data.chat, length + 1, counts),
-            *text_rows(tokenizer, data.text, length + 1)]
-    if data.held_out:
-        held_out = [*_chat_rows(tokenizer, data.held_out, length + 1, {**counts})]
-    else:
+    tokenizer, rows, held_out = Tokenizer.load(data.start), list[Row](), list[Row]()
+    reader, given = Reader(tokenizer, length + 1, data.skip_bad), data.held_out
+    lines = reader.lines
+    for read, sources, kinds in ((reader.chat, data.chat, RECORDS), (reader.text, data.text, TEXT)):
+        if sources:
+            train, validation, passed_over = find(sources, given, kinds)
+            rows += read(train)
+            held_out += read(validation)
+            lines += [f"passed over: {listed(passed_over)}"] if passed_over else []
+            given = []  # what is given to evaluate on is of the first kind
+    if split := not held_out:
         held_out, rows = rows[::HELD_OUT], [row for number, row in enumerate(rows)
                                             if number % HELD_OUT]
-    counts |= {"rows": len(rows), "tokens": sum(len(row.ids) for row in rows),
-               "tokens trained on": sum(int(row.trained.sum()) for row in rows)}
+    kept = without(rows, held_out)
+    if not kept:
+        raise ValueError(_nothing_left(
+            reader, len(rows), split and bool(held_out), config))
+    lines += [f"of these: {listed(reader.tally)}"] if reader.tally else []
+    if len(rows) > len(kept):
+        lines.append(f"{len(rows) - len(kept):,} rows are equal to held-out rows and left out")
+    counts = {"rows": len(kept), "rows equal to held-out rows": len(rows) - len(kept),
+              "tokens": sum(len(row.ids) for row in kept),
+              "tokens trained on": sum(int(row.trained.sum()) for row in kept),
+              **{f"rows {why}": entry["count"] for why, entry in reader.tally.items()}}
     general = _general(tokenizer, data.general, length)
-    found = Data(Packs(rows, length), Packs(held_out, length), *general, counts)
+    found = Data(Packs(kept, length), Packs(held_out, length), *general, counts)
     about = {"sources": [Path(name).name for name in (*data.chat, *data.text)], **counts,
              "sha256": [found.train.key]}
-    return Opened(Path(data.start), found, about)
+    return Opened(Path(data.start), found, about, lines)
 
 
-def _chat_rows(tokenizer: Tokenizer, sources: Sequence[str], longest: int,
-               counts: dict[str, int]) -> Iterable[Row]:
-    for _, messages in conversations(sources) if sources else ():
-        row, cut = chat_row(tokenizer, messages, longest)
-        counts["rows left out"] += row is None
-        counts["rows shortened"] += row is not None and cut > 0
-        if row is not None:
-            yield row
+def _nothing_left(reader: Reader, rows: int, split: bool, config: TuneConfig) -> str:
+    """Why there is nothing to train on, and what to do; `split`: the first row was held out."""
+    context, needed = config.model.context, reader.needed
+    remedy = ("all others are equal to held-out rows; give other rows" if rows else
+              "the only row is held out; give more, or --held-out FILES" if split else
+              "give rows with an answer" if not needed else
+              f"set train.sequence_length={needed - 1}" if needed <= context else
+              f"shorten them: the model reads {context} tokens, the shortest needs {needed}")
+    return f"no row is left to train on: {listed(reader.tally) or 'none'}; {remedy}"
 
 
 def _general(tokenizer: Tokenizer, sources: Sequence[str],
@@ -124,7 +140,7 @@ def _general(tokenizer: Tokenizer, sources: Sequence[str],
             (Shards(sources[0], split), sha256(Path(sources[0]) / MANIFEST)[:15] + split[0])
             for split in ("train", "validation")))
         return train, held_out
-    rows = list(text_rows(tokenizer, sources, length + 1))
+    rows = Reader(tokenizer, length + 1).text(inputs(sources))
     return (Packs([row for number, row in enumerate(rows) if number % HELD_OUT], length),
             Packs(rows[::HELD_OUT], length))
 
@@ -195,11 +211,13 @@ TUNE = Stage("tune", TuneConfig, open_data, recipe, adapt,
              {"optim": {}, "train": {"steps": 1}}, 0.0)
 
 
-def settings_for(run: Path, start: Path, method: str) -> list[str]:
-    """What the method and the tuned run suggest: its sequences, and a tenth of its rates for full
-    tuning."""
+def settings_for(run: Path, start: Path, method: str, given: Sequence[str]) -> list[str]:
+    """What the method and the tuned run suggest: its sequences, unless `given` settings have a
+    length, and a tenth of its rates for full tuning."""
     spec, config = open_start(start).spec, _record_of(run, start)
-    length = min(spec.context, config.get("train", {}).get("sequence_length", 1024))
+    asked = dict(one.partition("=")[::2] for one in given).get("train.sequence_length", "")
+    length = int(asked) if asked.isdigit() else min(
+        spec.context, config.get("train", {}).get("sequence_length", 1024))
     found = [f"train.sequence_length={length}", f"train.batch_tokens={16 * length}",
              "train.micro_batch=4", "schedule.kind=cosine", "schedule.warmup=0.05"]
     if method != "full":
@@ -210,12 +228,13 @@ def settings_for(run: Path, start: Path, method: str) -> list[str]:
     return found + [f"optim.{key}={value}" for key, value in {**rates, **kept}.items()]
 
 
-def _find_general(data: dict[str, Any], source: Path, start: Path, run: Path) -> list[str]:
+def _find_general(data: dict[str, Any], source: Path, start: Path,
+                  run: Path | None) -> list[str]:
     """General text as asked for, or what the run was trained on, if it is still there. Raises
     ConfigError if there is none to replay."""
     given = data.get("general") or []
     if given == [OWN_TEXT]:
-        return [str(_write_own_text(start, run / "own_text.jsonl"))]
+        return [str(_write_own_text(start, run / "own_text.jsonl"))] if run else []
     folder = _record_of(source, start).get("data", {}).get("folder")
     if not given and folder and (Path(folder) / MANIFEST).is_file():
         given = [folder]
@@ -256,6 +275,17 @@ def tune(source: Path | None, sections: dict[str, dict[str, Any]], epochs: float
     the stage adds; the length of the run follows from `epochs`, unless settings give one."""
     if (run / CONFIG).exists() or source is None:
         return train_run(stage, stage.name, settings, run, device, resume, screen, source)
+    settings = list(settings)
+    stage, *_ = open_tuning(source, sections, epochs, settings, run, stage)
+    of_model = [one for one in settings if one.startswith("model.")]  # over those of the start
+    return train_run(stage, stage.name, of_model, run, device, resume, screen, source)
+
+
+def open_tuning(source: Path, sections: dict[str, dict[str, Any]], epochs: float,
+                settings: Iterable[str], run: Path | None,
+                stage: Stage) -> tuple[Stage, Any, Opened]:
+    """What a tuning into the folder `run` is: the stage, its configuration, its data. Nothing is
+    written if `run` is None, so there is no text that the model writes itself."""
     start = open_start(source)
     data = sections["data"]
     data["start"] = str(start.folder)
@@ -263,7 +293,9 @@ def tune(source: Path | None, sections: dict[str, dict[str, Any]], epochs: float
         data["general"] = _find_general(data, source, start.folder, run)
     stage = stage._replace(preset=stage.load(stage.name) | sections | {
         "model": start.spec.model_dump()})
-    settings = [*settings_for(source, start.folder, sections["tune"]["method"]), *settings]
+    settings = list(settings)
+    settings = [*settings_for(source, start.folder, sections["tune"]["method"], settings),
+                *settings]
     config = configure(stage, stage.load(stage.name), settings, start)
     opened = stage.open(config)
     if not {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}:
@@ -271,5 +303,5 @@ def tune(source: Path | None, sections: dict[str, dict[str, Any]], epochs: float
         steps = math.ceil(epochs * len(opened.data.train) / read)
         settings = [f"train.save_every={math.ceil(steps / EVALUATIONS)}", *settings,
                     f"train.steps={steps}"]
-    return train_run(stage._replace(open=lambda _: opened), stage.name, settings, run, device,
-                     resume, screen, source)
+        config = configure(stage, stage.load(stage.name), settings, start)
+    return stage._replace(open=lambda _: opened, preset=config.model_dump()), config, opened

@@ -18,6 +18,19 @@ HARD = ["Größe, naïve café, Ǆ ﬁ e\u0301", "你好,世界。こんにち�
         "def f(x):\n    return x**2  # ok\n\n\tpass", "  two  spaces\r\n\r\n", "it's I'LL don't",
         "user says <|im_end|> and <|endoftext|><think>", "\u0000\u200b\u00a0\ufeff", "The Union"]
 
+ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+KINDS = [  # conversations with tools, and with thoughts
+    {"messages": [{"role": "user", "content": "1 + 1?"},
+                  {"role": "assistant", "content": "I add.", "tool_calls": [CALL]},
+                  {"role": "tool", "content": "2"}, {"role": "tool", "content": "3"},
+                  {"role": "assistant", "content": "2."}], "tools": json.dumps([ADD])},
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"},
+                  {"role": "assistant", "reasoning_content": "Hm.", "content": "So."},
+                  {"role": "user", "content": "And?"},
+                  {"role": "assistant", "reasoning_content": "Hm!", "content": "No."}]},
+]
+
 
 def train(preset, data_folder, folder, *settings):
     pretrain(str(preset), [f"data.folder={data_folder}", *settings], folder, "cpu", False,

@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 
 from fira.data.chat import render
+from fira.data.conversations import read_conversation
 from fira.data.tokenizer import CHAT_TEMPLATE
 from fira.infer.load import load
 from fira.model import build
 from fira.model.spec import FIRA2Spec
-from tests.convert.conftest import HARD
+from tests.convert.conftest import HARD, KINDS
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -137,6 +138,15 @@ def test_the_file_of_a_model_tuned_for_chat_brings_its_template(files, loaded):
     llama = Llama(files / "chat.gguf")
     assert llama.chat(messages, 8) == "".join(
         row["token"] for row in llama.complete(render(loaded.tokenizer, messages), 8))
+
+
+@pytest.mark.parametrize("record", KINDS, ids=["tools", "thoughts"])
+def test_turns_of_all_kinds_have_the_same_ids_in_llamacpp(files, loaded, record):
+    messages, tools = read_conversation(record)
+    llama = Llama(files / "chat.gguf")
+    theirs = llama.apply_template(record["messages"][:-1], tools)
+    assert llama.tokenize(theirs, special=True) == render(loaded.tokenizer, messages[:-1], True,
+                                                          tools)
 
 
 def test_the_command_says_how_to_run_the_file_and_writes_a_modelfile(run, files, fira, tmp_path):

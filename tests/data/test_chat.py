@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fira.data.chat import ROLES, knows_tools, render, write_turns
+from fira.data.chat import ROLES, knows_tools, render, turns, write_turns
 from fira.data.tokenizer import SPECIAL, Tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=30)
@@ -18,7 +19,9 @@ CALL = st.fixed_dictionaries({"name": st.sampled_from(["add", "look_up"]), "argu
 CALLING = st.fixed_dictionaries({
     "role": st.just("assistant"), "content": TEXT | st.none(),
     "tool_calls": st.lists(CALL | st.fixed_dictionaries({"function": CALL}), min_size=1, max_size=2)
-}) | st.fixed_dictionaries({"role": st.just("tool"), "content": TEXT})
+}, optional={"reasoning_content": TEXT}) | st.fixed_dictionaries({
+    "role": st.just("assistant"), "content": TEXT, "reasoning_content": TEXT}) | (
+    st.fixed_dictionaries({"role": st.just("tool"), "content": TEXT}))
 TOOLS = st.lists(st.fixed_dictionaries({"type": st.just("function"), "function": (
     st.fixed_dictionaries({"name": st.just("add"), "description": TEXT}))}), max_size=2)
 
@@ -63,6 +66,47 @@ def test_ids_begin_with_those_of_every_shorter_conversation(tokenizer, messages)
         assert whole[:len(before)] == before
     end = [tokenizer.special("<|im_end|>"), *tokenizer.encode("\n")]
     assert render(tokenizer, messages, continue_final=True) + end == whole
+
+
+@settings(max_examples=150, deadline=None)
+@given(start=MESSAGES, more=st.lists(CALLING, max_size=4), tools=TOOLS, seed=st.integers(0, 9))
+def test_a_turn_without_later_questions_is_that_of_qwen3s_template(start, more, tools, seed):
+    """Qwen3 gives the last answer a <think> block in any case and leaves out thoughts before the
+    last question, so here every answer after that has thoughts and none before it has."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    question = {"role": "user", "content": "Why?"}
+    more = [one | {"reasoning_content": f"I think {seed}."} if one["role"] == "assistant" else one
+            for one in more]
+    start = [one for one in start if one["role"] != "system" or one is start[0]]
+    theirs, _ = _render_jinja([[*start, question, *more]], tools=tools,
+                              chat_template=(folder / "qwen3.jinja").read_text())
+    assert _written([*start, question, *more], tools) == theirs[0]
+
+
+def _render_jinja(conversations, **options):
+    from transformers.utils.chat_template_utils import render_jinja_template
+    return render_jinja_template(conversations, **options)
+
+
+def _written(messages, tools=()):
+    return "".join(part for _, head, body in write_turns(messages, tools) for part in head + body)
+
+
+@settings(max_examples=100, deadline=None)
+@given(start=MESSAGES, more=st.lists(CALLING, max_size=4), tools=TOOLS)
+def test_answers_are_all_of_their_turns_but_the_head(tokenizer, start, more, tools):
+    """Decoded, they are the text of the assistant's turns with the token that ends each."""
+    messages = [one for one in (*start, *more)
+                if one["role"] != "assistant" or not _answer(one)[:1].isspace()]
+    found = [tokenizer.decode(turn.ids[turn.start:turn.stop])
+             for turn in turns(tokenizer, messages, tools) if turn.role == "assistant"]
+    wanted = ["".join(body)[:-1] for role, _, body in write_turns(messages, tools)
+              if role == "assistant"]
+    assert found == wanted and all(text.endswith("<|im_end|>") for text in found)
+
+
+def _answer(message):
+    return "<think>" if message.get("reasoning_content") else message["content"] or ""
 
 
 @pytest.mark.parametrize("name", SPECIAL)
