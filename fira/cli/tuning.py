@@ -22,8 +22,8 @@ from fira.cli.training import run_training
 @click.option("--prefer", multiple=True, metavar="FILES",
               help="Pairs of answers (prompt, chosen, rejected) to learn a preference from, "
                    "instead of --chat and --text; may be repeated.")
-@click.option("--beta", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True,
-              help="With --prefer: how strongly the model is held to what it was.")
+@click.option("--beta", type=click.FloatRange(0, min_open=True),
+              help="With --prefer: how strongly the model is held; 0.1, or 5 if length-normalized.")
 @click.option("--length-normalized", is_flag=True,
               help="With --prefer: compare log-probabilities per token.")
 @click.option("--held-out", multiple=True, metavar="FILES",
@@ -53,7 +53,7 @@ from fira.cli.training import run_training
 @device_option
 def tune(source: Path | None, settings: tuple[str, ...], run: Path | None, device: str,
          resume: bool, dry_run: bool, epochs: float, method: str, rank: int, router: str | None,
-         beta: float, length_normalized: bool, prefer: tuple[str, ...], **data: Any) -> None:
+         beta: float | None, length_normalized: bool, prefer: tuple[str, ...], **data: Any) -> None:
     """Train a run further on conversations or text.
 
     RUN was trained here or imported. The loss is taken on assistant turns only. The base stays as
@@ -77,7 +77,7 @@ def tune(source: Path | None, settings: tuple[str, ...], run: Path | None, devic
                          "router": router or ("train" if method == "full" else "freeze")}}
     if prefer:
         sections["prefer"] = {"beta": beta, "normalized": length_normalized}
-        sections["data"] = {"chat": list(prefer), "held_out": list(data["held_out"])}
+        sections["data"] = {"chat": prefer} | {key: data[key] for key in ("held_out", "skip_bad")}
     else:
         sections["data"] = {key: list(value) if isinstance(value, tuple) else value
                             for key, value in data.items()}

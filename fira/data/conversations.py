@@ -34,6 +34,8 @@ NO_ANSWER, AT_FAULT = "left out, without an answer to train on", "left out, at f
 FAULTS = (TypeError, AttributeError, LookupError, ValueError)  # of a row that is none
 _THOUGHTS = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
+WHOLE = 1 << 40  # ids: a limit for rows that are never shortened
+
 
 class Row(NamedTuple):
     """Ids of a conversation or a piece of text, and whether each is a target: [n] both."""
@@ -133,7 +135,7 @@ def chat_row(tokenizer: Tokenizer, conversation: Conversation,
     for turn in turns(tokenizer, *conversation):
         before = len(ids)
         ids += turn.ids
-        trained = turn.role == "assistant" and next(answers)
+        trained = turn.stop > 0 and next(answers)
         if len(ids) > longest and (size or trained):
             break
         if trained:
@@ -250,34 +252,53 @@ def without(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.ids.tobytes() not in seen]
 
 
-def pairs(tokenizer: Tokenizer, sources: Sequence[str], longest: int,
-          counts: dict[str, int]) -> Iterator[Row]:
-    """Two rows for every record with a prompt, a chosen and a rejected answer, the chosen one
-    first; each is text or messages, and answers may hold the prompt too, as on the hub. Pairs of
-    more than `longest` ids are left out and counted. Raises ValueError, with the place."""
+def pairs(tokenizer: Tokenizer, sources: Sequence[str], skip_bad: bool = False
+          ) -> Iterator[tuple[Row, Row] | None]:
+    """The rows of the chosen and of the rejected answer of every record; None for a pair at fault,
+    if bad ones are skipped. Raises ValueError, one line with the place, if they are not."""
     check_turns(tokenizer)
-    for where, record in records(inputs(sources, RECORDS)):
+    for where, record in unread_records(inputs(sources, RECORDS)):
         try:
-            both = [_answered(record, key) for key in ("chosen", "rejected")]
-            if both[0] == both[1]:
-                raise ValueError("chosen and rejected are equal")
-            rows = [chat_row(tokenizer, one, longest)[0] for one in both]
+            chosen, rejected = (chat_row(tokenizer, one, WHOLE)[0]
+                                for one in read_pair(read_record(record)))
+            assert chosen and rejected, record  # both end with an answer
+            yield chosen, rejected
         except FAULTS as error:
-            raise ValueError(f"{where}: {_fault(error)}; correct this row, or leave it out"
-                             ) from error
-        counts["rows"] += 1
-        if None in rows or sum(len(row.ids) - 1 for row in rows if row) >= longest:
-            counts["rows left out"] += 1
-        else:
-            yield from (row for row in rows if row)
+            if not skip_bad:
+                raise ValueError(f"{where}: {_fault(error)}; correct this row, leave it out, or "
+                                 "give --skip-bad") from error
+            yield None
+
+
+def read_pair(record: Any) -> tuple[Conversation, Conversation]:
+    """The conversations that end with the chosen and with the rejected answer of a record; only
+    that answer is trained on.
+
+    prompt, chosen and rejected are text or messages; the answers may hold the prompt's messages too
+    (with or without the field prompt), as on the hub. Raises ValueError for what is no pair.
+    """
+    if not isinstance(record, dict) or not record.keys() >= {"chosen", "rejected"}:
+        found = ", ".join([*record][:8]) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"no pair of answers under {found}; use prompt, chosen and rejected")
+    chosen, rejected = (_answered(record, key) for key in ("chosen", "rejected"))
+    if chosen.messages[:-1] != rejected.messages[:-1]:
+        raise ValueError("chosen and rejected differ before their last message, the answer")
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are equal")
+    return chosen, rejected
 
 
 def _answered(record: Any, key: str) -> Conversation:
-    """The conversation that ends with an answer; only that answer is trained on."""
-    prompt, answer = record.get("prompt") or [], record[key]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(answer, str):
-        answer = [{"role": "assistant", "content": answer}]
-    messages = answer if answer[0]["role"] != "assistant" else [*prompt, *answer]
-    return read_conversation({"prompt": messages[:-1], "completion": messages[-1:]})
+    given = {"user": record.get("prompt") or [], "assistant": record[key]}
+    prompt, answer = ([{"role": role, "content": value}] if isinstance(value, str) else value
+                      for role, value in given.items())
+    if not all(isinstance(part, list) and all(isinstance(one, dict) and "role" in one
+                                              for one in part) for part in (prompt, answer)):
+        raise ValueError(f"prompt or {key} is neither text nor messages")
+    messages = answer if answer and answer[0]["role"] != "assistant" else [*prompt, *answer]
+    if not answer or messages[-1]["role"] != "assistant" or not str(answer[-1]["content"]).strip():
+        raise ValueError(f"{key} has no answer, or an empty one, at its end")
+    if len(messages) == len(answer) and answer[0]["role"] == "assistant":
+        raise ValueError(f"{key} answers nothing: give the prompt, or messages that begin with it")
+    return read_conversation({"prompt": messages[:-1], "completion": messages[-1:],
+                              "tools": record.get("tools")})

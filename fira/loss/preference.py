@@ -4,8 +4,8 @@
     loss = -log sigmoid(beta * (d_chosen - d_rejected))
 
 The reference is the model as it was before. With `normalized`, d is the mean over the answer's
-tokens, so that long answers do not weigh more (as in SimPO, Meng et al. 2024, 2405.14734, which
-has no reference); beta is then larger.
+tokens, so that long answers do not weigh more (length-normalized DPO of Tulu 3, Lambert et al.
+2024, 2411.15124); beta is then larger.
 """
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def log_probabilities(model: Any, batch: Any) -> Tensor:
 def preference_loss(beta: float, normalized: bool) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     """The loss function of a batch of pairs, and metrics: the change of each answer's
     log-probability per token, the margin beta * (d_chosen - d_rejected), and the share of pairs in
-    which it is positive."""
+    which it is positive (a pair without a margin counts as half of one)."""
     def loss_fn(model: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         change_BT = log_probabilities(model, batch) - batch.reference_BT
         answers_BT, used_BS = _answers(batch)
@@ -56,8 +56,8 @@ def preference_loss(beta: float, normalized: bool) -> Callable[..., tuple[Tensor
         margin_P = beta * (chosen_P - rejected_P)
         each_P2, size_P2 = (rows[used_BS].view(-1, 2).detach() for rows in (means_BS, tokens_BS))
         return -F.logsigmoid(margin_P).sum() / max(1, len(margin_P)), {
-            "chosen": _mean(each_P2[:, 0]), "rejected": _mean(each_P2[:, 1]),
-            "margin": _mean(margin_P.detach()), "accuracy": _mean((margin_P > 0).float()),
+            "chosen_change": _mean(each_P2[:, 0]), "rejected_change": _mean(each_P2[:, 1]),
+            "margin": _mean(margin_P.detach()), "accuracy": _mean((margin_P.sign() + 1) / 2),
             "chosen_tokens": _mean(size_P2[:, 0]), "rejected_tokens": _mean(size_P2[:, 1])}
     return loss_fn
 

@@ -63,7 +63,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
         recent = losses[-1 - len(losses) // 50:]  # the loss of one batch is too noisy
         facts |= {"steps": f"{last['step']:,}", "tokens": short(last["tokens"]),
                   "training time": str(timedelta(seconds=round(last["seconds"]))),
-                  "training loss (nats per token)": f"{recent.mean():.4f}" if len(recent) else "",
+                  "training loss (nats)": f"{recent.mean():.4f}" if len(recent) else "",
                   "tokens per second": short(last["tokens"] / (last["seconds"] or math.nan)),
                   "skipped steps": last.get("skipped")}
     if parameters := run.about.get("parameters"):
@@ -121,14 +121,8 @@ def short(number: float) -> str:
 
 def _draw_loss(axes: Axes, run: Run) -> None:
     """Loss of training and validation against tokens."""
-    axes.set_title("loss (nats per token)")
-    losses, validation = numbers(run.steps, "loss"), numbers(run.validations, "loss")
-    _draw_line(axes, run, losses, TRAINING)
-    finite = np.concatenate([losses, validation])
-    finite = finite[np.isfinite(finite)]
-    if np.isfinite(validation).any():
-        axes.plot(numbers(run.validations, "tokens"), validation, color=VALIDATION,
-                  label="validation", **_markers(validation))
+    axes.set_title("loss (nats)")
+    finite = _draw_lines(axes, run, "loss", TRAINING)
     if len(set(finite)) > 1:  # show every value, but cut off a spike that would flatten the curve
         low, start = min(finite), max(finite[:max(3, len(finite) // 50)])
         high = min(max(finite), 1.5 * start)
@@ -155,9 +149,7 @@ def _draw_score(axes: Axes, run: Run) -> None:
 def _draw_metric(axes: Axes, run: Run, key: str, title: str) -> None:
     """One number of the step rows against tokens."""
     axes.set_title(title, parse_math=False)
-    values = numbers(run.steps, key)
-    _draw_line(axes, run, values, OTHER, smoothed=key != "lr")  # the schedule has no noise
-    finite = values[np.isfinite(values)]
+    finite = _draw_lines(axes, run, key, OTHER, smoothed=key != "lr")  # a schedule has no noise
     if len(finite):
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -165,21 +157,28 @@ def _draw_metric(axes: Axes, run: Run, key: str, title: str) -> None:
             axes.set_ylim(0, max(finite) * 1.15 or 1)
 
 
-def _draw_line(axes: Axes, run: Run, values: np.ndarray, color: str, smoothed: bool = True) -> None:
-    """Values of the steps against tokens: each value pale, their moving average strong."""
+def _draw_lines(axes: Axes, run: Run, key: str, color: str, smoothed: bool = True) -> np.ndarray:
+    """One number of the steps against tokens, each value pale, their moving average strong, and of
+    the evaluations, if they have it. Returns all its finite values."""
+    values, validation = numbers(run.steps, key), numbers(run.validations, key)
     finite = np.isfinite(values)
     if not finite.any():
         _say(axes, "no steps yet")
-        return
+        return values[finite]
     values, tokens = values[finite], numbers(run.steps, "tokens")[finite]
+    drawn = np.concatenate([values, validation[np.isfinite(validation)]])
     if smoothed and len(values) > FEW:
         axes.plot(tokens, values, color=color, alpha=0.25, linewidth=0.8)
         values = smooth(values)
     axes.plot(tokens, values, color=color, label="training", **_markers(values))
+    if len(drawn) > len(values):
+        axes.plot(numbers(run.validations, "tokens"), validation, color=VALIDATION,
+                  label="validation", **_markers(validation))
     axes.set_xlabel("tokens")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    return drawn
 
 
 def _markers(values: np.ndarray) -> dict[str, Any]:

@@ -207,7 +207,8 @@ def _validate(layout: Layout, sequences: Sequences, micro: int, most: int,
     return validate(layout, in_order(sequences, micro, count), token_bytes_V)
 
 
-TUNE = Stage("tune", TuneConfig, open_data, recipe, adapt, {"optim": {}, "train": {}}, 0.0)
+TUNE = Stage("tune", TuneConfig, open_data, recipe, adapt,
+             {"optim": {}, "train": {"steps": 1}}, 0.0)
 
 
 def settings_for(run: Path, start: Path, method: str, given: Sequence[str]) -> list[str]:
@@ -274,8 +275,10 @@ def tune(source: Path | None, sections: dict[str, dict[str, Any]], epochs: float
     the stage adds; the length of the run follows from `epochs`, unless settings give one."""
     if (run / CONFIG).exists() or source is None:
         return train_run(stage, stage.name, settings, run, device, resume, screen, source)
+    settings = list(settings)
     stage, *_ = open_tuning(source, sections, epochs, settings, run, stage)
-    return train_run(stage, stage.name, (), run, device, resume, screen, source)
+    of_model = [one for one in settings if one.startswith("model.")]  # over those of the start
+    return train_run(stage, stage.name, of_model, run, device, resume, screen, source)
 
 
 def open_tuning(source: Path, sections: dict[str, dict[str, Any]], epochs: float,
@@ -288,8 +291,8 @@ def open_tuning(source: Path, sections: dict[str, dict[str, Any]], epochs: float
     data["start"] = str(start.folder)
     if stage is TUNE:
         data["general"] = _find_general(data, source, start.folder, run)
-    stage = stage._replace(preset={"model": start.spec.model_dump(), "train": {"steps": 1},
-                                   "optim": {}, **sections})
+    stage = stage._replace(preset=stage.load(stage.name) | sections | {
+        "model": start.spec.model_dump()})
     settings = list(settings)
     settings = [*settings_for(source, start.folder, sections["tune"]["method"], settings),
                 *settings]

@@ -49,11 +49,13 @@ class BatchSource(Protocol):
 
 
 class Score(NamedTuple):
-    """The number that decides which checkpoint is best."""
+    """The number that decides which checkpoint is best; `refused`: why this one is not, in words.
+    """
 
     name: str
     value: float
     lower_is_better: bool = True
+    refused: str = ""
 
     def beats(self, other: float | None) -> bool:
         if other is None or math.isnan(other):
@@ -158,8 +160,9 @@ class Loop:
         """Report an early end; evaluate and write the averaged weights, if the run keeps them."""
         state = self.state
         if self.fraction < 1:
+            best = f"that of step {state.best_step}" if state.best_step else "the start"
             self._report("stop", f"stopped early at step {state.step}: {state.worse_in_a_row} "
-                         f"evaluations were not better than that of step {state.best_step}")
+                         f"evaluations were not better than {best}")
         if swap_average(self.optimizer):
             row, score = self.recipe.probe()
             self.log.write("average", state.step, **row, score=score.name)
@@ -286,7 +289,9 @@ class Loop:
                        seconds=round(self._seconds(), 3), **row, score=self.score.name,
                        lower_is_better=self.score.lower_is_better)
         state.worse_in_a_row += 1
-        if self.score.beats(state.best_score):
+        if self.score.refused:
+            self._report("event", f"step {state.step}: {self.score.refused}", "yellow")
+        elif self.score.beats(state.best_score):
             state.best_score, state.best_step = self.score.value, state.step
             state.worse_in_a_row = 0
         self.checkpoints.prune(state.best_step)
