@@ -135,7 +135,7 @@ def chat_row(tokenizer: Tokenizer, conversation: Conversation,
     for turn in turns(tokenizer, *conversation):
         before = len(ids)
         ids += turn.ids
-        trained = turn.stop > 0 and next(answers)
+        trained = turn.role == "assistant" and next(answers)
         if len(ids) > longest and (size or trained):
             break
         if trained:

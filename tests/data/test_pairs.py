@@ -13,9 +13,8 @@ ASK, YES, NO = ({"role": role, "content": text} for role, text in (
     {"prompt": "Is it?", "chosen": [ASK, YES], "rejected": [ASK, NO]},
     {"chosen": [ASK, YES, ASK, YES], "rejected": [ASK, YES, ASK, NO], "score_chosen": 9.0}])
 def test_every_form_is_the_same_pair_and_only_the_last_answer_is_trained_on(record):
-    for messages, text in zip(read_pair(record), ("Yes.", "No."), strict=True):
-        assert messages[-2:] == [ASK | {"train": False},
-                                 {"role": "assistant", "content": text, "train": True}]
+    for (messages, _), text in zip(read_pair(record), ("Yes.", "No."), strict=True):
+        assert messages[-2:] == [ASK | {"train": False}, {"role": "assistant", "content": text}]
         assert not any(one["train"] for one in messages[:-1])
 
 
