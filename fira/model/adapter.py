@@ -40,6 +40,11 @@ class LowRank(nn.Module):
                  experts: Sequence[int] | None = None) -> None:
         super().__init__()
         *stack, width_out, width_in = shape
+        if rank > (widest := min(width_out, width_in)):
+            raise ValueError(f"rank={rank} is above {widest}, the smaller width of a matrix of "
+                             f"{width_out} x {width_in}; give a rank of {widest} or less")
+        if experts and not set(experts) <= set(range(*stack)):
+            raise ValueError(f"experts {list(experts)} are not all among the {stack[0]} of a stack")
         stack = stack if experts is None else [len(experts)]
         self.a = nn.Parameter(torch.empty(*stack, rank, width_in))
         self.b = nn.Parameter(torch.empty(*stack, width_out, rank))
@@ -137,13 +142,19 @@ def attach(model: Any, rank: int, experts: Sequence[Sequence[int]] | None = None
     for layer, block in enumerate(model.blocks):
         chosen = None if experts is None else tuple(experts[layer])
         for module in list(block.modules()):
-            if isinstance(module, nn.Linear):
+            kind = _kind(module)
+            if issubclass(kind, nn.Linear):
                 _put(module, LowRank(module.weight.shape, rank))
-            elif isinstance(module, ExpertLinear) and chosen != ():
+            elif issubclass(kind, ExpertLinear) and chosen != ():
                 _put(module, LowRank(module.weight.shape, max(1, rank // model.spec.top_k), chosen))
     if tokens:
         for name in {"token_embedding", model.after[-1]}:
             _put(getattr(model, name), TokenRows(tokens, model.spec.d_model))
+
+
+def _kind(module: Any) -> type:
+    """The class of a module, or of the one whose weight it holds in small integers."""
+    return getattr(module, "stands_for", type(module))
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
@@ -156,11 +167,11 @@ def attach_like(model: Any, tensors: dict[str, Tensor]) -> None:
     for name in tensors:
         owner, _, leaf = name.rpartition(".lora.")
         module = model.get_submodule(owner)
-        if leaf == "a":
+        if leaf == "a" and issubclass(_kind(module), (nn.Linear, ExpertLinear)):
             chosen = tensors.get(f"{owner}.lora.experts")
             _put(module, LowRank(module.weight.shape, tensors[name].shape[-2],
                                  None if chosen is None else tuple(chosen.tolist())))
-        elif leaf == "delta":
+        elif leaf == "delta" and owner in ("token_embedding", model.after[-1]):
             _put(module, TokenRows(tuple(tensors[f"{owner}.lora.tokens"].tolist()),
                                    tensors[name].shape[-1]))
 

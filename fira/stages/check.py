@@ -17,6 +17,7 @@ from fira.model.files import CONFIG
 from fira.runlog import METRICS, read_rows
 from fira.stages.config import configure, modernize
 from fira.stages.pretrain import PRETRAIN
+from fira.stages.tune import TUNE
 
 Check = tuple[str, str, Callable[[], Any]]  # file, rule, what raises or returns a fault
 
@@ -86,7 +87,8 @@ def _check_split(folder: Path, split: str) -> str:
 
 def _check_settings(run: Path) -> None:
     if "config" in (saved := _read(run / CONFIG)):  # not in a run that was imported or exported
-        configure(PRETRAIN, modernize(saved["config"]), ())
+        stage = TUNE if saved.get("stage") == TUNE.name else PRETRAIN
+        configure(stage, modernize(saved["config"]), ())
 
 
 def _check_record(run: Path) -> str:
