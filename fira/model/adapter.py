@@ -63,17 +63,12 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, counts_E: Tensor | None = None) -> Tensor:
         if counts_E is None:
             return SCALE * F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
-        if self.experts is None:
-            return SCALE * self._experts(x, counts_E)
-        has_E = torch.zeros_like(counts_E, dtype=torch.bool).index_fill_(0, self.experts, True)
-        places = has_E.repeat_interleave(counts_E).nonzero().squeeze(1)
-        out_Ro = x.new_zeros(len(x), self.b.shape[1])
-        return out_Ro.index_add(0, places, SCALE * self._experts(
-            x[places], counts_E[self.experts]))
-
-    def _experts(self, rows_Ri: Tensor, counts_E: Tensor) -> Tensor:
-        inner_Rr = fast.expert_linear(rows_Ri, counts_E, self.a, None)
-        return fast.expert_linear(inner_Rr, counts_E, self.b, None)
+        a, b = self.a, self.b
+        if self.experts is not None:  # the others' are zero: so all shapes are known in advance
+            a, b = (part.new_zeros(len(counts_E), *part.shape[1:]).index_copy(0, self.experts, part)
+                    for part in (a, b))
+        return SCALE * fast.expert_linear(fast.expert_linear(x, counts_E, a, None), counts_E, b,
+                                          None)
 
     @torch.no_grad()
     def add_to(self, weight: Tensor) -> None:
@@ -103,7 +98,10 @@ class TokenRows(nn.Module):
         return (tokens_BT.unsqueeze(-1) == self.tokens).to(self.delta.dtype) @ self.delta
 
     def added_to(self, weight_VD: Tensor) -> Tensor:
-        return weight_VD.index_add(0, self.tokens, self.delta.to(weight_VD.dtype))
+        """The head's weight; its `trained_rows` tell a loss which rows need a gradient."""
+        whole_VD: Any = weight_VD.index_add(0, self.tokens, self.delta.to(weight_VD.dtype))
+        whole_VD.trained_rows = self.tokens
+        return whole_VD
 
     @torch.no_grad()
     def add_to(self, weight_VD: Tensor) -> None:
