@@ -63,12 +63,18 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, counts_E: Tensor | None = None) -> Tensor:
         if counts_E is None:
             return SCALE * F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
-        a, b = self.a, self.b
-        if self.experts is not None:  # the others' are zero: so all shapes are known in advance
-            a, b = (part.new_zeros(len(counts_E), *part.shape[1:]).index_copy(0, self.experts, part)
-                    for part in (a, b))
+        a, b = (part.to(x.dtype) for part in self.of_all(len(counts_E)))
         return SCALE * fast.expert_linear(fast.expert_linear(x, counts_E, a, None), counts_E, b,
                                           None)
+
+    def of_all(self, num_experts: int) -> tuple[Tensor, Tensor]:
+        """A and B of every expert of a stack, zero for those without: so no shape depends on how
+        many rows the others have, and a compiled block needs none."""
+        if self.experts is None:
+            return self.a, self.b
+        a, b = (part.new_zeros(num_experts, *part.shape[1:]).index_copy(0, self.experts, part)
+                for part in (self.a, self.b))
+        return a, b
 
     @torch.no_grad()
     def add_to(self, weight: Tensor) -> None:
