@@ -34,7 +34,7 @@ from fira.model.adapter import attach
 from fira.model.files import CONFIG, knows_chat, read_config
 from fira.model.generate import window_length
 from fira.model.router import routers
-from fira.parallel.layout import Layout
+from fira.parallel.layout import Layout, first_row, gathered, local
 from fira.runlog import ProgressLine, console
 from fira.stages.config import Opened, RunConfig, Stage, configure, open_start
 from fira.stages.run import train_run
@@ -149,6 +149,13 @@ def _general(tokenizer: Tokenizer, sources: Sequence[str],
 def adapt(config: TuneConfig, model: Any, tokenizer: Tokenizer) -> None:
     """Freeze what is not trained, and add adapters. Raises ConfigError if that cannot be."""
     kind = read_config(Path(config.data.start) / CONFIG)[1]["quantization"]
+    parallel = config.parallel
+    if parallel.pipeline > 1:
+        raise ConfigError(f"parallel.pipeline={parallel.pipeline} cannot mask rows from each "
+                          "other; set it to 1, and parallel.shard or parallel.expert instead")
+    if parallel.expert > 1 and config.tune.method == "experts":
+        raise ConfigError(f"parallel.expert={parallel.expert} divides all experts, not those of "
+                          "--method experts; set it to 1, and parallel.data or parallel.shard")
     if kind:
         quantize(model, kind)
     if kind and config.tune.method == "full":
@@ -167,12 +174,14 @@ def learn_turns(config: Any, model: Any, tokenizer: Tokenizer) -> None:
     tokens = list(_new_tokens(config, tokenizer))
     for name in {"token_embedding", model.after[-1]} if tokens else ():
         part = getattr(model, name)
-        rows = part.weight[tokenizer.end_of_text].detach().expand(len(tokens), -1)
-        with torch.no_grad():
-            if hasattr(part, "lora"):
-                part.lora.delta.copy_(rows - part.weight[tokens])
-            else:
-                part.weight[tokens] = rows
+        weight, changed = gathered(part.weight.detach()).clone(), part.weight
+        rows = weight[[tokenizer.end_of_text] * len(tokens)]
+        if hasattr(part, "lora"):
+            changed, weight = part.lora.delta, rows - weight[tokens]
+        else:
+            weight[tokens] = rows
+        own = local(changed.detach())
+        own.copy_(weight[first_row(changed):][:len(own)])
 
 
 def _new_tokens(config: TuneConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
