@@ -73,8 +73,8 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
         if file:
             write_json(file, result)
     else:
-        result = _measure_tasks(run, adapter, file, target != "-", device=device, screen=console(),
-                                **tasks)
+        result = _measure_tasks(run, file, target != "-", device=device, adapter=adapter,
+                                screen=console(), **tasks)
     if target == "-":
         click.echo(json.dumps(result))
     if target == "-" or not texts:
@@ -88,9 +88,8 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
                    f"expert, {layer['by_chance']:.1%} by chance")
 
 
-def _measure_tasks(run: Path, adapter: Path | None, file: Path | None, shown: bool,
-                   against: Path | None, leak: Path | None, resume: bool, **options: Any
-                   ) -> dict[str, Any]:
+def _measure_tasks(run: Path, file: Path | None, shown: bool, against: Path | None,
+                   leak: Path | None, resume: bool, **options: Any) -> dict[str, Any]:
     from fira.data.shards import read_manifest
     from fira.eval.compare import add_comparison
     from fira.eval.leak import add_leaks
@@ -100,9 +99,9 @@ def _measure_tasks(run: Path, adapter: Path | None, file: Path | None, shown: bo
 
     if leak:
         read_manifest(leak)  # refuses another folder before the long work
-    other = (None if against is None else measure(against, **options) if against.is_dir()
+    other = (None if against is None else measure(against, **options | {"adapter": None}) if against.is_dir()
              else read_json(against, "give a run, or a file that fira eval --json wrote"))
-    result = measure(run, target=file, resume=resume, adapter=adapter, **options)
+    result = measure(run, target=file, resume=resume, **options)
     tables = [*([add_leaks(result, leak)] if leak else []),
               *([add_comparison(result, other)] if other else [])]
     if file:

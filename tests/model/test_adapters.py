@@ -5,9 +5,11 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import fira.model.fast as fast
+from fira.convert.quantize import quantize
 from fira.model import build_meta, load_pretrained
 from fira.model.adapter import SCALE, LowRank, adapters, attach, attach_like, merge
 from fira.model.files import save_weights
@@ -113,6 +115,20 @@ def test_recomputed_blocks_give_adapters_the_same_gradients(experts):
         F.cross_entropy(one.train()(TOKENS).flatten(0, 1), TOKENS.flatten()).backward()
     for (name, ours), theirs in zip(again.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["float32", "chosen", "int8"])
+def test_adapted_blocks_are_one_graph(kind):
+    model = build(tiny_spec("fira2", num_layers=4), seed=0)
+    model = adapt(quantize(model, "int8") if kind == "int8" else model,
+                  ((0, 3), (1, 2)) * 2 if kind == "chosen" else None)
+    expected = model(TOKENS)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=graphs)
+    torch.testing.assert_close(model(TOKENS), expected)
+    assert graphs.frame_count == 1
 
 
 def test_adapters_are_counted_with_their_part():
