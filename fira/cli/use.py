@@ -99,7 +99,8 @@ def _measure_tasks(run: Path, file: Path | None, shown: bool, against: Path | No
 
     if leak:
         read_manifest(leak)  # refuses another folder before the long work
-    other = (None if against is None else measure(against, **options | {"adapter": None}) if against.is_dir()
+    other = (None if against is None else
+             measure(against, **options | {"adapter": None}) if against.is_dir()
              else read_json(against, "give a run, or a file that fira eval --json wrote"))
     result = measure(run, target=file, resume=resume, **options)
     tables = [*([add_leaks(result, leak)] if leak else []),
