@@ -4,7 +4,6 @@ from __future__ import annotations
 import copy
 import errno
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from fira.checkpoint import describe_base
 from fira.convert import hf
-from fira.convert.lora import load_adapted, merge_run
-from fira.convert.quantize import dequantized, load_model, quantize
+from fira.convert.lora import merge_run
+from fira.convert.quantize import dequantized, quantize
 from fira.convert.quantize import export_run as export_quantized
 from fira.data.batches import Batch
 from fira.files import find_damage, write_json, write_manifest
@@ -165,11 +164,3 @@ def test_what_peft_cannot_hold_is_refused_by_name(which, kind, change, line, tun
     said = refused("export", "peft", run, tmp_path / "peft")
     assert line in said and f"fira merge {run} OUT, then fira export hf OUT" in said
     assert not (tmp_path / "peft").exists()
-
-
-def test_adapted_integers_stay_apart_and_load_again(tuned):
-    run, model = tuned("untied_run", "int4")
-    again = load_adapted(run).model
-    assert again.quantization == "int4" and again.state_dict().keys() == model.state_dict().keys()
-    for loaded in (again, partial(load_model, merged=False)(run / "step-000005")):
-        torch.testing.assert_close(loaded(TEXT), model(TEXT))

@@ -10,10 +10,8 @@ from torch.nn import functional as F
 
 import fira.model.fast as fast
 from fira.convert.quantize import quantize
-from fira.model import build_meta, load_pretrained
+from fira.model import build_meta
 from fira.model.adapter import SCALE, LowRank, adapters, attach, attach_like, merge
-from fira.model.files import save_weights
-from fira.model.fira import FIRA
 from fira.model.initialize import initialize
 from fira.model.transformer import count_parameters
 from fira.train.recompute import recompute_blocks
@@ -138,19 +136,3 @@ def test_adapters_are_counted_with_their_part():
         {row.part: row.total for row in count_parameters(model).rows} for model in (plain, adapted))
     extra = {"experts": 2 * 2 * 4 * 2 * (16 + 24), "attention": 2 * 4 * (16 + 3 * 16 + 16 + 16)}
     assert after == {part: size + extra.get(part, 0) for part, size in before.items()}
-
-
-def test_frozen_weights_stay_frozen_when_a_model_is_loaded(tmp_path, monkeypatch):
-    save_weights(build(tiny_spec("fira"), seed=0), tmp_path)
-    monkeypatch.setattr(FIRA, "__init__", _frozen(FIRA.__init__))
-    model = load_pretrained(tmp_path)
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
-        "norm.weight", "norm.bias"]
-
-
-def _frozen(construct):
-    def construct_frozen(self, **fields):
-        construct(self, **fields)
-        self.requires_grad_(False)
-        self.norm.requires_grad_(True)
-    return construct_frozen
