@@ -5,7 +5,7 @@
 Merged weights are rounded once, to float32. Text that the model itself writes shows whether that,
 or a mistake, changed what the model computes.
 
-PEFT (0.18 and newer) adapts a stack of experts as one parameter, and transformers keeps gate and up
+PEFT (0.21) adapts a stack of experts as one parameter, and transformers keeps gate and up
 of a layer in one. So that parameter's A is both As below each other, and its B has both Bs on its
 diagonal, at twice the rank. Queries, keys and values share A.
 """
