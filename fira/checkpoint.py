@@ -285,10 +285,11 @@ def _weight_files(folder: Path, layout: Layout) -> list[Path]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: trainable parameters and the buffers of the routers."""
+    """What training changes: trainable parameters and buffers, but those of quantized weights."""
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False)
               if not p.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    return {name: tensor for name, tensor in model.state_dict().items()
+            if name not in frozen and not name.endswith((".numbers", ".scale"))}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

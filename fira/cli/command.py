@@ -27,6 +27,10 @@ def example(command: str, *paragraphs: str) -> str:
     """The end of a verb's help: paragraphs, and an example, which is not wrapped."""
     return "\n\n".join([*paragraphs, f"\b\nExample: {command}"])
 
+adapter_option = click.option(
+    "--adapter", type=EXISTING, metavar="DIR",
+    help="Run or step folder with an adapter that was tuned on RUN, to apply to it.")
+
 
 def sampling_options(command: Any) -> Any:
     """The options of every verb that samples text."""
@@ -45,6 +49,7 @@ def sampling_options(command: Any) -> Any:
                      help="Seed of the random choices; the same seed gives the same text."),
         precision_option,
         device_option,
+        adapter_option,
     ]):
         command = option(command)
     return command

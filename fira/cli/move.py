@@ -53,6 +53,20 @@ def export_gguf(run: Path, file: Path, type_name: str) -> None:
     export_run(run, file, type_name, console())
 
 
+@export.command("peft", epilog=example("fira export peft out/chat out/chat-peft"))
+@click.argument("run", type=EXISTING)
+@click.argument("folder", type=NEW_FOLDER)
+def export_peft(run: Path, folder: Path) -> None:
+    """Write the adapter in RUN as PEFT's files.
+
+    PEFT loads FOLDER onto the Hugging Face model that fira export hf makes of the adapter's base.
+    """
+    from fira.convert.lora import export_peft as write_adapter
+    from fira.runlog import console
+
+    write_adapter(run, folder, console())
+
+
 def _quantized(kind: str, weights: str) -> click.Command:
     """The command `fira export int8` or `fira export int4`."""
     @click.command(kind, help=f"""Write RUN with {weights} of the size.

@@ -1,4 +1,4 @@
-"""The verbs that change a trained model: tune."""
+"""The verbs that change a trained model: tune, merge."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -89,3 +89,17 @@ def tune(source: Path | None, settings: tuple[str, ...], run: Path | None, devic
     else:
         run_training(lambda: run_tune(source, sections, epochs, settings, run, device, resume,
                                       console(), stage), run)
+
+
+@click.command(epilog=example("fira merge out/chat out/chat-whole"))
+@click.argument("run", type=EXISTING)
+@click.argument("out", type=NEW_FOLDER)
+def merge(run: Path, out: Path) -> None:
+    """Write the adapter in RUN and its base as one whole model.
+
+    OUT is created as a run folder with float32 weights. The logits of both are compared first.
+    """
+    from fira.convert.lora import merge_run
+    from fira.runlog import console
+
+    merge_run(run, out, console())

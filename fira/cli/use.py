@@ -12,6 +12,7 @@ from fira.cli.command import (
     EXISTING,
     PRESETS,
     RUN,
+    adapter_option,
     device_option,
     example,
     precision_option,
@@ -47,8 +48,9 @@ from fira.cli.command import (
 @click.option("--json", "target", is_flag=False, flag_value="-", metavar="[FILE]",
               help="Write one JSON object into a file, or print it.")
 @device_option
+@adapter_option
 def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bool,
-             target: str | None, device: str, **tasks: Any) -> None:
+             target: str | None, device: str, adapter: Path | None, **tasks: Any) -> None:
     """Measure a model on any text, or on standard tasks.
 
     Every byte of a text is scored exactly once, so models with different tokenizers can be
@@ -63,15 +65,16 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
     if texts:
         from fira.eval.bits_per_byte import evaluate as score_text
 
-        result = score_text(run, list(texts), context, device, console())
+        result = score_text(run, list(texts), context, device, console(), adapter)
         if routing:
             from fira.eval.specialization import specialization
 
-            result["routing"] = specialization(str(run), list(texts), device)
+            result["routing"] = specialization(run, list(texts), device, adapter)
         if file:
             write_json(file, result)
     else:
-        result = _measure_tasks(run, file, target != "-", device=device, screen=console(), **tasks)
+        result = _measure_tasks(run, file, target != "-", device=device, adapter=adapter,
+                                screen=console(), **tasks)
     if target == "-":
         click.echo(json.dumps(result))
     if target == "-" or not texts:
@@ -96,7 +99,8 @@ def _measure_tasks(run: Path, file: Path | None, shown: bool, against: Path | No
 
     if leak:
         read_manifest(leak)  # refuses another folder before the long work
-    other = (None if against is None else measure(against, **options) if against.is_dir()
+    other = (None if against is None else
+             measure(against, **options | {"adapter": None}) if against.is_dir()
              else read_json(against, "give a run, or a file that fira eval --json wrote"))
     result = measure(run, target=file, resume=resume, **options)
     tables = [*([add_leaks(result, leak)] if leak else []),
@@ -185,7 +189,7 @@ def card(run: Path, license_id: str | None) -> None:
               help="Print one JSON object: text, finish_reason, prompt_tokens, completion_tokens.")
 @sampling_options
 def generate(run: Path, prompt: str | None, file: TextIO | None, as_json: bool, device: str,
-             precision: str, **sampling: Any) -> None:
+             precision: str, adapter: Path | None, **sampling: Any) -> None:
     """Continue a prompt.
 
     PROMPT may be -, which reads standard input. A line break that ends an input or FILE is dropped.
@@ -198,7 +202,7 @@ def generate(run: Path, prompt: str | None, file: TextIO | None, as_json: bool, 
 
     params = SamplingParams(**sampling)
     prompt = _prompt(prompt, file)
-    loaded = load(run, device)
+    loaded = load(run, device, adapter)
     step = open_step(loaded.model, precision, console().print)
     ends: list[End] = []
     text = complete(loaded.model, loaded.tokenizer, prompt, params, step, ends.append)
@@ -231,12 +235,13 @@ def _prompt(prompt: str | None, file: TextIO | None) -> str:
 @click.argument("run", type=EXISTING)
 @click.option("--system", show_default="none", help="System message.")
 @sampling_options
-def chat(run: Path, system: str | None, device: str, precision: str, **sampling: Any) -> None:
+def chat(run: Path, system: str | None, device: str, precision: str, adapter: Path | None,
+         **sampling: Any) -> None:
     """Chat with a model in the terminal or through a pipe."""
     from fira.infer.chat import chat as run_chat
     from fira.infer.request import SamplingParams
 
-    run_chat(run, SamplingParams(**sampling), system, device, precision)
+    run_chat(run, SamplingParams(**sampling), system, device, precision, adapter)
 
 
 @click.command(epilog=example("fira serve out/quickstart/run --port 8000", RUN))
@@ -257,6 +262,7 @@ def chat(run: Path, system: str | None, device: str, precision: str, **sampling:
               help="Milliseconds that an answer's next token may wait for other prompts.")
 @precision_option
 @device_option
+@adapter_option
 def serve(run: Path, **options: Any) -> None:
     """Serve a model over HTTP: OpenAI's API and a chat page."""
     try:

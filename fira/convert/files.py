@@ -1,6 +1,7 @@
 """A run folder as the conversions read it and write it."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,12 @@ def find_whole(run: str | Path) -> Path:
         raise ValueError(f"{folder} has no tokenizer.json; copy it back from the data folder that "
                          "the model was trained on, or use another step")
     return folder
+
+
+def number_of(step: Path) -> int:
+    """The number of a step folder; 0 if it was renamed."""
+    found = re.fullmatch(r"step-(\d+)", step.name)
+    return int(found[1]) if found else 0
 
 
 def write_run(run: Path, model: Any, tokenizer: Tokenizer, step: int,

@@ -9,7 +9,8 @@ Layout of a weight [..., out, in]; both are symmetric, so there are no zero poin
          exactly -8 steps, so that all 16 values are used and a scale may be negative.
 
 Activations keep their dtype. The modules here dequantize a weight before they multiply with it,
-which saves memory but no time; `fira.infer` has a kernel that reads the integers. Routers, norms,
+which saves memory but no time; `fira.infer` has a kernel that reads the integers. The weights are
+frozen: gradients pass through them, to adapters (Dettmers et al. 2023, 2305.14314). Routers, norms,
 biases and learned positions are not quantized, and in int4 neither is a matrix whose rows are no
 multiple of 32. The embedding and the head are int8 in both kinds.
 """
@@ -24,12 +25,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
+import fira.model.fast as fast
 from fira.convert.files import load_run, write_run
 from fira.files import check_new
-from fira.model import build_meta, load_pretrained
-from fira.model.files import CONFIG, WEIGHTS, assemble, read_config, read_tensors
+from fira.model import build_meta
+from fira.model.adapter import attach_like, merge
+from fira.model.files import CONFIG, NOTES, assemble, read_config, read_into
 from fira.model.moe import ExpertLinear
 
 GROUP = 32  # int4 weights that share a scale
@@ -62,9 +65,49 @@ def dequantize(numbers: Tensor, scale: Tensor) -> Tensor:
     return (steps * scale.unsqueeze(-1)).flatten(-2)
 
 
+class FrozenProduct(torch.autograd.Function):
+    """out = x W^T, of rows sorted by expert if there are counts; its gradient is dx = dout W.
+
+    W is dequantized for each of the two products: autograd would keep it in between, as float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts_E: Tensor | None, numbers: Tensor,
+                scale: Tensor) -> Tensor:
+        ctx.save_for_backward(counts_E, numbers, scale)
+        ctx.width = x.shape[-1]
+        return _product(x, counts_E, numbers, scale, numbers.shape[-2], True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        counts_E, numbers, scale = ctx.saved_tensors
+        return _product(grad, counts_E, numbers, scale, ctx.width, False), None, None, None
+
+
+def _product(x: Tensor, counts_E: Tensor | None, numbers: Tensor, scale: Tensor,
+             width: int, transpose: bool) -> Tensor:
+    """x times W, or W transposed; the result has `width` columns."""
+    def weight(*expert: int) -> Tensor:
+        found = dequantize(numbers[expert], scale[expert]).to(x.dtype)
+        return found.mT if transpose else found
+
+    if counts_E is None:
+        return x @ weight()
+    if x.is_cuda or torch.compiler.is_compiling():  # all experts at once: no graph has their counts
+        return fast.expert_linear(x, counts_E, weight().mT, None)
+    out, start = x.new_empty(len(x), width), 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            torch.mm(x[start:start + count], weight(expert), out=out[start:start + count])
+        start += count
+    return out
+
+
 class Quantized(nn.Module):
     """Numbers and scales in the place of a weight; a bias is kept as it was."""
 
+    stands_for: type[nn.Module]
     numbers: Tensor
     scale: Tensor
     bias: nn.Parameter | None
@@ -86,32 +129,36 @@ class Quantized(nn.Module):
 class QuantizedLinear(Quantized):
     """An `nn.Linear` with a quantized weight."""
 
+    stands_for = nn.Linear
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        out = FrozenProduct.apply(fast.cast_for_product(x), None, self.numbers, self.scale)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 class QuantizedEmbedding(Quantized):
     """An `nn.Embedding` with a quantized weight, which a tied head reads too."""
+
+    stands_for = nn.Embedding
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return dequantize(self.numbers[tokens_BT], self.scale[tokens_BT])
 
 
 class QuantizedExpertLinear(Quantized):
-    """An `ExpertLinear` with quantized weights; only experts that have rows are dequantized."""
+    """An `ExpertLinear` with quantized weights; on a CPU one expert at a time is dequantized."""
+
+    stands_for = ExpertLinear
 
     def forward(self, rows_Ri: Tensor, counts_E: Tensor) -> Tensor:
-        out = []
-        for expert, rows in enumerate(rows_Ri.split(counts_E.tolist())):
-            if len(rows):
-                weight = dequantize(self.numbers[expert], self.scale[expert]).to(rows.dtype)
-                bias = None if self.bias is None else self.bias[expert]
-                out.append(F.linear(rows, weight, bias))
-        return torch.cat(out)
+        rows_Ri = fast.cast_for_product(rows_Ri)
+        out_Ro = FrozenProduct.apply(rows_Ri, counts_E, self.numbers, self.scale)
+        return out_Ro if self.bias is None else fast.add_bias(
+            out_Ro, counts_E, self.bias.to(out_Ro.dtype))
 
 
-REPLACED = {nn.Linear: QuantizedLinear, ExpertLinear: QuantizedExpertLinear,
-            nn.Embedding: QuantizedEmbedding}
+REPLACED = {kind.stands_for: kind for kind in (QuantizedLinear, QuantizedExpertLinear,
+                                               QuantizedEmbedding)}
 KEPT = ("position_embedding",)
 
 
@@ -135,14 +182,28 @@ def quantize(model: Any, kind: str) -> Any:
     return model
 
 
-def load_model(folder: Path) -> Any:
-    """The model in a step folder, plain or quantized, in eval mode."""
+def load_model(folder: Path, base: Path | None = None, merged: bool = True) -> Any:
+    """The model in a step folder, plain or quantized, in eval mode.
+
+    An adapter is merged into the weights of its base (of those in the step folder `base`, if that
+    is given), or stays beside them if they are quantized or not `merged`.
+    """
     spec, notes = read_config(folder / CONFIG)
-    kind = notes["quantization"]
-    if kind is None:
-        return load_pretrained(folder)
-    model = quantize(build_meta(spec), kind)
-    return assemble(model, read_tensors(folder / WEIGHTS, model.state_dict()), notes)
+    kind, model = notes["quantization"], build_meta(spec)
+    model = read_into(quantize(model, kind) if kind else model, folder, notes, base)
+    return merge(model) if merged and not kind else model
+
+
+def dequantized(model: Any) -> Any:
+    """A model with the float32 weights that the numbers of `model` stand for, adapted like it."""
+    plain, tensors = build_meta(model.spec), model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            tensors[f"{name}.weight"] = module.weight
+            del tensors[f"{name}.numbers"], tensors[f"{name}.scale"]
+    attach_like(plain, {name: one for name, one in tensors.items() if ".lora." in name})
+    return assemble(plain, tensors, {note: getattr(model, note, None) for note in NOTES}
+                    | {"quantization": None})
 
 
 def export_run(run: Path, folder: Path, kind: str, screen: Console,

@@ -29,13 +29,14 @@ SORTED = 1024  # windows that are sorted by length together, so that batches nee
 
 
 def evaluate(run: str | Path, sources: list[str], context: int | None = None, device: str = "auto",
-             screen: Console | None = None) -> dict[str, Any]:
-    """Score the text of `sources` with a run's newest step (or a step folder); see `score`.
+             screen: Console | None = None, adapter: Path | None = None) -> dict[str, Any]:
+    """Score the text of `sources` with a run's newest step (or a step folder); see `score`, and
+    for `adapter` `load`.
 
     Raises ValueError, one line, on a folder without a model, bad text, or a context out of range.
     """
     given = inputs(sources)
-    loaded = load(run, device)
+    loaded = load(run, device, adapter)
     total, start = total_bytes(given), time.monotonic()
     with ProgressLine("eval", screen or Console(quiet=True)) as line:
         def show(item: Item, size: int) -> None:

@@ -43,7 +43,7 @@ Values = list["float | None"]  # one for each row; None for a row that was left 
 def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: str = ".",
             target: Path | None = None, limit: int | None = None, resume: bool = False,
             letters: bool = False, general: Sequence[str] = (), device: str = "auto",
-            screen: Console | None = None) -> dict[str, Any]:
+            screen: Console | None = None, adapter: Path | None = None) -> dict[str, Any]:
     """Results of a run's newest step on suites and on task files ("own"), and its experts' load on
     them relative to that on the text of the sources `general`; see `general_load`.
 
@@ -60,7 +60,7 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
         if missing:
             screen.print(f"suite {name}: {data} has no {', '.join(missing)}", soft_wrap=True)
     keep_large_blocks()
-    loaded = load(run, device)
+    loaded = load(run, device, adapter)
     weights = loaded.folder / (WEIGHTS if (loaded.folder / WEIGHTS).exists() else ADAPTER)
     result = {"run": str(loaded.folder), "model_sha256": sha256(weights), "versions": versions()}
     found = old["suites"] if old.get("model_sha256") == result["model_sha256"] else {}

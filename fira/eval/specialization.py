@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,12 +32,13 @@ TOKENS = 1_000_000  # of the text's beginning; more does not change a digit that
 
 
 @torch.inference_mode()
-def specialization(run: str, sources: list[str], device: str = "auto") -> dict[str, Any]:
+def specialization(run: str | Path, sources: list[str], device: str = "auto",
+                   adapter: Path | None = None) -> dict[str, Any]:
     """`token_information` per layer, and bits per byte with experts in place and exchanged.
 
     Raises ValueError for a dense model or an empty text.
     """
-    model, tokenizer, folder = load(run, device)
+    model, tokenizer, folder = load(run, device, adapter)
     if not routers(model):
         raise ValueError(f"{folder} is dense: it has no routing to measure; leave out --routing")
     parts = list(read_tokens(tokenizer, sources, TOKENS))

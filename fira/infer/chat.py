@@ -30,10 +30,10 @@ UNTUNED = "This model was not tuned for chat: it continues your text instead of 
 
 
 def chat(run: str | Path, params: SamplingParams, system: str | None = None, device: str = "auto",
-         precision: str = "float32") -> None:
+         precision: str = "float32", adapter: Path | None = None) -> None:
     """Load a run and talk until end of input. Raises ValueError, one line, as loading does."""
     notes, out = console(), console(stderr=False)
-    loaded = load(run, device)
+    loaded = load(run, device, adapter)
     tuned = knows_chat(loaded.folder)
     longest = max(1, window_length(loaded.model) // 2)
     if params.max_new_tokens > longest:

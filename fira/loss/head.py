@@ -111,7 +111,7 @@ class MeanCost(torch.autograd.Function):
     def forward(ctx: Any, cost: Cost, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None,
                 scale_N: Tensor, *inputs_N: Tensor) -> Tensor:
         costs_N, *gradients = _gradients(cost, x_ND, weight_VD, bias_V, scale_N, inputs_N,
-                                         ctx.needs_input_grad[1:4])
+                                         ctx.needs_input_grad[1:4], trained_rows(weight_VD))
         ctx.save_for_backward(*gradients)
         ctx.others = 1 + len(inputs_N)
         return torch.dot(scale_N, costs_N)
@@ -130,6 +130,7 @@ class RowCosts(torch.autograd.Function):
     def forward(ctx: Any, cost: Cost, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None,
                 *inputs_N: Tensor) -> Tensor:
         ctx.cost, ctx.product_dtype = cost, _product_dtype(x_ND)
+        ctx.rows = trained_rows(weight_VD)
         ctx.save_for_backward(x_ND, weight_VD, bias_V, *inputs_N)
         matrix_VD = weight_VD.to(ctx.product_dtype)
         costs = [cost(_log_probabilities(x_ND[rows], matrix_VD, bias_V),
@@ -144,16 +145,22 @@ class RowCosts(torch.autograd.Function):
         with torch.autocast(x_ND.device.type, ctx.product_dtype,
                             enabled=ctx.product_dtype != x_ND.dtype):
             _, *gradients = _gradients(ctx.cost, x_ND, weight_VD, bias_V, grad_N, tuple(inputs_N),
-                                       ctx.needs_input_grad[1:4])
+                                       ctx.needs_input_grad[1:4], ctx.rows)
         return None, *gradients, *[None] * len(inputs_N)
 
 
+def trained_rows(weight_VD: Any) -> Tensor | slice:
+    """The rows of a head whose gradient is wanted: all, unless it is frozen but for some."""
+    return getattr(weight_VD, "trained_rows", slice(None))
+
+
 def _gradients(cost: Cost, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale_N: Tensor,
-               inputs_N: tuple[Tensor, ...], needs: tuple[bool, ...],
+               inputs_N: tuple[Tensor, ...], needs: tuple[bool, ...], trained: Tensor | slice,
                ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Every row's cost, and the gradients of dot(scale, costs) by features, head and bias.
 
-    With logits z = x W^T + b and g = scale * dcost/dz: dx = g W, dW = g^T x, db = sum of g.
+    With logits z = x W^T + b and g = scale * dcost/dz: dx = g W, dW = g^T x, db = sum of g. Rows
+    of dW that are not `trained` are 0.
     """
     need_x, need_weight, need_bias = needs
     grad_x = torch.empty_like(x_ND) if need_x else None
@@ -173,10 +180,10 @@ def _gradients(cost: Cost, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | Non
         if grad_x is not None:
             grad_x[rows] = grad_RV @ matrix_VD
         if grad_weight is not None:
-            if grad_weight.dtype == x_RD.dtype:
+            if isinstance(trained, slice) and grad_weight.dtype == x_RD.dtype:
                 grad_weight.addmm_(grad_RV.t(), x_RD)
             else:  # summed in the weight's precision
-                grad_weight += grad_RV.t() @ x_RD
+                grad_weight[trained] += grad_RV[:, trained].t() @ x_RD
         del grad_RV  # otherwise it would be held while the next block's logits are made
     return torch.cat(costs), grad_x, grad_weight, grad_bias
 

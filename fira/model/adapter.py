@@ -40,6 +40,11 @@ class LowRank(nn.Module):
                  experts: Sequence[int] | None = None) -> None:
         super().__init__()
         *stack, width_out, width_in = shape
+        if rank > (widest := min(width_out, width_in)):
+            raise ValueError(f"rank={rank} is above {widest}, the smaller width of a matrix of "
+                             f"{width_out} x {width_in}; give a rank of {widest} or less")
+        if experts and not set(experts) <= set(range(*stack)):
+            raise ValueError(f"experts {list(experts)} are not all among the {stack[0]} of a stack")
         stack = stack if experts is None else [len(experts)]
         self.a = nn.Parameter(torch.empty(*stack, rank, width_in))
         self.b = nn.Parameter(torch.empty(*stack, width_out, rank))
@@ -52,23 +57,28 @@ class LowRank(nn.Module):
             self.experts.copy_(torch.tensor(self.chosen))
 
     def initial_std(self, leaf: str) -> float:
-        """A keeps the size of its input, B is zero: an untrained adapter changes nothing."""
+        """A keeps the size of its input, B is zero: an untrained adapter changes nothing.
+
+        PEFT and mlx-lm draw A uniformly, 0.58 times as large. AdamW's steps of B do not depend on
+        that, so it is as if their learning rate of B were 0.58 times ours.
+        """
         return self.a.shape[-1] ** -0.5 if leaf == "a" else 0.0
 
     def forward(self, x: Tensor, counts_E: Tensor | None = None) -> Tensor:
         if counts_E is None:
-            return SCALE * F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
-        if self.experts is None:
-            return SCALE * self._experts(x, counts_E)
-        has_E = torch.zeros_like(counts_E, dtype=torch.bool).index_fill_(0, self.experts, True)
-        places = has_E.repeat_interleave(counts_E).nonzero().squeeze(1)
-        out_Ro = x.new_zeros(len(x), self.b.shape[1])
-        return out_Ro.index_add(0, places, SCALE * self._experts(
-            x[places], counts_E[self.experts]))
+            return F.linear(SCALE * F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+        a, b = (part.to(x.dtype) for part in self.of_all(len(counts_E)))
+        inner_Rr = SCALE * fast.expert_linear(x, counts_E, a, None)  # the smallest tensor to scale
+        return fast.expert_linear(inner_Rr, counts_E, b, None)
 
-    def _experts(self, rows_Ri: Tensor, counts_E: Tensor) -> Tensor:
-        inner_Rr = fast.expert_linear(rows_Ri, counts_E, self.a, None)
-        return fast.expert_linear(inner_Rr, counts_E, self.b, None)
+    def of_all(self, num_experts: int) -> tuple[Tensor, Tensor]:
+        """A and B of every expert of a stack, zero for those without: so no shape depends on how
+        many rows the others have, and a compiled block needs none."""
+        if self.experts is None:
+            return self.a, self.b
+        a, b = (part.new_zeros(num_experts, *part.shape[1:]).index_copy(0, self.experts, part)
+                for part in (self.a, self.b))
+        return a, b
 
     @torch.no_grad()
     def add_to(self, weight: Tensor) -> None:
@@ -98,7 +108,10 @@ class TokenRows(nn.Module):
         return (tokens_BT.unsqueeze(-1) == self.tokens).to(self.delta.dtype) @ self.delta
 
     def added_to(self, weight_VD: Tensor) -> Tensor:
-        return weight_VD.index_add(0, self.tokens, self.delta.to(weight_VD.dtype))
+        """The head's weight; its `trained_rows` tell a loss which rows need a gradient."""
+        whole_VD: Any = weight_VD.index_add(0, self.tokens, self.delta.to(weight_VD.dtype))
+        whole_VD.trained_rows = self.tokens
+        return whole_VD
 
     @torch.no_grad()
     def add_to(self, weight_VD: Tensor) -> None:
@@ -137,13 +150,19 @@ def attach(model: Any, rank: int, experts: Sequence[Sequence[int]] | None = None
     for layer, block in enumerate(model.blocks):
         chosen = None if experts is None else tuple(experts[layer])
         for module in list(block.modules()):
-            if isinstance(module, nn.Linear):
+            kind = _kind(module)
+            if issubclass(kind, nn.Linear):
                 _put(module, LowRank(module.weight.shape, rank))
-            elif isinstance(module, ExpertLinear) and chosen != ():
+            elif issubclass(kind, ExpertLinear) and chosen != ():
                 _put(module, LowRank(module.weight.shape, max(1, rank // model.spec.top_k), chosen))
     if tokens:
         for name in {"token_embedding", model.after[-1]}:
             _put(getattr(model, name), TokenRows(tokens, model.spec.d_model))
+
+
+def _kind(module: Any) -> type:
+    """The class of a module, or of the one whose weight it holds in small integers."""
+    return getattr(module, "stands_for", type(module))
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
@@ -156,11 +175,11 @@ def attach_like(model: Any, tensors: dict[str, Tensor]) -> None:
     for name in tensors:
         owner, _, leaf = name.rpartition(".lora.")
         module = model.get_submodule(owner)
-        if leaf == "a":
+        if leaf == "a" and issubclass(_kind(module), (nn.Linear, ExpertLinear)):
             chosen = tensors.get(f"{owner}.lora.experts")
             _put(module, LowRank(module.weight.shape, tensors[name].shape[-2],
                                  None if chosen is None else tuple(chosen.tolist())))
-        elif leaf == "delta":
+        elif leaf == "delta" and owner in ("token_embedding", model.after[-1]):
             _put(module, TokenRows(tuple(tensors[f"{owner}.lora.tokens"].tolist()),
                                    tensors[name].shape[-1]))
 

@@ -52,17 +52,21 @@ def expert_linear(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor,
 
 
 def should_batch(rows_RD: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether `BatchedSwiGLU` is the fastest form: float32 on a CPU, and products so small that
-    dividing each between the cores costs more than it gains.
+    """Whether `BatchedSwiGLU` is the fastest form.
 
     It always computes the gradients of all weights, so frozen ones take the other form.
     """
     frozen = torch.is_grad_enabled() and not all(weight.requires_grad for weight in weights)
-    return (HAS_BATCH and not frozen and len(weights[0]) > 1
-            and type(rows_RD) is Tensor and rows_RD.device.type == "cpu"
-            and rows_RD.dtype == weights[0].dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
-            and len(rows_RD) * weights[0][0].numel() < SMALL_PRODUCT * len(weights[0]))
+    return (not frozen and len(weights[0]) > 1 and not torch.is_autocast_enabled("cpu")
+            and _are_small(rows_RD, weights[0]))
+
+
+def _are_small(rows_Ri: Tensor, stack: Tensor) -> bool:
+    """Whether one call computes the products of all experts: float32 on a CPU, and products so
+    small that dividing each between the cores costs more than it gains."""
+    return (HAS_BATCH and type(rows_Ri) is Tensor and rows_Ri.device.type == "cpu"
+            and rows_Ri.dtype == stack.dtype == torch.float32
+            and len(rows_Ri) * stack[0].numel() < SMALL_PRODUCT * len(stack))
 
 
 def grouping_obstacle(widths: Iterable[int], device: torch.device) -> str | None:
@@ -149,25 +153,32 @@ class SortedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_Ri: Tensor, counts_E: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows_Ri, counts_E, weight)
-        return sorted_products(rows_Ri, counts_E, weight)
+        return sorted_products(rows_Ri, counts_E, weight, True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor | None, ...]:
         rows_Ri, counts_E, weight = ctx.saved_tensors
         need_rows, _, need_weight = ctx.needs_input_grad
-        return (sorted_products(grad_Ro, counts_E, weight.transpose(1, 2)) if need_rows else None,
+        return (sorted_products(grad_Ro, counts_E, weight, False) if need_rows else None,
                 None, sorted_weight_gradient(grad_Ro, rows_Ri, counts_E) if need_weight else None)
 
 
-@opaque(lambda rows_Ri, counts_E, weight: rows_Ri.new_empty(len(rows_Ri), weight.shape[1]))
-def sorted_products(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor) -> Tensor:
-    out_Ro = rows_Ri.new_empty(len(rows_Ri), weight.shape[1])
+@opaque(lambda rows_Ri, counts_E, weight, transpose: rows_Ri.new_empty(
+    len(rows_Ri), weight.shape[1 if transpose else 2]))
+def sorted_products(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor, transpose: bool) -> Tensor:
+    """rows times W_e, or W_e transposed, of their expert e."""
+    out_Ro = rows_Ri.new_empty(len(rows_Ri), weight.shape[1 if transpose else 2])
+    if _are_small(rows_Ri, weight):
+        multiply_all(counts_E, Product(rows_Ri.contiguous(), weight.contiguous(), out_Ro,
+                                       transpose_right=transpose))
+        return out_Ro
     start = 0
     for expert, count in enumerate(counts_E.tolist()):
         if count:
             rows = slice(start, start + count)
-            torch.mm(rows_Ri[rows], weight[expert].t(), out=out_Ro[rows])
+            torch.mm(rows_Ri[rows], weight[expert].t() if transpose else weight[expert],
+                     out=out_Ro[rows])
         start += count
     return out_Ro
 
@@ -176,6 +187,11 @@ def sorted_products(rows_Ri: Tensor, counts_E: Tensor, weight: Tensor) -> Tensor
     len(counts_E), grad_Ro.shape[1], rows_Ri.shape[1]))
 def sorted_weight_gradient(grad_Ro: Tensor, rows_Ri: Tensor, counts_E: Tensor) -> Tensor:
     grad_Eoi = rows_Ri.new_empty(len(counts_E), grad_Ro.shape[1], rows_Ri.shape[1])
+    if _are_small(rows_Ri, grad_Eoi):
+        grad_Eoi[counts_E == 0] = 0
+        multiply_all(counts_E, Product(grad_Ro.contiguous(), rows_Ri.contiguous(), grad_Eoi,
+                                       transpose_left=True))
+        return grad_Eoi
     start = 0
     for expert, count in enumerate(counts_E.tolist()):
         rows = slice(start, start + count)

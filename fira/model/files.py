@@ -91,9 +91,35 @@ def read_model(folder: str | Path, classes: Mapping[str, type[nn.Module]]) -> An
                          "or converted; use the run it was made from")
     with torch.device("meta"):
         model: Any = classes[spec.architecture](**spec.model_dump())
-    if base := notes.pop("base"):
-        return _read_adapted(model, folder, base, notes)
-    return assemble(model, read_tensors(folder / WEIGHTS, model.state_dict()), notes)
+    return merge(read_into(model, folder, notes))
+
+
+def read_into(model: Any, folder: Path, notes: dict[str, Any], base: Path | None = None) -> Any:
+    """`model` of `build_meta` with the weights of a step folder; an adapter is attached to those of
+    its base, which is in the step folder `base` if that is given, else where it was."""
+    if (below := notes.pop("base")) is None:
+        if base:
+            raise ValueError(f"{folder} holds a whole model, not an adapter for {base}; "
+                             f"use it by itself, without --adapter")
+        return assemble(model, read_tensors(folder / WEIGHTS, model.state_dict()), notes)
+    weights = find_base(folder, below if base is None else {**below, "path": str(base)})
+    with _opened(folder / ADAPTER) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{folder / ADAPTER}: {name} holds numbers that are not finite; use "
+                             "another step, or tune again with a lower optim.lr")
+    try:
+        attach_like(model, tensors)
+        wanted = model.state_dict()
+        if unknown := sorted(tensors.keys() - wanted.keys()):
+            raise AttributeError(f"the model has no tensor {unknown[0]}")
+    except (AttributeError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{folder} was made with an adapter that this version cannot apply: "
+                         f"{error}; use the version of FIRA that made it, or its base "
+                         f"{below['path']}") from None
+    own = read_tensors(folder / ADAPTER, {name: wanted.pop(name) for name in tensors})
+    return assemble(model, read_tensors(weights, wanted, more=True) | own, notes)
 
 
 def assemble(model: Any, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> Any:
@@ -198,27 +224,8 @@ def find_base(folder: Path, base: dict[str, str]) -> Path:
     if found != base["sha256"]:
         raise ValueError(f"{path} has checksum {found[:12]}, but the adapter {folder} was trained "
                          f"on {base['sha256'][:12]}; put those weights back there, or a link to "
-                         "their folder")
+                         f"their folder; fira chat RUN --adapter {folder} takes another RUN's")
     return path
-
-
-def _read_adapted(model: Any, folder: Path, base: dict[str, str], notes: dict[str, Any]) -> Any:
-    """`model` with the weights of the adapter's base and the adapter merged into them."""
-    weights = find_base(folder, base)
-    with _opened(folder / ADAPTER) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    try:
-        attach_like(model, tensors)
-        wanted = model.state_dict()
-        if unknown := sorted(tensors.keys() - wanted.keys()):
-            raise AttributeError(f"the model has no tensor {unknown[0]}")
-    except AttributeError as error:
-        raise ValueError(f"{folder} was made with an adapter that this version cannot apply: "
-                         f"{error}; use the version of FIRA that made it, or its base "
-                         f"{base['path']}") from None
-    below = {name: wanted[name] for name in wanted.keys() - tensors.keys()}
-    own = read_tensors(folder / ADAPTER, {name: wanted[name] for name in tensors})
-    return merge(assemble(model, read_tensors(weights, below, more=True) | own, notes))
 
 
 def check_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> None:

@@ -77,3 +77,5 @@ def keep_experts(model: nn.Module, part: int, parts: int, group: Any) -> None:
                     kept = nn.Parameter(stack.detach().chunk(parts)[part].clone(),
                                         requires_grad=stack.requires_grad)
                     module.register_parameter(name, kept)
+                for name, numbers in list(module.named_buffers(recurse=False)):
+                    setattr(module, name, numbers.chunk(parts)[part].clone())

@@ -312,6 +312,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All rows of a tensor, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def first_row(tensor: Tensor) -> int:
     """The row of the whole tensor at which `local(tensor)` begins."""
     if not isinstance(tensor, DTensor):

@@ -26,10 +26,11 @@ SEND_BUFFER = 128 * 1024  # bytes that the system holds for a client that does n
 
 
 def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, slots: int,
-          queue: int, pause: int, device: str, precision: str, cors: Sequence[str] = ()) -> None:
+          queue: int, pause: int, device: str, precision: str, cors: Sequence[str] = (),
+          adapter: Path | None = None) -> None:
     """Serve until a signal. Raises ValueError or OSError, one line, if the server cannot start."""
     accepted, origins = Keys.load(keys) if keys else None, check_origins(cors)
-    folder = find_model(run)
+    folder = find_model(adapter or run)
     place = folder.resolve()
     name = name or (place.parent.name if place.name.startswith("step-") else place.name)
     listener = listen(host, port)
@@ -41,7 +42,8 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
     notes.print(f"loading {folder}, listening on {address}", soft_wrap=True)
 
     def load_service() -> Service:
-        model, engine = open_service(run, name, slots, queue, pause, device, precision)
+        model, engine = open_service(run, name, slots, queue, pause, device, precision,
+                                     adapter)
         notes.print(f"serving {model.name}: chat page at {address}, API at {address}/v1",
                     soft_wrap=True)
         if not model.chat_tuned:
@@ -88,9 +90,9 @@ def run_until_signal(load_service: Callable[[], Service], keys: Keys | None, loo
 
 
 def open_service(run: Path, name: str, slots: int, queue: int, pause: int, device: str,
-                 precision: str) -> Service:
+                 precision: str, adapter: Path | None = None) -> Service:
     """Load the model of a run and start an engine for it."""
-    model, tokenizer, folder = load(run, device)
+    model, tokenizer, folder = load(run, device, adapter)
     engine = Engine(model, tokenizer, slots=slots, max_waiting=queue, pause=pause)
     engine.decode_step = open_step(model, precision, console().print)
     engine.start()

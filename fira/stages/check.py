@@ -16,7 +16,9 @@ from fira.infer.load import load
 from fira.model.files import CONFIG
 from fira.runlog import METRICS, read_rows
 from fira.stages.config import configure, modernize
+from fira.stages.prefer import PREFER
 from fira.stages.pretrain import PRETRAIN
+from fira.stages.tune import TUNE
 
 Check = tuple[str, str, Callable[[], Any]]  # file, rule, what raises or returns a fault
 
@@ -86,7 +88,9 @@ def _check_split(folder: Path, split: str) -> str:
 
 def _check_settings(run: Path) -> None:
     if "config" in (saved := _read(run / CONFIG)):  # not in a run that was imported or exported
-        configure(PRETRAIN, modernize(saved["config"]), ())
+        stages = {stage.name: stage for stage in (PRETRAIN, TUNE, PREFER)}
+        stage = stages.get(saved.get("stage", ""), PRETRAIN)
+        configure(stage, modernize(saved["config"]), ())
 
 
 def _check_record(run: Path) -> str:

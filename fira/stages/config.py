@@ -14,6 +14,7 @@ from rich.console import Console
 from fira import files
 from fira.config import Config, ConfigError, flatten, load_preset, override, parse
 from fira.convert.files import find_whole
+from fira.convert.quantize import quantize
 from fira.data.shards import read_manifest
 from fira.data.tokenizer import Tokenizer
 from fira.model import build_meta
@@ -79,7 +80,8 @@ class Stage(NamedTuple):
     data, tokenizer, layout) makes the batches, the loss and the probe of this rank.
 
     adapt(config, model, tokenizer) may freeze parameters of a model on meta and add others. A stage
-    without presets has the settings `preset`.
+    without presets has the settings `preset`. Only a `quantized` one starts from int8 or int4
+    weights.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Stage(NamedTuple):
     adapt: Callable[[Any, Any, Tokenizer], None] = lambda config, model, tokenizer: None
     preset: dict[str, Any] | None = None
     weight_decay: float = WEIGHT_DECAY
+    quantized: bool = False
 
     def load(self, preset: str) -> dict[str, Any]:
         return load_preset(preset) if self.preset is None else self.preset
@@ -149,7 +152,7 @@ def configure_new(stage: Stage, preset: str, settings: Iterable[str], start: Sta
 def describe(stage: Stage, preset: str, settings: Iterable[str],
              source: Path | None = None) -> str:
     """The resolved configuration, one setting per line; what differs from the preset is marked."""
-    start = open_start(source) if source else None
+    start = open_start(source, stage.quantized) if source else None
     base = flatten(configure(stage, load_preset(preset), ()))
     now = flatten(configure_new(stage, preset, settings, start))
     return "\n".join(f"{key} = {json.dumps(value)}" + (
@@ -170,7 +173,7 @@ def make_plan(stage: Stage, preset: str | None, settings: Iterable[str], run: Pa
                           "or the --run folder of one that exists")
     if resume:
         screen.print(f"nothing to resume in {run.absolute()}; starting at step 0", soft_wrap=True)
-    start = open_start(source) if source else None
+    start = open_start(source, stage.quantized) if source else None
     return Plan(preset, configure_new(stage, preset, settings, start), start)
 
 
@@ -202,7 +205,7 @@ def _continued(stage: Stage, preset: str | None, settings: Iterable[str], run: P
         if key.startswith(FIXED) and value != old.get(key):
             raise ConfigError(f"{key}={value} cannot change when a run is resumed, which has "
                               f"{old.get(key)}; leave it out, or start a new run with --run")
-    return Plan(begun, now, _start_of(saved, now.model, run, source), before)
+    return Plan(begun, now, _start_of(stage, saved, now.model, run, source), before)
 
 
 def modernize(config: dict[str, Any]) -> dict[str, Any]:
@@ -222,19 +225,24 @@ def modernize(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def open_start(run: Path) -> Start:
+def open_start(run: Path, quantized: bool = False) -> Start:
     """The newest complete step of a run folder, or a step folder. Raises ValueError, one line, if
-    there is none that can be trained."""
+    there is none that can be trained: an adapter, or int8 or int4 weights unless `quantized`."""
     folder = find_whole(run)
     spec, notes = read_config(folder / CONFIG)
-    if notes["quantization"]:
-        raise ValueError(f"{folder} holds {notes['quantization']} weights, which cannot be "
-                         "trained; use the run it was made from")
-    check_tensors(folder / WEIGHTS, build_meta(spec).state_dict())
+    if notes["base"]:
+        raise ValueError(f"{folder} holds an adapter, which is not trained further by another run; "
+                         f"write a whole model with fira merge {run} OUT, and give OUT")
+    model, kind = build_meta(spec), notes["quantization"]
+    if kind and not quantized:
+        raise ValueError(f"{folder} holds {kind} weights, which cannot be trained; use the run it "
+                         "was made from, or train an adapter with fira tune")
+    check_tensors(folder / WEIGHTS, (quantize(model, kind) if kind else model).state_dict())
     return Start(folder, spec)
 
 
-def _start_of(saved: dict[str, Any], spec: Any, run: Path, asked: Path | None) -> Start | None:
+def _start_of(stage: Stage, saved: dict[str, Any], spec: Any, run: Path, asked: Path | None
+              ) -> Start | None:
     """What a run that is resumed was started from, by its record. Raises ConfigError if `asked`,
     the --from of today, is something else."""
     before = saved.get("from")
@@ -245,4 +253,4 @@ def _start_of(saved: dict[str, Any], spec: Any, run: Path, asked: Path | None) -
     if before is None:
         return None
     own = any(run.glob("step-*"))  # with steps of its own it no longer needs the other run
-    return Start(Path(before), spec) if own else open_start(Path(before))
+    return Start(Path(before), spec) if own else open_start(Path(before), stage.quantized)

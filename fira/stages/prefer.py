@@ -188,4 +188,4 @@ def _evaluate(layout: Layout, loss_fn: Any, batches: Any) -> dict[str, float]:
 
 
 PREFER = Stage("prefer", PreferConfig, open_data, recipe, adapt,
-               {"optim": {}, "train": {"steps": 1, "patience": PATIENCE}}, 0.0)
+               {"optim": {}, "train": {"steps": 1, "patience": PATIENCE}}, 0.0, quantized=True)

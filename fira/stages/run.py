@@ -52,6 +52,9 @@ def train_run(stage: Stage, preset: str | None, settings: Iterable[str], run: Pa
         check_fit(mesh.sizes, config.model, config.train.batch_size, config.train.micro_batch,
                   config.train.sequence_length)
         opened = stage.open(config)
+        tokenizer, model = Tokenizer.load(opened.folder), build_meta(config.model)
+        check_vocabulary(tokenizer, config.model)
+        stage.adapt(config, model, tokenizer)
 
         def claim() -> None:
             files.make_folder(run)
@@ -60,19 +63,16 @@ def train_run(stage: Stage, preset: str | None, settings: Iterable[str], run: Pa
                 raise ValueError(f"another process has just begun a run in {run}; try again")
 
         mesh.first(claim)
-        loop = _open(stage, plan, run, mesh, opened, screen, step)
+        loop = _open(stage, plan, run, mesh, opened, tokenizer, model, screen, step)
         held.callback(loop.log.close)
         return loop.run()
 
 
-def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened,
-          screen: Console, step: int | None) -> Loop:
+def _open(stage: Stage, plan: Plan, run: Path, mesh: Mesh, opened: Opened, tokenizer: Tokenizer,
+          model: Any, screen: Console, step: int | None) -> Loop:
     """The loop of a run that this process has claimed, at its newest checkpoint or at `step`."""
     say = partial(screen.print, soft_wrap=True)
     config, start, folder = plan.config, plan.start, opened.folder
-    tokenizer, model = Tokenizer.load(folder), build_meta(config.model)
-    check_vocabulary(tokenizer, config.model)
-    stage.adapt(config, model, tokenizer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = start.folder if start and adapters(model) else None
     checkpoints = Checkpoints(run, folder, mesh, base, config.train.keep_every)

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fira.config import Config, ConfigError
+from fira.convert.quantize import quantize
 from fira.data.batches import Folder, Shards
 from fira.data.conversations import Reader, Row, without
 from fira.data.packs import PackedBatches, Packs, Part, Sequences, Windows, in_order
@@ -30,10 +31,10 @@ from fira.files import read_json, sha256, write_text
 from fira.infer.load import load
 from fira.loss.head import next_token_loss
 from fira.model.adapter import attach
-from fira.model.files import CONFIG, knows_chat
+from fira.model.files import CONFIG, knows_chat, read_config
 from fira.model.generate import window_length
 from fira.model.router import routers
-from fira.parallel.layout import Layout
+from fira.parallel.layout import Layout, first_row, gathered, local
 from fira.runlog import ProgressLine, console
 from fira.stages.config import Opened, RunConfig, Stage, configure, open_start
 from fira.stages.run import train_run
@@ -146,7 +147,20 @@ def _general(tokenizer: Tokenizer, sources: Sequence[str],
 
 
 def adapt(config: TuneConfig, model: Any, tokenizer: Tokenizer) -> None:
-    """Freeze what is not trained, and add adapters."""
+    """Freeze what is not trained, and add adapters. Raises ConfigError if that cannot be."""
+    kind = read_config(Path(config.data.start) / CONFIG)[1]["quantization"]
+    parallel = config.parallel
+    if parallel.pipeline > 1:
+        raise ConfigError(f"parallel.pipeline={parallel.pipeline} cannot mask rows from each "
+                          "other; set it to 1, and parallel.shard or parallel.expert instead")
+    if parallel.expert > 1 and config.tune.method == "experts":
+        raise ConfigError(f"parallel.expert={parallel.expert} divides all experts, not those of "
+                          "--method experts; set it to 1, and parallel.data or parallel.shard")
+    if kind:
+        quantize(model, kind)
+    if kind and config.tune.method == "full":
+        raise ConfigError(f"--method full cannot change {kind} weights; use --method lora, or tune "
+                          "the run that they were made from")
     if config.tune.method != "full":
         attach(model, config.tune.rank, tokens=_new_tokens(config, tokenizer))
     for router in routers(model):
@@ -160,12 +174,14 @@ def learn_turns(config: Any, model: Any, tokenizer: Tokenizer) -> None:
     tokens = list(_new_tokens(config, tokenizer))
     for name in {"token_embedding", model.after[-1]} if tokens else ():
         part = getattr(model, name)
-        rows = part.weight[tokenizer.end_of_text].detach().expand(len(tokens), -1)
-        with torch.no_grad():
-            if hasattr(part, "lora"):
-                part.lora.delta.copy_(rows - part.weight[tokens])
-            else:
-                part.weight[tokens] = rows
+        weight, changed = gathered(part.weight.detach()).clone(), part.weight
+        rows = weight[[tokenizer.end_of_text] * len(tokens)]
+        if hasattr(part, "lora"):
+            changed, weight = part.lora.delta, rows - weight[tokens]
+        else:
+            weight[tokens] = rows
+        own = local(changed.detach())
+        own.copy_(weight[first_row(changed):][:len(own)])
 
 
 def _new_tokens(config: TuneConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -208,13 +224,13 @@ def _validate(layout: Layout, sequences: Sequences, micro: int, most: int,
 
 
 TUNE = Stage("tune", TuneConfig, open_data, recipe, adapt,
-             {"optim": {}, "train": {"steps": 1}}, 0.0)
+             {"optim": {}, "train": {"steps": 1}}, 0.0, quantized=True)
 
 
 def settings_for(run: Path, start: Path, method: str, given: Sequence[str]) -> list[str]:
     """What the method and the tuned run suggest: its sequences, unless `given` settings have a
     length, and a tenth of its rates for full tuning."""
-    spec, config = open_start(start).spec, _record_of(run, start)
+    spec, config = open_start(start, quantized=True).spec, _record_of(run, start)
     asked = dict(one.partition("=")[::2] for one in given).get("train.sequence_length", "")
     length = int(asked) if asked.isdigit() else min(
         spec.context, config.get("train", {}).get("sequence_length", 1024))
@@ -286,7 +302,7 @@ def open_tuning(source: Path, sections: dict[str, dict[str, Any]], epochs: float
                 stage: Stage) -> tuple[Stage, Any, Opened]:
     """What a tuning into the folder `run` is: the stage, its configuration, its data. Nothing is
     written if `run` is None, so there is no text that the model writes itself."""
-    start = open_start(source)
+    start = open_start(source, quantized=True)
     data = sections["data"]
     data["start"] = str(start.folder)
     if stage is TUNE:

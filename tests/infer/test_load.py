@@ -12,7 +12,7 @@ from fira.checkpoint import Checkpoints, read_weights
 from fira.convert.files import load_run
 from fira.files import write_manifest
 from fira.infer.load import load
-from fira.model import build_meta, load_pretrained
+from fira.model import build, build_meta, load_pretrained
 from fira.model.files import ADAPTER, WEIGHTS, save_weights
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
@@ -66,3 +66,59 @@ def test_damage_and_modules_that_this_version_lacks_are_one_line(adapted) -> Non
     with pytest.raises(ValueError, match="made with an adapter that this version cannot apply: the "
                                          "model has no tensor blocks.0.lora.weight; use the"):
         load(folder, "cpu")
+
+
+def tensors_of(change):
+    """Write other tensors into an adapter's folder, with their checksums."""
+    def write(folder):
+        tensors = load_file(folder / ADAPTER)
+        change(tensors)
+        save_file(tensors, folder / ADAPTER)
+        write_manifest(folder)
+    return write
+
+
+def not_a_number(tensors):
+    tensors["norm.weight"][3] = float("nan")
+
+
+def low_rank(rank, **more):
+    return tensors_of(lambda tensors: tensors.update({
+        "blocks.0.moe.experts.up.lora.a": torch.zeros(4, rank, 32),
+        "blocks.0.moe.experts.up.lora.b": torch.zeros(4, 32, rank), **more}))
+
+
+BAD = [
+    (tensors_of(not_a_number), "norm.weight holds numbers that are not finite; use another step"),
+    (low_rank(33), "rank=33 is above 32, the smaller width"),
+    (low_rank(2, **{"blocks.0.moe.experts.up.lora.experts": torch.tensor([0, 1, 2, 9])}),
+     "experts [0, 1, 2, 9] are not all among the 4"),
+    (tensors_of(lambda tensors: tensors.update({"norm.lora.a": torch.zeros(1, 1)})),
+     "the model has no tensor norm.lora.a"),
+    (tensors_of(lambda tensors: tensors.update({
+        "token_embedding.lora.delta": torch.zeros(1, 32)})),
+     "token_embedding.lora.tokens")]
+
+
+@pytest.mark.parametrize("damage, line", BAD, ids=[line for _, line in BAD])
+def test_an_adapter_at_fault_is_one_line(damage, line, adapted, step_folder, refused) -> None:
+    damage(adapted[0])
+    for words in ([adapted[0]], [step_folder, "--adapter", adapted[0]]):
+        assert line in refused("generate", *words, "hi")
+
+
+def test_an_adapter_is_applied_to_the_run_that_is_named(adapted, step_folder, text_file, fira,
+                                                        refused, tmp_path) -> None:
+    moved = step_folder.rename(tmp_path / "moved")
+    words = ["--text", text_file, "--json"]
+    own = [fira("eval", *where, *words).out for where in (
+        [moved], [moved, "--adapter", adapted[0]], [moved, "--adapter", adapted[0].parent])]
+    assert own[1] == own[2] != own[0]
+    other = build(load_pretrained(moved).spec, seed=1)
+    save_weights(other, moved)
+    write_manifest(moved)
+    for verb in ("generate", "chat", "serve", "eval"):
+        more = {"generate": ["hi"], "eval": words, "serve": ["--port", 0]}.get(verb, [])
+        line = refused(verb, moved, "--adapter", adapted[0], *more)
+        assert re.search(r"moved/model.safetensors has checksum \w{12}, but the adapter", line)
+    assert "whole model, not an adapter" in refused("generate", moved, "--adapter", moved, "hi")

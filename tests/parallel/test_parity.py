@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from fira.data.batches import Batch
 from fira.loss.head import IGNORED, next_token_loss
 from fira.model import build_meta
-from fira.model.fast import expert_linear
-from fira.model.moe import ExpertLinear
+from fira.model.adapter import attach
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.train.optim import OptimConfig, make_optimizer, set_rates, update
@@ -36,31 +35,11 @@ LAYOUTS = {
 }
 
 
-class AdaptedLinear(torch.nn.Linear):
-    def forward(self, x):
-        return super().forward(x) + x @ self.lora_down.T @ self.lora_up.T
-
-
-class AdaptedExperts(ExpertLinear):
-    def forward(self, rows_Ri, counts_E):
-        hidden_Rr = expert_linear(rows_Ri, counts_E, self.lora_down, None)
-        return super().forward(rows_Ri, counts_E) + expert_linear(hidden_Rr, counts_E,
-                                                                  self.lora_up, None)
-
-
-def adapt(model, rank=3):
-    """Freeze all weights but some norms; add low-rank ones to attention and experts."""
+def adapt(model):
+    """Adapters, token rows too, on a model of which some norms are trained."""
+    attach(model, 6, tokens=(3, 5))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("moe_norm" in name)
-    for block in model.blocks:
-        for module, adapted in ((block.attention.qkv, AdaptedLinear),
-                                (block.moe.experts.up, AdaptedExperts)):
-            *experts, width_out, width_in = module.weight.shape
-            module.__class__ = adapted
-            for name, shape in (("lora_down", (*experts, rank, width_in)),
-                                ("lora_up", (*experts, width_out, rank))):
-                empty = torch.empty(shape, device=module.weight.device)
-                module.register_parameter(name, torch.nn.Parameter(empty))
+        parameter.requires_grad_(parameter.requires_grad or "moe_norm" in name)
     return model
 
 
