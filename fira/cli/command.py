@@ -55,6 +55,20 @@ def sampling_options(command: Any) -> Any:
     return command
 
 
+def suite_options(command: Any) -> Any:
+    """The options of every verb that measures a model on suites."""
+    for option in reversed([
+        click.option("--suite", "suites", multiple=True, metavar="NAME",
+                     help="Suite of standard sets (docs/evaluation.md); may be repeated."),
+        click.option("--data", default=".", metavar="FOLDER", show_default="here",
+                     help="Folder with the files of the suites, or hub."),
+        click.option("--limit", type=click.IntRange(1), show_default="all",
+                     help="Number of rows of each task to use."),
+    ]):
+        command = option(command)
+    return command
+
+
 def run_command(command: click.Command, name: str) -> None:
     """Run a command and exit. An error is one line; its exit code is 2 for wrong usage and
     settings, and 1 otherwise."""

@@ -1,4 +1,4 @@
-"""The verbs that change a trained model: tune, merge."""
+"""The verbs that change a trained model: tune, trim, merge."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from fira.cli.command import EXISTING, NEW_FOLDER, device_option, example, settings_argument
+from fira.cli.command import (
+    EXISTING,
+    NEW_FOLDER,
+    device_option,
+    example,
+    settings_argument,
+    suite_options,
+)
 from fira.cli.training import run_training
 
 
@@ -40,6 +47,9 @@ from fira.cli.training import run_training
                                       "adapters of the experts that the data uses most.")
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True,
               help="Rank of the adapters.")
+@click.option("--experts", metavar="SHARE", show_default="0.25",
+              help="With --method experts: the share of each layer's experts that is trained; "
+                   "random:SHARE chooses them at random, as a control.")
 @click.option("--router", type=click.Choice(["freeze", "train"]),
               show_default="freeze with adapters, train in full tuning",
               help="Whether routers are trained.")
@@ -50,14 +60,20 @@ from fira.cli.training import run_training
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of --run.")
 @click.option("--dry-run", is_flag=True,
               help="Only show what would be read and trained, and the memory needed.")
+@suite_options
+@click.option("--no-card", is_flag=True,
+              help="Leave out the comparison with the model before, at the end.")
 @device_option
 def tune(source: Path | None, settings: tuple[str, ...], run: Path | None, device: str,
          resume: bool, dry_run: bool, epochs: float, method: str, rank: int, router: str | None,
-         beta: float | None, length_normalized: bool, prefer: tuple[str, ...], **data: Any) -> None:
+         beta: float | None, length_normalized: bool, prefer: tuple[str, ...], experts: str | None,
+         suites: tuple[str, ...], data: str, limit: int | None, no_card: bool,
+         **files: Any) -> None:
     """Train a run further on conversations or text.
 
     RUN was trained here or imported. The loss is taken on assistant turns only. The base stays as
-    it is: an adapter is a small run that needs it.
+    it is: an adapter is a small run that needs it. At the end both models are compared: bits per
+    byte, routing, answers, and the suites asked for.
     """
     from rich.console import Console
 
@@ -71,24 +87,65 @@ def tune(source: Path | None, settings: tuple[str, ...], run: Path | None, devic
         settings, source = (str(source), *settings), None
     if source is None and (dry_run or not resume):
         raise click.UsageError("Missing argument 'RUN': only --resume --run FOLDER needs none")
-    if not resume and bool(prefer) == bool(data["chat"] or data["text"]):
+    if not resume and bool(prefer) == bool(files["chat"] or files["text"]):
         raise click.UsageError("give --chat FILES or --text FILES, or else --prefer FILES")
-    sections = {"tune": {"method": method, "rank": rank,
+    if experts is not None and method != "experts":
+        raise click.UsageError("--experts SHARE needs --method experts: other methods train all")
+    sections = {"tune": {"method": method, "rank": rank, "experts": experts or "0.25",
                          "router": router or ("train" if method == "full" else "freeze")}}
     if prefer:
         sections["prefer"] = {"beta": beta, "normalized": length_normalized}
-        sections["data"] = {"chat": prefer} | {key: data[key] for key in ("held_out", "skip_bad")}
+        sections["data"] = {"chat": prefer} | {key: files[key] for key in ("held_out", "skip_bad")}
     else:
         sections["data"] = {key: list(value) if isinstance(value, tuple) else value
-                            for key, value in data.items()}
+                            for key, value in files.items()}
     stage = PREFER if prefer else TUNE
+    card = None if no_card else {"suites": suites, "data": data, "limit": limit}
     if dry_run and source:
         show(*open_tuning(source, sections, epochs, settings, None, stage), device, Console())
     elif run is None:
         raise click.UsageError("Missing option '--run': only --dry-run needs none")
     else:
         run_training(lambda: run_tune(source, sections, epochs, settings, run, device, resume,
-                                      console(), stage), run)
+                                      console(), stage, card), run)
+        _show_comparison(run if card else None)
+
+
+def _show_comparison(run: Path | None) -> None:
+    """Print what a tuning changed, on the first rank."""
+    from fira.report.tuning import read_tuning, tuning_view
+    from fira.runlog import console
+    from fira.runtime import launch
+
+    if run and launch().rank == 0:
+        console().print(tuning_view(read_tuning(run)))
+
+
+@click.command(epilog=example(
+    "fira trim out/quickstart/run out/half --keep 0.5 --text README.md"))
+@click.argument("run", type=EXISTING)
+@click.argument("folder", type=NEW_FOLDER, metavar="OUT")
+@click.option("--keep", type=float, required=True, help="Share of each layer's experts that stay.")
+@click.option("--text", multiple=True, metavar="FILES",
+              help="Text that the model is to be good at; may be repeated.")
+@click.option("--chat", multiple=True, metavar="FILES",
+              help="Conversations that it is to be good at; may be repeated.")
+@click.option("--general", multiple=True, metavar="FILES",
+              help="Other text, to measure what is lost there; may be repeated.")
+@click.option("--skip-bad", is_flag=True, help="Leave out conversations that cannot be read.")
+def trim(run: Path, folder: Path, keep: float, text: tuple[str, ...], chat: tuple[str, ...],
+         general: tuple[str, ...], skip_bad: bool) -> None:
+    """Leave out the experts of RUN that contribute least to a text.
+
+    OUT is created as a run folder with a smaller model. Bits per byte before and after are printed.
+    """
+    from fira.convert.trim import trim_run
+    from fira.eval.tuning import bits_per_byte
+    from fira.runlog import console
+
+    if not text and not chat:
+        raise click.UsageError("give --text or --chat, by which the experts are chosen")
+    trim_run(run, folder, keep, text, chat, general, bits_per_byte, console(), skip_bad)
 
 
 @click.command(epilog=example("fira merge out/chat out/chat-whole"))

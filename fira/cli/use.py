@@ -18,6 +18,7 @@ from fira.cli.command import (
     precision_option,
     sampling_options,
     settings_argument,
+    suite_options,
 )
 
 
@@ -25,14 +26,9 @@ from fira.cli.command import (
 @click.argument("run", type=EXISTING)
 @click.option("--text", "texts", multiple=True, metavar="SOURCE",
               help="Text to score, given as for fira data; may be repeated.")
-@click.option("--suite", "suites", multiple=True, metavar="NAME",
-              help="Suite of standard sets (docs/evaluation.md); may be repeated.")
+@suite_options
 @click.option("--task", "files", multiple=True, type=click.Path(dir_okay=False),
               help="JSON lines with a task of your own (docs/evaluation.md); may be repeated.")
-@click.option("--data", default=".", metavar="FOLDER", show_default="here",
-              help="Folder with the files of the suites, or hub.")
-@click.option("--limit", type=click.IntRange(1), show_default="all",
-              help="Number of rows of each task to use.")
 @click.option("--letters", is_flag=True, help="Let the model choose the letter of an option.")
 @click.option("--general", multiple=True, metavar="SOURCE", show_default="the run's held-out text",
               help="Text to whose load of the experts that on the tasks is compared.")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import fira.model.fast as fast
-from fira.convert.files import load_run, write_run
+from fira.convert.files import load_run, number_of, write_run
 from fira.files import check_new
 from fira.model import build_meta
 from fira.model.adapter import attach_like, merge
@@ -219,8 +219,7 @@ def export_run(run: Path, folder: Path, kind: str, screen: Console,
         after = measure(model, tokenizer)
         screen.print(f"bits per byte: {before:.5f} before, {after:.5f} in {kind} "
                      f"({after - before:+.5f})")
-    number = re.fullmatch(r"step-(\d+)", step.name)  # None if the step folder was renamed
-    write_run(folder, model, tokenizer, int(number[1]) if number else 0,
+    write_run(folder, model, tokenizer, number_of(step),
               {"stage": "export", "preset": kind, "quantized_from": str(step)})
     screen.print(f"wrote {folder}; fira generate, chat, serve and eval read it", soft_wrap=True)
 

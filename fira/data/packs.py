@@ -168,8 +168,10 @@ class PackedBatches:
 
 def in_order(sequences: Sequences, batch_size: int, most: int | None = None,
              kind: Any = PackedBatch) -> Iterator[Any]:
-    """Batches of the first `most` sequences, each once, to evaluate on."""
-    end = len(sequences) if most is None else min(len(sequences), most)
-    for first in range(0, end, batch_size):
-        fields = sequences.read(np.arange(first, min(first + batch_size, end)))
+    """Batches of `most` sequences, each once, to evaluate on: evenly spread, as packs of long rows
+    come first."""
+    count = len(sequences) if most is None else min(len(sequences), most)
+    for first in range(0, count, batch_size):
+        numbers = np.arange(first, min(first + batch_size, count))
+        fields = sequences.read(numbers * len(sequences) // count)
         yield kind(*(torch.from_numpy(np.ascontiguousarray(field)) for field in fields))

@@ -22,11 +22,12 @@ from fira.eval.statistics import wilson
 from fira.eval.suites import open_suite, open_task
 from fira.eval.task import Row, Task
 from fira.files import read_json, sha256, write_text
+from fira.infer.cache import DecodeStep
 from fira.infer.engine import Engine
 from fira.infer.load import load
 from fira.infer.request import SamplingParams
 from fira.model import build
-from fira.model.files import ADAPTER, WEIGHTS, knows_chat
+from fira.model.files import ADAPTER, WEIGHTS
 from fira.model.generate import window_length
 from fira.runlog import ProgressLine
 from fira.runtime import keep_large_blocks, versions
@@ -43,13 +44,14 @@ Values = list["float | None"]  # one for each row; None for a row that was left 
 def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: str = ".",
             target: Path | None = None, limit: int | None = None, resume: bool = False,
             letters: bool = False, general: Sequence[str] = (), device: str = "auto",
-            screen: Console | None = None, adapter: Path | None = None) -> dict[str, Any]:
+            screen: Console | None = None, adapter: Path | None = None,
+            as_chat: bool = False) -> dict[str, Any]:
     """Results of a run's newest step on suites and on task files ("own"), and its experts' load on
     them relative to that on the text of the sources `general`; see `general_load`.
 
     They are written to `target` after each task; with `resume` those that are there are kept.
     Raises ValueError, one line, for sets that are missing or wrong, damaged weights, and rows of
-    messages for a model without chat turns.
+    messages for a model without chat turns, unless it reads them nevertheless (`as_chat`).
     """
     screen = screen or Console(quiet=True)
     if resume and not target:
@@ -61,6 +63,7 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
             screen.print(f"suite {name}: {data} has no {', '.join(missing)}", soft_wrap=True)
     keep_large_blocks()
     loaded = load(run, device, adapter)
+    loaded.model.chat |= as_chat
     weights = loaded.folder / (WEIGHTS if (loaded.folder / WEIGHTS).exists() else ADAPTER)
     result = {"run": str(loaded.folder), "model_sha256": sha256(weights), "versions": versions()}
     found = old["suites"] if old.get("model_sha256") == result["model_sha256"] else {}
@@ -147,27 +150,39 @@ def _sums(costs: list[list[np.ndarray]]) -> list[list[float]]:
 
 def _generate(loaded: Loaded, rows: Sequence[Row], progress: Callable[[float], None]
               ) -> tuple[dict[str, Any], np.ndarray]:
-    if not knows_chat(loaded.folder):
+    if not loaded.model.chat:
         raise ValueError("the rows are chat messages, but the model was not trained on chat "
                          "turns; use a tuned model, or rows with a context")
-    params = SamplingParams(ANSWER_TOKENS, 0.0, stop_ids=(loaded.tokenizer.special(TURN_END),))
-    engine = Engine(loaded.model, loaded.tokenizer, max_waiting=len(rows))
-    events: dict[int, list[Any]] = {}  # of the rows whose prompt fits
-    for number, row in enumerate(rows):
-        ids = prompt_ids(loaded.tokenizer, row.messages, tuned=True)
-        if len(ids) <= engine.capacity:
-            engine.add(ids, params, events.setdefault(number, []).append)
-    while engine.step():
-        progress(engine.stats["finished"] / len(rows))
-    engine.close()
-    if error := next((found[-1].error for found in events.values() if found[-1].error), None):
-        raise ValueError(error)
-    right = [row.score("".join(event.text for event in events[number])) if number in events
-             else None for number, row in enumerate(rows)]
+    prompts = [prompt_ids(loaded.tokenizer, row.messages, tuned=True) for row in rows]
+    read = [number for number, ids in enumerate(prompts) if len(ids) <= window_length(loaded.model)]
+    events, loads = generate_answers(loaded.model, loaded.tokenizer, [prompts[number] for number in
+                                     read], (loaded.tokenizer.special(TURN_END),), ANSWER_TOKENS,
+                                     progress)
+    texts = {number: "".join(event.text for event in found)
+             for number, found in zip(read, events, strict=True)}
+    right = [row.score(texts[number]) if number in texts else None
+             for number, row in enumerate(rows)]
     return {"correct": right, "accuracy_per_byte": None, "item_bits": [None] * len(rows),
             "floors": {}, "cut": [], "unsplit": [], "rows": len(rows),
             "left_out": [number for number, value in enumerate(right) if value is None]
-            }, np.array(engine.loads)
+            }, loads
+
+
+def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]],
+                     ends: tuple[int, ...], longest: int, progress: Callable[[float], None],
+                     decode_step: DecodeStep | None = None
+                     ) -> tuple[list[list[Any]], np.ndarray]:
+    """The events of a greedy answer to each prompt, and the rows of every expert, [L, E]."""
+    engine = Engine(model, tokenizer, max_waiting=len(prompts), decode_step=decode_step)
+    events: list[list[Any]] = [[] for _ in prompts]
+    for ids, heard in zip(prompts, events, strict=True):
+        engine.add(ids, SamplingParams(longest, 0.0, stop_ids=ends), heard.append)
+    while engine.step():
+        progress(engine.stats["finished"] / len(prompts))
+    engine.close()
+    if error := next((found[-1].error for found in events if found[-1].error), None):
+        raise ValueError(error)
+    return events, np.array(engine.loads)
 
 
 def size(continuation: str) -> int:

@@ -30,7 +30,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -310,19 +310,19 @@ def health(layers: Sequence[Router]) -> dict[str, Any] | None:
 
 
 class Watch(contextlib.AbstractContextManager["Watch"]):
-    """What the routers of `module` chose: `experts[l]` is experts_NK of layer l's latest forward.
-
-    None before the first. Open from construction to `close` or the end of `with`. Eager mode only.
+    """What the routers of `module` chose: `experts[l]` is experts_NK and `gates[l]` weights_NK of
+    layer l's latest forward, None before the first. Open from construction to `close` or the end of
+    `with`. Eager mode only.
     """
 
     def __init__(self, module: nn.Module) -> None:
         found = routers(module)
-        self.experts: list[Tensor | None] = [None] * len(found)
+        self.experts, self.gates = ([cast("Tensor | None", None)] * len(found) for _ in range(2))
         self._hooks = [router.register_forward_hook(functools.partial(self._note, layer))
                        for layer, router in enumerate(found)]
 
     def _note(self, layer: int, router: Router, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        self.experts[layer] = output[1]
+        self.gates[layer], self.experts[layer] = output
 
     def close(self) -> None:
         for hook in self._hooks:

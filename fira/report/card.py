@@ -13,11 +13,13 @@ from typing import Any
 from fira.files import MANIFEST, read_json, write_text
 from fira.report.read import CONFIG, Run, read_run
 from fira.report.results import AGAIN, newest_step, read_results
+from fira.report.tuning import CAPTION, HEAD, read_tuning, tuning_rows
 from fira.runlog import METRICS
 
 CARD, MARK = "README.md", "Written by `fira card` from the records of the run."
 # How a record names the model that this one was made from: what the hub calls the relation.
-RELATIONS = {"from": "finetune", "quantized_from": "quantized", "imported_from": None}
+RELATIONS = {"from": "finetune", "quantized_from": "quantized", "trimmed_from": "finetune",
+             "imported_from": None}
 FACTS = {  # where a fact stands in `_records`: its name
     "model/architecture": "architecture", "run/parameters/total": "parameters",
     "run/parameters/active": "parameters active per token",
@@ -62,6 +64,8 @@ def make_card(folder: Path, license: str | None = None, library: str = "transfor
             (layer, f"{min(load):.1%}", f"{max(load):.1%}", *(records["routing"][key][layer] for key
              in ("cv", "max_mean", "entropy", "dead")))
             for layer, load in enumerate(records["routing"].get("load", ()))), dense),
+        *(["\n## What the tuning changed\n", *_table(", ".join(HEAD), rows), "", CAPTION]
+          if (rows := [*tuning_rows(read_tuning(records["folder"]))]) else ()),
         "\n## Intended use and limits\n", *(f"- {limit}" for limit in limits), ""])
 
 
@@ -108,6 +112,7 @@ def _records(folder: Path) -> dict[str, Any]:
     license = re.search(r'^license: "(.+)"$', card.read_text("utf-8") if card.is_file() else "",
                         re.MULTILINE)
     return {"name": run.name, "run": run.about, "model": model, **rows, "base": base,
+            "folder": above,
             "origin": base.get("base_model", "new weights" if run.steps else None),
             "interval": f"{bits - 1.96 * error:.4f} to {bits + 1.96 * error:.4f}" if error else "",
             "files": read_json(manifest, AGAIN).get("files") if manifest.is_file() else None,

@@ -21,6 +21,7 @@ from fira.report.read import Run, read_run
 from fira.report.results import newest_step, read_results, suite_summary, suite_view
 from fira.report.routing import PICTURE as ROUTING
 from fira.report.routing import draw_routing, routing_view
+from fira.report.tuning import read_tuning, tuning_view
 
 PAGE = "report.html"
 EVENTS_SHOWN, SAMPLES_SHOWN = 200, 12  # the newest; metrics.jsonl has all of them
@@ -76,6 +77,7 @@ def make_page(run: Run, progress: Path, routing: Path | None = None) -> str:
         "Training": _picture(progress, "training progress"),
         "Routing": (_picture(routing, "expert load") if routing else "")
         + _shown(routing_view(run), 80),
+        "Tuning": _shown(tuning_view(tuned), 100) if (tuned := read_tuning(run.path)) else "",
         "Results on tasks": "".join(_shown(table, 120) for table in tables) + "".join(
             f"<p>{escape(text)}</p>" for text in (LEGEND * bool(tables), others) if text),
         "Samples": "".join(f"<p>step {row['step']:,}</p><pre><b>{escape(row['prompt'])}</b>"

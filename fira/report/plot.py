@@ -142,7 +142,11 @@ def _draw_score(axes: Axes, run: Run) -> None:
     size, unit = (3600, "hours") if max(seconds) > 5400 else (60, "minutes")
     axes.set_xlabel(f"training time ({unit})")
     axes.plot(seconds / size, numbers(run.validations, run.score), color=VALIDATION,
-              **_markers(seconds))
+              label="target", **_markers(seconds))
+    general = numbers(run.validations, f"{run.score}/general")
+    if np.isfinite(general).any():
+        axes.plot(seconds / size, general, color=OTHER, label="general text", **_markers(seconds))
+        axes.legend(loc="best")
     axes.set_xlim(left=0)
 
 

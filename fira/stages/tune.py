@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field
 from rich.console import Console
 from torch import Tensor
 
-from fira.config import Config, ConfigError
+from fira.config import Config, ConfigError, parse
 from fira.convert.quantize import quantize
 from fira.data.batches import Folder, Shards
 from fira.data.conversations import Reader, Row, without
@@ -27,6 +27,8 @@ from fira.data.packs import PackedBatches, Packs, Part, Sequences, Windows, in_o
 from fira.data.shards import MANIFEST
 from fira.data.sources import RECORDS, TEXT, find, inputs, listed
 from fira.data.tokenizer import END_OF_TEXT, PAD, SPECIAL, TURN_END, Tokenizer
+from fira.eval.suites import open_suite
+from fira.eval.tuning import compare_tuning
 from fira.files import read_json, sha256, write_text
 from fira.infer.load import load
 from fira.loss.head import next_token_loss
@@ -36,7 +38,9 @@ from fira.model.generate import window_length
 from fira.model.router import routers
 from fira.parallel.layout import Layout, first_row, gathered, local
 from fira.runlog import ProgressLine, console
-from fira.stages.config import Opened, RunConfig, Stage, configure, open_start
+from fira.runtime import launch
+from fira.stages.choice import choose_experts, parse_experts, prepare_router
+from fira.stages.config import Opened, RunConfig, Stage, configure, modernize, open_start
 from fira.stages.run import train_run
 from fira.train.loop import LoopState, Recipe, Score
 from fira.train.validate import validate
@@ -67,6 +71,9 @@ class TuneOptions(Config):
     method: Literal["full", "lora", "experts"] = Field("lora", description="what is trained")
     rank: int = Field(16, ge=1, description="rank of adapters; of an expert's divided by top_k")
     router: Literal["freeze", "train"] = Field("freeze", description="whether routers are trained")
+    experts: str = Field("0.25", description="method experts: the share of each layer's experts "
+                         "that get adapters, or random:SHARE")
+    chosen: list[list[int]] | None = Field(None, description="these experts, of each layer")
 
 
 class TuneConfig(RunConfig):
@@ -162,9 +169,9 @@ def adapt(config: TuneConfig, model: Any, tokenizer: Tokenizer) -> None:
         raise ConfigError(f"--method full cannot change {kind} weights; use --method lora, or tune "
                           "the run that they were made from")
     if config.tune.method != "full":
-        attach(model, config.tune.rank, tokens=_new_tokens(config, tokenizer))
+        attach(model, config.tune.rank, config.tune.chosen, _new_tokens(config, tokenizer))
     for router in routers(model):
-        router.requires_grad_(config.tune.router == "train")
+        prepare_router(router, config.tune.router == "train")
 
 
 def learn_turns(config: Any, model: Any, tokenizer: Tokenizer) -> None:
@@ -286,15 +293,25 @@ def _record_of(run: Path, start: Path) -> dict[str, Any]:
 
 def tune(source: Path | None, sections: dict[str, dict[str, Any]], epochs: float,
          settings: Iterable[str], run: Path, device: str, resume: bool, screen: Console,
-         stage: Stage = TUNE) -> LoopState:
+         stage: Stage = TUNE, card: dict[str, Any] | None = None) -> LoopState:
     """`fira tune`: see `fira.stages.run.train_run`. `sections` are the settings of data and of what
-    the stage adds; the length of the run follows from `epochs`, unless settings give one."""
-    if (run / CONFIG).exists() or source is None:
-        return train_run(stage, stage.name, settings, run, device, resume, screen, source)
+    the stage adds; the length of the run follows from `epochs`, unless settings give one. With
+    `card`, the suites to measure, the models before and after are compared at the end."""
+    if card:
+        for name in card["suites"]:
+            open_suite(name, card["data"], card["limit"])  # refuses one that is not there
     settings = list(settings)
-    stage, *_ = open_tuning(source, sections, epochs, settings, run, stage)
-    of_model = [one for one in settings if one.startswith("model.")]  # over those of the start
-    return train_run(stage, stage.name, of_model, run, device, resume, screen, source)
+    if not (run / CONFIG).exists() and source is not None:
+        stage, *_ = open_tuning(source, sections, epochs, settings, run, stage)
+        settings = [one for one in settings if one.startswith("model.")]  # over the start's
+    state = train_run(stage, stage.name, settings, run, device, resume, screen, source)
+    if card and launch().rank == 0:
+        config = parse(stage.config, modernize(read_json(run / CONFIG, "restore it")["config"]))
+        data = stage.open(config).data
+        held_out = {"target": data.held_out, "general": getattr(data, "general_held_out", None)}
+        compare_tuning(Path(config.data.start), run, {name: one for name, one in held_out.items()
+                                                      if one}, device, screen, **card)
+    return state
 
 
 def open_tuning(source: Path, sections: dict[str, dict[str, Any]], epochs: float,
@@ -313,7 +330,13 @@ def open_tuning(source: Path, sections: dict[str, dict[str, Any]], epochs: float
     settings = [*settings_for(source, start.folder, sections["tune"]["method"], settings),
                 *settings]
     config = configure(stage, stage.load(stage.name), settings, start)
+    if config.tune.method == "experts":
+        parse_experts(config)  # before the long reading
     opened = stage.open(config)
+    if config.tune.method == "experts":
+        train = opened.data.train if stage.name == TUNE.name else opened.data.train.packs
+        sections["tune"]["chosen"] = choose_experts(config, train, "auto", console())
+        config = configure(stage, stage.load(stage.name), settings, start)
     if not {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}:
         read = config.train.batch_size * (1 - data.get("replay", 0.0))  # in a step
         steps = math.ceil(epochs * len(opened.data.train) / read)
