@@ -236,7 +236,7 @@ TUNE = Stage("tune", TuneConfig, open_data, recipe, adapt,
 
 def settings_for(run: Path, start: Path, method: str, given: Sequence[str]) -> list[str]:
     """What the method and the tuned run suggest: its sequences, unless `given` settings have a
-    length, and a tenth of its rates for full tuning."""
+    length, and a tenth of its rates for full tuning, if it was not tuned so itself."""
     spec, config = open_start(start, quantized=True).spec, _record_of(run, start)
     asked = dict(one.partition("=")[::2] for one in given).get("train.sequence_length", "")
     length = int(asked) if asked.isdigit() else min(
@@ -246,7 +246,8 @@ def settings_for(run: Path, start: Path, method: str, given: Sequence[str]) -> l
     if method != "full":
         return [*found, "optim.lr=2e-3"]
     optim = config.get("optim", {"lr": 5e-4})
-    rates = {key: value / 10 for key, value in optim.items() if key.endswith("lr") and value}
+    part = 1 if config.get("tune", {}).get("method") == "full" else 10
+    rates = {key: value / part for key, value in optim.items() if key.endswith("lr") and value}
     kept = {key: optim[key] for key in ("rule", "expert_interval", "head_follows") if key in optim}
     return found + [f"optim.{key}={value}" for key, value in {**rates, **kept}.items()]
 
@@ -255,10 +256,11 @@ def _find_general(data: dict[str, Any], source: Path, start: Path,
                   run: Path | None) -> list[str]:
     """General text as asked for, or what the run was trained on, if it is still there. Raises
     ConfigError if there is none to replay."""
-    given = data.get("general") or []
+    before = _record_of(source, start).get("data", {})
+    given = data.get("general") or [one for one in before.get("general", ()) if Path(one).exists()]
     if given == [OWN_TEXT]:
         return [str(_write_own_text(start, run / "own_text.jsonl"))] if run else []
-    folder = _record_of(source, start).get("data", {}).get("folder")
+    folder = before.get("folder")
     if not given and folder and (Path(folder) / MANIFEST).is_file():
         given = [folder]
     if data.get("replay") and not given:
