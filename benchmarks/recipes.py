@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from record import append, machine, new_parser
 
 from fira.cli import fira
-from fira.data.text import records
+from fira.data.records import records
+from fira.data.sources import inputs
 from fira.eval.measure import measure
 from fira.eval.task import Row, make_row
 from fira.runlog import console
@@ -68,11 +69,11 @@ def read_rows(data: Path, recipe: Recipe, split: str) -> Iterator[Record]:
     """The conversations of a split that are of the recipe's tasks."""
     for name in recipe.files:
         if name == "eval/gsm8k":  # every twentieth row of the training part is held out
-            for number, (_, record) in enumerate(records([str(data / f"{name}.train.jsonl")])):
+            for number, (_, record) in enumerate(records(inputs([str(data / f"{name}.train.jsonl")]))):
                 if (number % 20 == 0) == (split == "dev"):
                     yield tutoring(record)
             continue
-        for _, record in records([str(data / f"{name}.{split}.jsonl.xz")]):
+        for _, record in records(inputs([str(data / f"{name}.{split}.jsonl.xz")])):
             record.setdefault(recipe.key, name.rpartition("/")[2])
             if record[recipe.key] in recipe.tasks:
                 yield record
