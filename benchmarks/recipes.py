@@ -69,7 +69,8 @@ def read_rows(data: Path, recipe: Recipe, split: str) -> Iterator[Record]:
     """The conversations of a split that are of the recipe's tasks."""
     for name in recipe.files:
         if name == "eval/gsm8k":  # every twentieth row of the training part is held out
-            for number, (_, record) in enumerate(records(inputs([str(data / f"{name}.train.jsonl")]))):
+            given = records(inputs([str(data / f"{name}.train.jsonl")]))
+            for number, (_, record) in enumerate(given):
                 if (number % 20 == 0) == (split == "dev"):
                     yield tutoring(record)
             continue
