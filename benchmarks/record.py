@@ -18,7 +18,8 @@ from typing import Any
 from fira import runtime
 from fira.runtime import machine
 
-PEERS = ("transformers", "xllamacpp", "gguf", "openai", "schemathesis")  # xllamacpp is llama.cpp
+PEERS = ("transformers", "trl", "peft", "xllamacpp", "gguf", "openai",
+         "schemathesis")  # xllamacpp is llama.cpp
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
