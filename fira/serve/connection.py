@@ -90,12 +90,14 @@ class HTTPServer(uvicorn.Server):
     """uvicorn with at most `limit` connections, and fewer where files are few.
 
     The accept loop is ours: asyncio's repeats a failed accept thousands of times, and logs each.
+    uvicorn does not configure logging, because that closes the handlers of other packages.
     """
 
     def __init__(self, app: Any, limit: int) -> None:
         super().__init__(uvicorn.Config(
-            app, http=Connection, log_level="error", access_log=False, lifespan="on", ws="none",
-            server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS + 1))
+            app, http=Connection, log_level="error", log_config=None, access_log=False,
+            lifespan="on", ws="none", server_header=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS + 1))
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.limit = max(1, min(limit, files - RESERVED))
 
