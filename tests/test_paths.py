@@ -18,7 +18,7 @@ def chat(running, text: str) -> int:
     """Send one chat request; the number of prompt tokens that had to be read."""
     response = running.http.post("/v1/chat/completions", json={
         "model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 8,
-        "temperature": 0.7, "ignore_eos": True})
+        "temperature": 0.7, "top_k": 1, "ignore_eos": True})
     assert response.status_code == 200, response.text
     usage = response.json()["usage"]
     assert usage["completion_tokens"] == 8
