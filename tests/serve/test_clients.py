@@ -138,7 +138,7 @@ def conforms(case):
 
 
 def test_generated_requests_are_answered_as_described(described):
-    """Some hundred cases; benchmarks/serve.py runs thousands."""
+    """Some hundred cases; benchmarks/clients.py runs thousands."""
     for operation in described.get_all_operations():
         @given(case=operation.ok().as_strategy())
         @settings(max_examples=20, deadline=None, database=None, derandomize=True,
