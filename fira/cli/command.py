@@ -21,15 +21,14 @@ precision_option = click.option(
     "--precision", type=click.Choice(["float32", "int8", "int4"]), default="float32",
     show_default=True, help="Precision to which a float32 run's weights are rounded for decoding "
                             "on a CPU; int8 and int4 need numba.")
+adapter_option = click.option(
+    "--adapter", type=EXISTING, metavar="DIR",
+    help="Run or step folder with an adapter that was tuned on RUN, to apply to it.")
 
 
 def example(command: str, *paragraphs: str) -> str:
     """The end of a verb's help: paragraphs, and an example, which is not wrapped."""
     return "\n\n".join([*paragraphs, f"\b\nExample: {command}"])
-
-adapter_option = click.option(
-    "--adapter", type=EXISTING, metavar="DIR",
-    help="Run or step folder with an adapter that was tuned on RUN, to apply to it.")
 
 
 def sampling_options(command: Any) -> Any:

@@ -102,7 +102,8 @@ def tune(source: Path | None, settings: tuple[str, ...], run: Path | None, devic
     stage = PREFER if prefer else TUNE
     card = None if no_card else {"suites": suites, "data": data, "limit": limit}
     if dry_run and source:
-        show(*open_tuning(source, sections, epochs, settings, None, stage), device, Console())
+        show(*open_tuning(source, sections, epochs, settings, None, device, stage), device,
+             Console())
     elif run is None:
         raise click.UsageError("Missing option '--run': only --dry-run needs none")
     else:
