@@ -75,8 +75,6 @@ def tune(source: Path | None, settings: tuple[str, ...], run: Path | None, devic
     it is: an adapter is a small run that needs it. At the end both models are compared: bits per
     byte, routing, answers, and the suites asked for.
     """
-    from rich.console import Console
-
     from fira.runlog import console
     from fira.stages.dryrun import show
     from fira.stages.prefer import PREFER
@@ -103,7 +101,7 @@ def tune(source: Path | None, settings: tuple[str, ...], run: Path | None, devic
     card = None if no_card else {"suites": suites, "data": data, "limit": limit}
     if dry_run and source:
         show(*open_tuning(source, sections, epochs, settings, None, device, stage), device,
-             Console())
+             console(stderr=False))
     elif run is None:
         raise click.UsageError("Missing option '--run': only --dry-run needs none")
     else:
