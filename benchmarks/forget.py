@@ -1,0 +1,110 @@
+"""What a tuning forgets, over the share of general text that is mixed in, and what a trim costs.
+
+    python benchmarks/forget.py out/moe-1 out/dense-1 --chat FILE --held-out FILE --general FOLDER
+
+Every run is tuned whole with each share of replay, to the same number of steps. The goal is general
+bits per byte that rise at most 0.01 at 90% of the gain on the target that the tuning without replay
+reaches. Bits per byte between two evaluations are interpolated. Then half of the experts of the
+tuned run are dropped (fira trim), for a goal of 1% on the target.
+"""
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+from record import append, machine, new_parser
+
+from fira.cli import fira
+from fira.data.conversations import Reader
+from fira.data.sources import inputs
+from fira.eval.tuning import bits_per_byte
+from fira.files import read_json
+from fira.infer.load import load
+from fira.model.generate import window_length
+from fira.runlog import read_rows
+
+PART = 0.9  # of the gain
+
+
+class Point(NamedTuple):
+    """An evaluation: bits per byte of held-out rows and of held-out general text."""
+
+    step: int
+    target: float
+    general: float
+
+
+def tune(base: Path, run: Path, options: list[str]) -> list[Point]:
+    """The evaluations of a tuning, which is made unless it is there."""
+    if not (run / "training_progress.png").exists():
+        fira(["tune", str(base), "--method", "full", "--no-card", "--run", str(run),
+              *(["--resume"] if run.exists() else options)], standalone_mode=False)
+    return [Point(row["step"], row["bits_per_byte"], row["bits_per_byte/general"])
+            for row in read_rows(run) if row["kind"] == "validation"]
+
+
+def untouched(base: Path, run: Path, options: list[str]) -> Point:
+    """The evaluation after one step whose rates are as good as 0."""
+    optim = read_json(base / "config.json", "give a run")["config"]["optim"]
+    rates = [f"optim.{key}=1e-12" for key in optim if key.endswith("lr") and optim[key]]
+    return tune(base, run, [*options, "train.steps=1", *rates])[0]._replace(step=0)
+
+
+def rise_at(points: list[Point], target: float) -> float | None:
+    """How much the general text rises until the target is first reached; None if it never is."""
+    for last, now in itertools.pairwise(points):
+        if now.target <= target:
+            part = (last.target - target) / (last.target - now.target)
+            return last.general + part * (now.general - last.general) - points[0].general
+    return None
+
+
+def trimmed(run: Path, out: Path, chat: str, held_out: str) -> float | None:
+    """Bits per byte of the held-out target after half of the experts are dropped, as a ratio."""
+    if read_json(run / "config.json", "give a run")["config"]["model"]["num_experts"] == 1:
+        return None
+    if not out.exists():
+        fira(["trim", str(run), str(out), "--keep", "0.5", "--chat", chat], standalone_mode=False)
+    whole, half = (measure_bits(one, held_out) for one in (run, out))
+    return half / whole
+
+
+def measure_bits(run: Path, chat: str) -> float:
+    model, tokenizer, _ = load(run)
+    return bits_per_byte(model, tokenizer, Reader(tokenizer, window_length(model)).chat(
+        inputs([chat])))
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("bases", nargs="+", type=Path, help="runs that are tuned")
+    parser.add_argument("--chat", required=True, help="conversations to tune on")
+    parser.add_argument("--held-out", required=True, help="conversations to evaluate on")
+    parser.add_argument("--general", required=True, help="prepared general text")
+    parser.add_argument("--replay", type=float, nargs="+", default=[0, 0.01, 0.05, 0.2])
+    parser.add_argument("--keep", type=Path, default=Path("out/forget"), help="where runs are kept")
+    parser.add_argument("--settings", nargs="*", default=[], help="more of fira tune")
+    a = parser.parse_args()
+    print(f"{'base':12}{'replay':>8}{'target':>9}{'gain':>8}{'general':>9}{'rise':>8}"
+          f"{f'rise at {PART:.0%}':>13}{'trimmed':>9}")
+    for base in a.bases:
+        options = ["--chat", a.chat, "--held-out", a.held_out, "--general", a.general, *a.settings]
+        before, goal = untouched(base, a.keep / f"{base.name}-before", options), None
+        found = []
+        for replay in a.replay:
+            run = a.keep / f"{base.name}-{replay:g}"
+            points = [before, *tune(base, run, [*options, "--replay", str(replay)])]
+            goal = goal or before.target - PART * (before.target - points[-1].target)
+            last, rise = points[-1], rise_at(points, goal)
+            half = trimmed(run, run.with_name(f"{run.name}-half"), a.chat, a.held_out)
+            found.append({"replay": replay, "points": points, "rise": rise, "trimmed": half})
+            print(f"{base.name:12}{replay:8.0%}{last.target:9.4f}{before.target - last.target:8.4f}"
+                  f"{last.general:9.4f}{last.general - before.general:8.4f}"
+                  f"{'never' if rise is None else f'{rise:.4f}':>13}"
+                  f"{'' if half is None else f'{half - 1:+.1%}':>9}", flush=True)
+        append(a.json, {"base": base.name, "tunings": found, "machine": machine()})
+
+
+if __name__ == "__main__":
+    main()
