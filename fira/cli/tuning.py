@@ -78,8 +78,9 @@ def tune(source: Path | None, settings: tuple[str, ...], run: Path | None, devic
     from fira.runlog import console
     from fira.stages.dryrun import show
     from fira.stages.prefer import PREFER
-    from fira.stages.tune import TUNE, open_tuning
-    from fira.stages.tune import tune as run_tune
+    from fira.stages.start import open_tuning
+    from fira.stages.start import tune as run_tune
+    from fira.stages.tune import TUNE
 
     if source is not None and "=" in str(source) and not source.exists():
         settings, source = (str(source), *settings), None

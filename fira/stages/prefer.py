@@ -81,8 +81,8 @@ def open_data(config: PreferConfig) -> Opened:
         held_out, others = _read(config, data.held_out)
         counts = {why: count + others[why] for why, count in counts.items()}
     else:
-        held_out, train = train[::HELD_OUT], [pair for number, pair in enumerate(train)
-                                              if number % HELD_OUT]
+        held_out = train[::HELD_OUT]
+        del train[::HELD_OUT]
     if not train:
         raise ConfigError("there is one pair, which is held out; give more, or --held-out FILES")
     found = Data(*(Referenced(Packs([row for pair in part for row in pair],

@@ -17,7 +17,7 @@ from fira.infer.text import Conversation, complete
 from fira.runlog import RunLog
 from fira.stages.config import configure
 from fira.stages.pretrain import PRETRAIN, pretrain
-from fira.stages.tune import tune
+from fira.stages.start import tune
 
 CORPUS = "sotu"
 PROMPTS = ("The state of the Union is", "Fellow citizens, our trade with foreign nations",

@@ -6,20 +6,15 @@ that the model forgets less.
 """
 from __future__ import annotations
 
-import json
-import math
 import os
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator, Field
-from rich.console import Console
-from torch import Tensor
 
-from fira.config import Config, ConfigError, parse
+from fira.config import Config, ConfigError
 from fira.convert.quantize import quantize
 from fira.data.batches import Folder, Shards
 from fira.data.conversations import Reader, Row, without
@@ -27,32 +22,18 @@ from fira.data.packs import PackedBatches, Packs, Part, Sequences, Windows, in_o
 from fira.data.shards import MANIFEST
 from fira.data.sources import RECORDS, TEXT, find, inputs, listed
 from fira.data.tokenizer import END_OF_TEXT, PAD, SPECIAL, TURN_END, Tokenizer
-from fira.eval.suites import open_suite
-from fira.eval.tuning import compare_tuning
-from fira.files import read_json, sha256, write_text
-from fira.infer.load import load
+from fira.files import sha256
 from fira.loss.head import next_token_loss
 from fira.model.adapter import attach
 from fira.model.files import CONFIG, knows_chat, read_config
-from fira.model.generate import window_length
 from fira.model.router import routers
 from fira.parallel.layout import Layout, first_row, gathered, local
-from fira.runlog import ProgressLine, console
-from fira.runtime import launch
-from fira.stages.choice import choose_experts, parse_experts, prepare_router
-from fira.stages.config import Opened, RunConfig, Stage, configure, modernize, open_start
-from fira.stages.run import train_run
-from fira.train.loop import LoopState, Recipe, Score
+from fira.stages.choice import prepare_router
+from fira.stages.config import Opened, RunConfig, Stage
+from fira.train.loop import Recipe, Score
 from fira.train.validate import validate
 
-OWN_TEXT, OWN_ROWS, OWN_BATCH = "self", 256, 32  # text that the model writes itself
 HELD_OUT = 20  # every HELD_OUT-th row is held out where no file is
-EVALUATIONS = 4  # in a tuning; each also saves
-# Of adapters at a width of 128: in a few hundred steps 1e-3 learned less there, 3e-3 and 6e-3 more.
-# Above, it falls as 1 over the width, like Adam's best rate (Yang et al. 2021, 2203.03466).
-ADAPTER_RATE = 2e-3
-
-
 # A file, so that a run resumes from anywhere, or another source by its name.
 Files = list[Annotated[str, AfterValidator(
     lambda name: os.path.abspath(name) if os.path.exists(name) else name)]]
@@ -109,8 +90,8 @@ def open_data(config: TuneConfig) -> Opened:
             lines += [f"passed over: {listed(passed_over)}"] if passed_over else []
             given = []  # what is given to evaluate on is of the first kind
     if split := not held_out:
-        held_out, rows = rows[::HELD_OUT], [row for number, row in enumerate(rows)
-                                            if number % HELD_OUT]
+        held_out = rows[::HELD_OUT]
+        del rows[::HELD_OUT]
     kept = without(rows, held_out)
     if not kept:
         raise ValueError(_nothing_left(
@@ -151,8 +132,9 @@ def _general(tokenizer: Tokenizer, sources: Sequence[str],
             for split in ("train", "validation")))
         return train, held_out
     rows = Reader(tokenizer, length + 1).text(inputs(sources))
-    return (Packs([row for number, row in enumerate(rows) if number % HELD_OUT], length),
-            Packs(rows[::HELD_OUT], length))
+    apart = Packs(rows[::HELD_OUT], length)
+    del rows[::HELD_OUT]
+    return Packs(rows, length), apart
 
 
 def adapt(config: TuneConfig, model: Any, tokenizer: Tokenizer) -> None:
@@ -213,10 +195,12 @@ def recipe(config: TuneConfig, data: Data, tokenizer: Tokenizer, layout: Layout)
     micro, most = config.train.micro_batch, config.train.validation_tokens
 
     def probe() -> tuple[dict[str, float], Score]:
-        row = _validate(layout, data.held_out, micro, most, token_bytes_V)
-        if data.general_held_out is not None:
-            row |= {f"{name}/general": value for name, value in _validate(
-                layout, data.general_held_out, micro, most, token_bytes_V).items()}
+        row = dict[str, float]()
+        for text, suffix in ((data.held_out, ""), (data.general_held_out, "/general")):
+            if text is not None:
+                found = validate(layout, in_order(text, micro, max(1, most // text.length)),
+                                 token_bytes_V)
+                row |= {name + suffix: value for name, value in found.items()}
         return row, Score("bits_per_byte", row["bits_per_byte"])
 
     def begin(run: Path, fresh: bool) -> None:
@@ -226,125 +210,5 @@ def recipe(config: TuneConfig, data: Data, tokenizer: Tokenizer, layout: Layout)
     return Recipe(PackedBatches(parts, config.train, layout.rows), next_token_loss, probe, begin)
 
 
-def _validate(layout: Layout, sequences: Sequences, micro: int, most: int,
-              token_bytes_V: Tensor) -> dict[str, float]:
-    count = max(1, most // sequences.length)
-    return validate(layout, in_order(sequences, micro, count), token_bytes_V)
-
-
 TUNE = Stage("tune", TuneConfig, open_data, recipe, adapt,
              {"optim": {}, "train": {"steps": 1}}, 0.0, quantized=True)
-
-
-def settings_for(run: Path, start: Path, method: str, given: Sequence[str]) -> list[str]:
-    """What the method and the tuned run suggest: its sequences, unless `given` settings have a
-    length, and a tenth of its rates for full tuning, if it was not tuned so itself."""
-    spec, config = open_start(start, quantized=True).spec, _record_of(run, start)
-    asked = dict(one.partition("=")[::2] for one in given).get("train.sequence_length", "")
-    length = int(asked) if asked.isdigit() else min(
-        spec.context, config.get("train", {}).get("sequence_length", 1024))
-    found = [f"train.sequence_length={length}", f"train.batch_tokens={16 * length}",
-             "train.micro_batch=4", "schedule.kind=cosine", "schedule.warmup=0.05"]
-    if method != "full":
-        return [*found, f"optim.lr={min(ADAPTER_RATE, ADAPTER_RATE * 128 / spec.d_model):.3g}"]
-    optim = config.get("optim", {"lr": 5e-4})
-    part = 1 if config.get("tune", {}).get("method") == "full" else 10
-    rates = {key: value / part for key, value in optim.items() if key.endswith("lr") and value}
-    kept = {key: optim[key] for key in ("rule", "expert_interval", "head_follows") if key in optim}
-    return found + [f"optim.{key}={value}" for key, value in {**rates, **kept}.items()]
-
-
-def _find_general(data: dict[str, Any], source: Path, start: Path,
-                  run: Path | None) -> list[str]:
-    """General text as asked for, or what the run was trained on, if it is still there. Raises
-    ConfigError if there is none to replay."""
-    before = _record_of(source, start).get("data", {})
-    given = data.get("general") or [one for one in before.get("general", ()) if Path(one).exists()]
-    if given == [OWN_TEXT]:
-        return [str(_write_own_text(start, run / "own_text.jsonl"))] if run else []
-    folder = before.get("folder")
-    if not given and folder and (Path(folder) / MANIFEST).is_file():
-        given = [folder]
-    if data.get("replay") and not given:
-        raise ConfigError(f"--replay {data['replay']:g} needs general text; give --general FILES, "
-                          f"or --general {OWN_TEXT} for text that the model writes itself")
-    return list(given)
-
-
-def _write_own_text(start: Path, path: Path) -> Path:
-    """Let the model write OWN_ROWS texts, each from the end-of-text token, at temperature 1."""
-    if not path.is_file():
-        model, tokenizer, _ = load(start)
-        length, rows, began = window_length(model), list[list[int]](), time.monotonic()
-        with ProgressLine("own text", console()) as line:
-            for seed in range(0, OWN_ROWS, OWN_BATCH):
-                rows += model.generate([[tokenizer.end_of_text]] * OWN_BATCH, length - 1,
-                                       seed=seed).tolist()
-                line.update(len(rows) / OWN_ROWS, f"{len(rows)} texts", time.monotonic() - began)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        texts = (tokenizer.decode(row[1:]).partition(END_OF_TEXT)[0] for row in rows)
-        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts if text))
-    return path
-
-
-def _record_of(run: Path, start: Path) -> dict[str, Any]:
-    """The settings with which a run was trained; none of an import."""
-    for record in (run / CONFIG, start.parent / CONFIG):
-        if record.is_file() and (config := read_json(record, "restore the file").get("config")):
-            return config
-    return {}
-
-
-def tune(source: Path | None, sections: dict[str, dict[str, Any]], epochs: float,
-         settings: Iterable[str], run: Path, device: str, resume: bool, screen: Console,
-         stage: Stage = TUNE, card: dict[str, Any] | None = None) -> LoopState:
-    """`fira tune`: see `fira.stages.run.train_run`. `sections` are the settings of data and of what
-    the stage adds; the length of the run follows from `epochs`, unless settings give one. With
-    `card`, the suites to measure, the models before and after are compared at the end."""
-    if card:
-        for name in card["suites"]:
-            open_suite(name, card["data"], card["limit"])  # refuses one that is not there
-    settings = list(settings)
-    if not (run / CONFIG).exists() and source is not None:
-        stage, *_ = open_tuning(source, sections, epochs, settings, run, device, stage)
-        settings = [one for one in settings if one.startswith("model.")]  # over the start's
-    state = train_run(stage, stage.name, settings, run, device, resume, screen, source)
-    if card and launch().rank == 0:
-        config = parse(stage.config, modernize(read_json(run / CONFIG, "restore it")["config"]))
-        data = stage.open(config).data
-        held_out = {"target": data.held_out, "general": getattr(data, "general_held_out", None)}
-        compare_tuning(Path(config.data.start), run, {name: one for name, one in held_out.items()
-                                                      if one}, device, screen, **card)
-    return state
-
-
-def open_tuning(source: Path, sections: dict[str, dict[str, Any]], epochs: float,
-                settings: Iterable[str], run: Path | None, device: str,
-                stage: Stage) -> tuple[Stage, Any, Opened]:
-    """What a tuning into the folder `run` is: the stage, its configuration, its data. Nothing is
-    written if `run` is None, so there is no text that the model writes itself."""
-    start = open_start(source, quantized=True)
-    data = sections["data"]
-    data["start"] = str(start.folder)
-    if stage is TUNE:
-        data["general"] = _find_general(data, source, start.folder, run)
-    stage = stage._replace(preset=stage.load(stage.name) | sections | {
-        "model": start.spec.model_dump()})
-    settings = list(settings)
-    settings = [*settings_for(source, start.folder, sections["tune"]["method"], settings),
-                *settings]
-    config = configure(stage, stage.load(stage.name), settings, start)
-    if config.tune.method == "experts":
-        parse_experts(config)  # before the long reading
-    opened = stage.open(config)
-    if config.tune.method == "experts":
-        train = opened.data.train if stage.name == TUNE.name else opened.data.train.packs
-        sections["tune"]["chosen"] = choose_experts(config, train, device, console())
-        config = configure(stage, stage.load(stage.name), settings, start)
-    if not {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}:
-        read = config.train.batch_size * (1 - data.get("replay", 0.0))  # in a step
-        steps = math.ceil(epochs * len(opened.data.train) / read)
-        settings = [f"train.save_every={math.ceil(steps / EVALUATIONS)}", *settings,
-                    f"train.steps={steps}"]
-        config = configure(stage, stage.load(stage.name), settings, start)
-    return stage._replace(open=lambda _: opened, preset=config.model_dump()), config, opened

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fira.convert.quantize import export_run
 from fira.model.files import ADAPTER
-from fira.stages.tune import tune
+from fira.stages.start import tune
 from tests.parallel.ranks import on_ranks
 
 LAST = "step-000004"
