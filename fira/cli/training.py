@@ -88,6 +88,32 @@ def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_e
             reading=Reading(**reading))
 
 
+@click.command(epilog=example(
+    "fira tasks runsum:1-8 swap:4 --rows 2000 --out steps.jsonl",
+    "SPEC is NAME:DEPTH or NAME:FIRST-LAST; without one the tasks are listed, each with a question."
+    ))
+@click.argument("specs", metavar="[SPEC]...", nargs=-1)
+@click.option("--rows", type=click.IntRange(1), default=1000, show_default=True,
+              help="Number of rows for each SPEC, equally many of each depth.")
+@click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True,
+              help="No row of one split is in the other, under other names or in another order.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the questions.")
+@click.option("--direct", is_flag=True, help="Leave the thoughts empty.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="JSON lines to write, for fira tune --chat and fira eval --task.")
+def tasks(specs: tuple[str, ...], out: Path | None, **options: Any) -> None:
+    """Write questions that need steps, with thoughts that answer them step by step."""
+    from fira.eval.tasks.write import list_tasks, write_tasks
+    from fira.runlog import console
+
+    if bool(specs) != bool(out):
+        raise click.UsageError("give SPEC and --out FILE, or neither to list the tasks")
+    if out:
+        write_tasks(specs, out, console(), **options)
+    else:
+        list_tasks(console(stderr=False))
+
+
 @click.command(epilog=example("fira quickstart train.minutes=2"))
 @click.option("--out", type=NEW_FOLDER, default=Path("out/quickstart"), show_default=True,
               help="Folder to write the tokenizer, the data and the run to.")

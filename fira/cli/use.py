@@ -28,7 +28,8 @@ from fira.cli.command import (
               help="Text to score, given as for fira data; may be repeated.")
 @suite_options
 @click.option("--task", "files", multiple=True, type=click.Path(dir_okay=False),
-              help="JSON lines with a task of your own (docs/evaluation.md); may be repeated.")
+              help="JSON lines with a task of your own (docs/evaluation.md), or questions "
+                   "that are made, like runsum:1-8 (docs/reasoning.md); may be repeated.")
 @click.option("--letters", is_flag=True, help="Let the model choose the letter of an option.")
 @click.option("--general", multiple=True, metavar="SOURCE", show_default="the run's held-out text",
               help="Text to whose load of the experts that on the tasks is compared.")

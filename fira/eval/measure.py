@@ -21,6 +21,7 @@ from fira.eval.score import Loads, Window, encode_rows, score
 from fira.eval.statistics import wilson
 from fira.eval.suites import open_suite, open_task
 from fira.eval.task import Row, Task
+from fira.eval.tasks.generate import is_spec, open_tasks
 from fira.files import read_json, sha256, write_text
 from fira.infer.cache import DecodeStep
 from fira.infer.engine import Engine
@@ -38,6 +39,7 @@ RULE = ("after end-of-text, context and continuation are encoded together; the l
 FLOOR_ROWS = 200  # that the random-weight model scores, evenly spread over the task
 TIE = 1e-6  # relative; nats that are closer are the same
 ANSWER_TOKENS = 256
+GENERATED = 200  # questions of a spec, equally many of each depth
 Values = list["float | None"]  # one for each row; None for a row that was left out
 
 
@@ -91,7 +93,9 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
 def _open_tasks(suites: Sequence[str], files: Sequence[str], data: str, limit: int | None,
                 letters: bool) -> dict[str, tuple[list[Task], list[str]]]:
     """The tasks of each suite, and the names of those that are not there."""
-    own = [open_task(Path(file).name, file, limit, letters) for file in files]
+    own = [task for file in files for task in (
+        open_tasks(file, limit or GENERATED) if is_spec(file) and not Path(file).exists()
+        else [open_task(Path(file).name, file, limit, letters)])]
     return {name: open_suite(name, data, limit, letters) for name in suites} | (
         {"own": (own, [])} if files else {})
 
@@ -109,12 +113,14 @@ def judge(loaded: Loaded, task: Task, random: Any, usual: GeneralLoad | None,
     found, loads_LE = (_generate(loaded, task.rows, progress) if task.rows[0].messages
                        else _compare(loaded, task, random, progress))
     n, accuracy = sum(value is not None for value in found["correct"]), mean(found["correct"])
-    floors = {"majority": majority(task.rows), **found.pop("floors")}
+    floors = {"majority": majority(task.rows), **found.pop("floors"),
+              **task.protocol.get("floors", {})}
     low, high = wilson(found["correct"])
     room = 1 - task.protocol.get("baseline", floors["majority"])
     return {"n": n, "accuracy": accuracy, "bits_per_byte": mean(found["item_bits"]),
             "floors": floors, "interval": [low, high],
-            "at_chance": low <= max(floors["majority"], floors.get("unigram") or 0),
+            "at_chance": low <= max(floors.get(name) or 0 for name in
+                                    ("majority", "unigram", "shortcut")),
             "centred": 1 - (1 - accuracy) / room if room and accuracy is not None else None,
             "experts": usual and over_used(loads_LE, usual),
             "groups": [row.group for row in task.rows], **found}
