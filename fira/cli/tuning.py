@@ -1,4 +1,4 @@
-"""The verbs that change a trained model: tune, trim, merge."""
+"""The verbs that begin with a trained model: tune, distill, trim, merge."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,6 +9,7 @@ import click
 from fira.cli.command import (
     EXISTING,
     NEW_FOLDER,
+    PRESETS,
     device_option,
     example,
     settings_argument,
@@ -119,6 +120,47 @@ def _show_comparison(run: Path | None) -> None:
 
     if run and launch().rank == 0:
         console().print(tuning_view(read_tuning(run)))
+
+
+@click.command(epilog=example(
+    "fira distill out/quickstart/run --student tiny --data out/quickstart/data --run out/student",
+    PRESETS))
+@click.argument("teacher", required=False, type=EXISTING)
+@settings_argument
+@click.option("--student", metavar="PRESET|RUN",
+              help="A preset, for a new model, or a run to start from.")
+@click.option("--data", multiple=True, metavar="FILES",
+              help="A folder that fira data wrote, or text as for fira data; may be repeated.")
+@click.option("--chat", multiple=True, metavar="FILES",
+              help="Conversations, as for fira tune; may be repeated.")
+@click.option("--held-out", multiple=True, metavar="FILES",
+              help="Conversations or text to evaluate on, instead of a twentieth of the others.")
+@click.option("--loss", type=click.Choice(["forward", "reverse", "jsd"]), show_default="forward",
+              help="KL(teacher || student), KL(student || teacher), or what lies between.")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), show_default="1",
+              help="Divisor of the logits of both.")
+@click.option("--ce", type=click.FloatRange(0, 1), show_default="0.5",
+              help="Weight of the text's own next token; the divergence has the rest.")
+@click.option("--run", "--run-folder", "run", type=NEW_FOLDER, required=True,
+              help="Folder of the new run.")
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of --run.")
+@device_option
+def distill(teacher: Path | None, settings: tuple[str, ...], student: str | None, run: Path,
+            resume: bool, device: str, **given: Any) -> None:
+    """Train a student to predict what TEACHER predicts.
+
+    TEACHER is a run folder, whose newest checkpoint is used, or one of its step-N folders. The
+    student has any architecture and the same tokenizer.
+    """
+    from fira.runlog import console
+    from fira.stages.distill import distill as run_distill
+
+    if teacher is not None and "=" in str(teacher) and not teacher.exists():
+        settings, teacher = (str(teacher), *settings), None
+    if not resume and (teacher is None or student is None):
+        raise click.UsageError("give TEACHER and --student; only --resume --run FOLDER needs none")
+    run_training(lambda: run_distill(teacher, student, given, settings, run, device, resume,
+                                     console()), run)
 
 
 @click.command(epilog=example(

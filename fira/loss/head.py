@@ -9,7 +9,8 @@ Apple's fused losses do). What a row costs is a function given to the loop:
 
 It gets the fp32 log-probabilities of R rows and the rows' own inputs (targets, say), and returns
 each row's cost and the derivative of that cost with respect to the row's logits. `next_token` is
-the cost of language modelling; fira/loss/distill.py holds the divergence from a teacher.
+the cost of language modelling; fira/loss/distill.py holds the divergence from a teacher. A cost may
+have columns, [R, C]: the derivative is that of the first, and the others are only reported.
 
 Two functions use the loop. `mean_cost` knows the weight of every row in advance, so its forward
 pass leaves the gradients ready. `row_costs` returns the cost of every row to a caller that will
@@ -86,7 +87,7 @@ def token_losses(x_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | None,
 
 def mean_cost(cost: Cost, x_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | None,
               weights_N: Tensor, *inputs_N: Tensor) -> Tensor:
-    """sum(weights * costs) / sum(weights) over rows; 0 if all weights are.
+    """sum(weights * costs) / sum(weights) over rows, of each column; 0 if all weights are.
 
     `inputs_N` are the tensors that `cost` gets a block of, all with one entry a row.
     """
@@ -95,7 +96,7 @@ def mean_cost(cost: Cost, x_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | Non
     scale_N = weights_N / torch.where(total > 0, total, 1.0)
     if torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad):
         return MeanCost.apply(cost, x_ND, weight_VD, bias_V, scale_N, *inputs_N)
-    return torch.dot(scale_N, row_costs(cost, x_ND, weight_VD, bias_V, *inputs_N))
+    return _weigh(scale_N, row_costs(cost, x_ND, weight_VD, bias_V, *inputs_N))
 
 
 def row_costs(cost: Cost, x_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | None,
@@ -105,7 +106,7 @@ def row_costs(cost: Cost, x_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | Non
 
 
 class MeanCost(torch.autograd.Function):
-    """dot(scale, costs), whose forward pass leaves the gradients ready; backward scales them."""
+    """scale @ costs, whose forward pass leaves the gradients ready; backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, cost: Cost, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None,
@@ -114,12 +115,13 @@ class MeanCost(torch.autograd.Function):
                                          ctx.needs_input_grad[1:4], trained_rows(weight_VD))
         ctx.save_for_backward(*gradients)
         ctx.others = 1 + len(inputs_N)
-        return torch.dot(scale_N, costs_N)
+        return _weigh(scale_N, costs_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
+        first = grad.flatten()[0]
+        scaled = (None if saved is None else saved * first for saved in ctx.saved_tensors)
         return None, *scaled, *[None] * ctx.others
 
 
@@ -211,6 +213,11 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which autocast, where it is on, multiplies here."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _weigh(scale_N: Tensor, costs: Tensor) -> Tensor:
+    """scale @ costs, which are [N] or [N, C], in fp32 under autocast too."""
+    return (costs.movedim(0, -1) * scale_N).sum(dim=-1)
 
 
 def _blocks(x_ND: Tensor, weight_VD: Tensor) -> Iterator[slice]:

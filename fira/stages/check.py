@@ -16,6 +16,7 @@ from fira.infer.load import load
 from fira.model.files import CONFIG
 from fira.runlog import METRICS, read_rows
 from fira.stages.config import configure, modernize
+from fira.stages.distill import DISTILL
 from fira.stages.prefer import PREFER
 from fira.stages.pretrain import PRETRAIN
 from fira.stages.tune import TUNE
@@ -88,7 +89,7 @@ def _check_split(folder: Path, split: str) -> str:
 
 def _check_settings(run: Path) -> None:
     if "config" in (saved := _read(run / CONFIG)):  # not in a run that was imported or exported
-        stages = {stage.name: stage for stage in (PRETRAIN, TUNE, PREFER)}
+        stages = {stage.name: stage for stage in (PRETRAIN, TUNE, PREFER, DISTILL)}
         stage = stages.get(saved.get("stage", ""), PRETRAIN)
         configure(stage, modernize(saved["config"]), ())
 

@@ -34,8 +34,9 @@ FREE = ("balance", "balance_weight", "dropout")
 WITHDRAWN = {"model.z_weight": 0.001, "model.init_std": 0.02, "optim.weight_decay": 0.1,
              "optim.clip": 1.0, "train.keep": 2, "parallel.schedule": "1f1b"}
 RENAMED = {"optim.turns": "optim.expert_interval"}
-# Settings that a checkpoint depends on: its tensors, the optimizer's state, the order of the data.
-FIXED = ("model.", "optim.rule", "train.seed")
+# Settings that a checkpoint depends on: its tensors, the optimizer's state, the order of the data,
+# the teacher.
+FIXED = ("model.", "optim.rule", "train.seed", "distill.")
 # What a run writes, or a model or data folder holds: a new run does not begin beside them.
 TAKEN = (METRICS, TABLE, "training_progress.*", "step-*", "*.safetensors", "tokenizer.json")
 
@@ -146,7 +147,7 @@ def configure_new(stage: Stage, preset: str, settings: Iterable[str], start: Sta
     if start or config.data.folder is None:
         return config
     rows = -(-read_manifest(config.data.folder)["vocab_size"] // ROWS) * ROWS
-    return configure(stage, load_preset(preset), [f"model.vocab_size={rows}", *settings])
+    return configure(stage, stage.load(preset), [f"model.vocab_size={rows}", *settings])
 
 
 def describe(stage: Stage, preset: str, settings: Iterable[str],

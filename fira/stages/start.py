@@ -37,7 +37,7 @@ ADAPTER_RATE = 2e-3
 def settings_for(run: Path, start: Path, method: str, given: Sequence[str]) -> list[str]:
     """What the method and the tuned run suggest: its sequences, unless `given` settings have a
     length, and a tenth of its rates for full tuning, if it was not tuned so itself."""
-    spec, config = open_start(start, quantized=True).spec, _record_of(run, start)
+    spec, config = open_start(start, quantized=True).spec, record_of(run, start)
     asked = dict(one.partition("=")[::2] for one in given).get("train.sequence_length", "")
     length = int(asked) if asked.isdigit() else min(
         spec.context, config.get("train", {}).get("sequence_length", 1024))
@@ -56,7 +56,7 @@ def _find_general(data: dict[str, Any], source: Path, start: Path,
                   run: Path | None) -> list[str]:
     """General text as asked for, or what the run was trained on, if it is still there. Raises
     ConfigError if there is none to replay."""
-    before = _record_of(source, start).get("data", {})
+    before = record_of(source, start).get("data", {})
     given = data.get("general") or [one for one in before.get("general", ()) if Path(one).exists()]
     if given == [OWN_TEXT]:
         return [str(_write_own_text(start, run / "own_text.jsonl"))] if run else []
@@ -85,11 +85,11 @@ def _write_own_text(start: Path, path: Path) -> Path:
     return path
 
 
-def _record_of(run: Path, start: Path) -> dict[str, Any]:
-    """The settings with which a run was trained; none of an import."""
+def record_of(run: Path, start: Path) -> dict[str, Any]:
+    """The settings with which a run was trained, in today's terms; none of an import."""
     for record in (run / CONFIG, start.parent / CONFIG):
         if record.is_file() and (config := read_json(record, "restore the file").get("config")):
-            return config
+            return modernize(config)
     return {}
 
 

@@ -6,7 +6,6 @@ import torch
 from torch.nn import functional as F
 
 from fira.loss import head
-from fira.loss.distill import distillation_loss
 from fira.loss.head import IGNORED, head_loss, next_token_loss, next_token_loss_plain, token_losses
 from fira.model.spec import FIRA2Spec, FIRASpec
 from tests.models import build
@@ -120,24 +119,6 @@ def test_the_loss_of_each_token_has_a_gradient():
     wanted = [x, weight, offset]
     torch.testing.assert_close(torch.autograd.grad(ours, wanted),
                                torch.autograd.grad(plain, wanted), rtol=1e-5, atol=1e-6)
-
-
-def test_the_divergence_from_a_teacher_equals_that_of_whole_logits():
-    student, teacher = build(SPECS[0], seed=0).eval(), build(SPECS[1], seed=1).eval()
-    data = batch()
-    targets = data.targets_BT.clone()
-    targets[0, :5] = IGNORED
-    with torch.no_grad():
-        y = teacher.features(data.tokens_BT)
-        wanted = teacher(data.tokens_BT).log_softmax(-1)
-    ours = distillation_loss(student, y, teacher.head_weights(), data.tokens_BT, targets)
-    logs = student(data.tokens_BT).log_softmax(-1)
-    each = F.kl_div(logs, wanted, log_target=True, reduction="none").sum(-1)
-    plain = each[targets != IGNORED].mean()
-    torch.testing.assert_close(ours, plain)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    torch.testing.assert_close(*(torch.autograd.grad(loss, parameters, allow_unused=True)
-                                 for loss in (ours, plain)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["untied with bias", "tied"])
