@@ -62,7 +62,8 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
     chosen = _open_tasks(suites, files, data, limit, letters)
     for name, (_, missing) in chosen.items():
         if missing:
-            screen.print(f"suite {name}: {data} has no {', '.join(missing)}", soft_wrap=True)
+            place = "the split test" if name == "own" else data
+            screen.print(f"suite {name}: {place} has no {', '.join(missing)}", soft_wrap=True)
     keep_large_blocks()
     loaded = load(run, device, adapter)
     loaded.model.chat |= as_chat
@@ -93,11 +94,16 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
 def _open_tasks(suites: Sequence[str], files: Sequence[str], data: str, limit: int | None,
                 letters: bool) -> dict[str, tuple[list[Task], list[str]]]:
     """The tasks of each suite, and the names of those that are not there."""
-    own = [task for file in files for task in (
-        open_tasks(file, limit or GENERATED) if is_spec(file) and not Path(file).exists()
-        else [open_task(Path(file).name, file, limit, letters)])]
+    own, gone = list[Task](), list[str]()
+    for file in files:
+        made = is_spec(file) and not Path(file).exists()
+        tasks, without = open_tasks(file, limit or GENERATED) if made else (
+            [open_task(Path(file).name, file, limit, letters)], [])
+        own, gone = own + tasks, gone + without
+    if files and not own:
+        raise ValueError(f"the split test has no {', '.join(gone)}; try larger depths")
     return {name: open_suite(name, data, limit, letters) for name in suites} | (
-        {"own": (own, [])} if files else {})
+        {"own": (own, gone)} if files else {})
 
 
 def _protocol(tasks: list[Task]) -> dict[str, Any]:

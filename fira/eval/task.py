@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from fira.eval.tasks import gym
+
 EXAMPLES = ('{"context": "2 + 2 =", "continuations": [" 4", " 5"], "gold": 0}',
             '{"context": "The sky is", "answer": " blue"}',
             '{"good": "She sings.", "bad": "She sing."}',
@@ -82,6 +84,7 @@ CHECKERS: dict[str, Callable[[str, str], float]] = {  # (answer, gold) -> 0 to 1
     "regex": lambda answer, gold: re.search(gold, answer) is not None,
     "letter": lambda answer, gold: find_letter(answer) == gold.strip().upper(),
     "rouge": rouge,
+    "gym": gym.score,  # gold is the key of a question of reasoning-gym
 }
 
 

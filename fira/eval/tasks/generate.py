@@ -15,12 +15,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fira.eval.task import Row, Task, make_row
+from fira.eval.tasks import gym
 from fira.eval.tasks.chains import deduce, modchain, runsum, swap
 from fira.eval.tasks.instance import Instance
+from fira.eval.tasks.sums import add, circuit, multiply, word
 
 FAMILIES: dict[str, tuple[Callable[[random.Random, int], Instance], int]] = {  # largest depth
-    "runsum": (runsum, 25), "swap": (swap, 26), "modchain": (modchain, 16), "deduce": (deduce, 8)}
+    "runsum": (runsum, 25), "swap": (swap, 26), "modchain": (modchain, 16), "deduce": (deduce, 8),
+    "add": (add, 12), "multiply": (multiply, 12), "circuit": (circuit, 12), "word": (word, 12)}
 SPEC = re.compile(r"([a-z_]+):(\d+)(?:-(\d+))?")
+GYM = re.compile(r"gym:\w+")
 TEST_SHARE = 5   # one in so many canonical forms is of the test split
 IN_VAIN = 2000   # draws without a new question after which there is none
 
@@ -35,11 +39,14 @@ class Made(NamedTuple):
 
 def is_spec(text: str) -> bool:
     """Whether `text` has the form of a spec, of a known task or not."""
-    return SPEC.fullmatch(text) is not None
+    return bool(SPEC.fullmatch(text) or GYM.fullmatch(text))
 
 
 def read_spec(spec: str) -> list[tuple[str, int]]:
     """Name and depth of each task of a spec. Raises ValueError, one line, if there is none."""
+    if GYM.fullmatch(spec):
+        raise ValueError(f"task {spec!r}: it has no steps to write; measure it with fira eval "
+                         "RUN --task")
     found = SPEC.fullmatch(spec)
     name = found[1] if found else spec.partition(":")[0]
     if not found or name not in FAMILIES:
@@ -98,11 +105,26 @@ def floors(made: Made) -> dict[str, float]:
             / len(right)}
 
 
-def open_tasks(spec: str, rows: int, split: str = "test", seed: int = 0) -> list[Task]:
-    """A task for each depth of a spec, with `rows` questions in all."""
+def open_tasks(spec: str, rows: int, split: str = "test", seed: int = 0
+               ) -> tuple[list[Task], list[str]]:
+    """A task for each depth of a spec, with `rows` questions in all, and the names of those that
+    have none; gym:NAME is one task of the package reasoning-gym. Raises ValueError as `read_spec`.
+    """
+    if GYM.fullmatch(spec):
+        return [_open_gym(spec, rows, seed)], []
+    found = make(spec, rows, split, seed)
     return [Task(one.name, [_row(key, each) for key, each in one.instances.items()],
                  {"source": "fira tasks", "split": split, "seed": seed, "floors": floors(one)})
-            for one in make(spec, rows, split, seed) if one.instances]
+            for one in found if one.instances], [one.name for one in found if not one.instances]
+
+
+def _open_gym(spec: str, rows: int, seed: int) -> Task:
+    entries = {key: gym.find(key)[1] for key in (f"{spec}/{seed}.{n}" for n in range(rows))}
+    answers = Counter(str(entry["answer"]) for entry in entries.values())
+    return Task(spec, [Row((), 0, (key,), ({"role": "user", "content": entry["question"]},), "gym",
+                           key) for key, entry in entries.items()],
+                {"source": "reasoning-gym", "seed": seed,
+                 "floors": {"majority": answers.most_common(1)[0][1] / rows}})
 
 
 def _row(key: str, instance: Instance) -> Row:
