@@ -21,7 +21,7 @@ from fira.eval.score import Loads, Window, encode_rows, score
 from fira.eval.statistics import wilson
 from fira.eval.suites import open_suite, open_task
 from fira.eval.task import Row, Task
-from fira.eval.tasks.generate import is_spec, open_tasks
+from fira.eval.tasks.generate import is_spec, open_tasks, task_names
 from fira.files import read_json, sha256, write_text
 from fira.infer.cache import DecodeStep
 from fira.infer.engine import Engine
@@ -62,8 +62,7 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
     chosen = _open_tasks(suites, files, data, limit, letters)
     for name, (_, missing) in chosen.items():
         if missing:
-            place = "the split test" if name == "own" else data
-            screen.print(f"suite {name}: {place} has no {', '.join(missing)}", soft_wrap=True)
+            screen.print(f"suite {name}: no rows of {', '.join(missing)}", soft_wrap=True)
     keep_large_blocks()
     loaded = load(run, device, adapter)
     loaded.model.chat |= as_chat
@@ -94,16 +93,19 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
 def _open_tasks(suites: Sequence[str], files: Sequence[str], data: str, limit: int | None,
                 letters: bool) -> dict[str, tuple[list[Task], list[str]]]:
     """The tasks of each suite, and the names of those that are not there."""
-    own, gone = list[Task](), list[str]()
-    for file in files:
-        made = is_spec(file) and not Path(file).exists()
-        tasks, without = open_tasks(file, limit or GENERATED) if made else (
-            [open_task(Path(file).name, file, limit, letters)], [])
-        own, gone = own + tasks, gone + without
+    own = [task for file in files for task in (
+        open_tasks(file, limit or GENERATED) if _is_made(file)
+        else [open_task(Path(file).name, file, limit, letters)])]
+    gone = [name for file in files if _is_made(file) for name in task_names(file)
+            if name not in {task.name for task in own}]
     if files and not own:
         raise ValueError(f"the split test has no {', '.join(gone)}; try larger depths")
     return {name: open_suite(name, data, limit, letters) for name in suites} | (
         {"own": (own, gone)} if files else {})
+
+
+def _is_made(file: str) -> bool:
+    return is_spec(file) and not Path(file).exists()
 
 
 def _protocol(tasks: list[Task]) -> dict[str, Any]:

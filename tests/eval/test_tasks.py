@@ -65,9 +65,9 @@ def tuned(run, tmp_path):
 
 def test_eval_has_a_line_for_each_depth_with_the_floors_and_names_depths_without_rows(fira, tuned):
     shown = fira("eval", tuned, "--task", "swap:1-3", "--limit", 9, "--device", "cpu")
-    assert "has no swap:1\n" in shown.err and "without swap:1" in shown.out, shown.err
+    assert "no rows of swap:1\n" in shown.err and "without swap:1" in shown.out, shown.err
     found = measure(tuned, [], ["swap:1-3"], limit=9, device="cpu")["suites"]["own"]
-    (task, _), _ = open_tasks("swap:1-3", 9)
+    task, _ = open_tasks("swap:1-3", 9)
     assert [*found["tasks"]] == ["swap:2", "swap:3"] and found["tasks"]["swap:2"]["n"] == 3
     assert found["tasks"]["swap:2"]["floors"] == task.protocol["floors"]
     starts = [row.messages[0]["content"][8] == row.answers[0] for row in task.rows]
@@ -97,7 +97,7 @@ def test_a_wrong_spec_is_refused_with_the_nearest_name_or_range(refused, tmp_pat
 
 def test_gym_gives_questions_and_scores_answers_with_its_own_checker(tuned):
     pytest.importorskip("reasoning_gym")
-    (task,), _ = open_tasks("gym:chain_sum", 5)
+    (task,) = open_tasks("gym:chain_sum", 5)
     for row in task.rows:
         numbers = row.prompt[0]["content"].rpartition("problem:")[2].partition("=")[0]
         assert (row.score(f" {eval(numbers)}\n"), row.score("")) == (1.0, 0.0)

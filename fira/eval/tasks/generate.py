@@ -60,6 +60,13 @@ def read_spec(spec: str) -> list[tuple[str, int]]:
     return [(name, depth) for depth in range(first, last + 1)]
 
 
+def task_names(spec: str) -> list[str]:
+    """The names of the tasks of a spec, one for each depth. Raises ValueError as `read_spec`."""
+    if GYM.fullmatch(spec):
+        return [spec]
+    return [f"{name}:{depth}" for name, depth in read_spec(spec)]
+
+
 def make_again(key: str) -> Instance:
     """The instance of a key (NAME:DEPTH/SEED.NUMBER). Raises ValueError if it is none."""
     ((name, depth),) = read_spec(key.partition("/")[0])
@@ -105,17 +112,14 @@ def floors(made: Made) -> dict[str, float]:
             / len(right)}
 
 
-def open_tasks(spec: str, rows: int, split: str = "test", seed: int = 0
-               ) -> tuple[list[Task], list[str]]:
-    """A task for each depth of a spec, with `rows` questions in all, and the names of those that
-    have none; gym:NAME is one task of the package reasoning-gym. Raises ValueError as `read_spec`.
-    """
+def open_tasks(spec: str, rows: int, split: str = "test", seed: int = 0) -> list[Task]:
+    """A task for each depth of a spec, with `rows` questions in all, but for depths that have none;
+    gym:NAME is one task of the package reasoning-gym. Raises ValueError as `read_spec`."""
     if GYM.fullmatch(spec):
-        return [_open_gym(spec, rows, seed)], []
-    found = make(spec, rows, split, seed)
+        return [_open_gym(spec, rows, seed)]
     return [Task(one.name, [_row(key, each) for key, each in one.instances.items()],
                  {"source": "fira tasks", "split": split, "seed": seed, "floors": floors(one)})
-            for one in found if one.instances], [one.name for one in found if not one.instances]
+            for one in make(spec, rows, split, seed) if one.instances]
 
 
 def _open_gym(spec: str, rows: int, seed: int) -> Task:
