@@ -8,6 +8,20 @@ from fira.data.chat import can_think
 from fira.data.tokenizer import THINK, THINK_END
 
 
+def limit_thought(model: Any, think: str | None, limit: int | None, longest: int) -> int | None:
+    """`max_thinking_tokens` of an answer of at most `longest` tokens; None: it has no thought.
+
+    `think` on or off or as the model was tuned. Raises ValueError if it cannot think.
+    """
+    thinks = bool(model.think)
+    if not thinks and (think == "on" or limit):
+        raise ValueError("this model was not tuned to think; leave out --think on and "
+                         "--max-thinking, or tune it on answers with reasoning_content")
+    if not thinks or think == "off" or limit == 0:
+        return None
+    return longest if limit is None else limit
+
+
 class Thought:
     """Follows the tokens of a request: a thought that its prompt has begun or that its first token
     begins, then the answer. `begun` and `over` say how far it is; `tokens` are counted without
