@@ -54,6 +54,18 @@ def sampling_options(command: Any) -> Any:
     return command
 
 
+def thinking_options(command: Any) -> Any:
+    """The options of every verb in which a model may think before it answers."""
+    for option in (
+        click.option("--max-thinking", "max_thinking_tokens", type=click.IntRange(0), metavar="N",
+                     show_default="no limit", help="Tokens after which a thought is closed."),
+        click.option("--think", type=click.Choice(["on", "off"]), show_default="as it was tuned",
+                     help="Whether the model writes a thought before its answer."),
+    ):
+        command = option(command)
+    return command
+
+
 def suite_options(command: Any) -> Any:
     """The options of every verb that measures a model on suites."""
     for option in reversed([

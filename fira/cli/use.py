@@ -19,6 +19,7 @@ from fira.cli.command import (
     sampling_options,
     settings_argument,
     suite_options,
+    thinking_options,
 )
 
 
@@ -231,14 +232,15 @@ def _prompt(prompt: str | None, file: TextIO | None) -> str:
 @click.command(epilog=example("fira chat out/quickstart/run", RUN))
 @click.argument("run", type=EXISTING)
 @click.option("--system", show_default="none", help="System message.")
+@thinking_options
 @sampling_options
 def chat(run: Path, system: str | None, device: str, precision: str, adapter: Path | None,
-         **sampling: Any) -> None:
+         think: str | None, **sampling: Any) -> None:
     """Chat with a model in the terminal or through a pipe."""
     from fira.infer.chat import chat as run_chat
     from fira.infer.request import SamplingParams
 
-    run_chat(run, SamplingParams(**sampling), system, device, precision, adapter)
+    run_chat(run, SamplingParams(**sampling), system, device, precision, adapter, think)
 
 
 @click.command(epilog=example("fira serve out/quickstart/run --port 8000", RUN))

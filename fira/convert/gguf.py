@@ -73,7 +73,7 @@ def write_model(model: Any, tokenizer: Tokenizer, file: Path, type_name: str) ->
         writer = gguf.GGUFWriter(partial, ARCHITECTURE[qwen3.kind(model.spec)])
         _describe(writer, model, file.stem, type_name)
         _add_tokenizer(writer, tokenizer, model.spec.vocab_size)
-        writer.add_chat_template(chat_template(tokenizer, chat))
+        writer.add_chat_template(chat_template(tokenizer, chat, getattr(model, "think", False)))
         for name, tensor, type in planned:
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, type)
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), type)

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from fira.convert import qwen3
 from fira.convert.files import load_run, write_run
-from fira.data.tokenizer import CHAT_TEMPLATE, PAD, TURN_END, TURN_START, Tokenizer
+from fira.data.chat import can_think
+from fira.data.tokenizer import CHAT_TEMPLATE, DIRECT, PAD, TURN_END, TURN_START, Tokenizer
 from fira.files import check_new, inside, new_target, read_json, write_json, write_manifest
 from fira.model.files import CONFIG, INDEX, WEIGHTS, check_damage
 from fira.model.router import routers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODELLING = Path(__file__).with_name("modeling_fira.py")
+SWITCH = "enable_thinking"  # in the chat template of a model that thinks unless told not to
 IMPORT = "import"  # the stage of a model that was trained elsewhere
 # A model that was not tuned for chat continues the text so far, as in fira chat. Every text begins
 # after an end-of-text token, as in training.
@@ -62,13 +64,16 @@ def import_run(folder: Path, run: Path, chat: bool | None, screen: Console) -> N
     if chat and not {TURN_START, TURN_END} <= tokenizer.added.keys():
         raise ValueError(f"{folder} cannot chat in FIRA: its tokenizer lacks {TURN_START} or "
                          f"{TURN_END}; give --chat no")
-    model.chat = chat
+    think = SWITCH in str(tokenizer.settings.get("chat_template"))
+    model.chat, model.think = chat, chat and think and can_think(tokenizer)
     write_run(run, model, tokenizer, 0, {"stage": IMPORT, "preset": IMPORT,
                                          "imported_from": str(folder)})
     screen.print(f'wrote {run}; try fira generate {run} "...", or tune it: fira data TEXT '
                  f"--tokenizer {run / 'step-000000'} --out DATA, then fira train PRESET "
                  f"--from {run} data.folder=DATA", soft_wrap=True)
-    screen.print(f"it counts as {'' if chat else 'not '}tuned for chat, {why}", soft_wrap=True)
+    thinks = f", and thinks, because that has {SWITCH}" if model.think else ""
+    screen.print(f"it counts as {'' if chat else 'not '}tuned for chat, {why}{thinks}",
+                 soft_wrap=True)
 
 
 def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | None = None,
@@ -84,7 +89,8 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | Non
         **{key: getattr(model.spec, key) for key in qwen3.TRAINING}}}
     named = (qwen3.tensors if fira2 else qwen3.weights)(model)  # FIRA keeps our names
     with new_target(folder) as partial:
-        tokenizer.save(partial, chat_template=chat_template(tokenizer, getattr(model, "chat", 0)))
+        knows = (getattr(model, note, None) for note in ("chat", "think"))
+        tokenizer.save(partial, chat_template=chat_template(tokenizer, *knows))
         save_file({name: tensor.detach().to(kept).contiguous() for name, tensor in named},
                   partial / WEIGHTS, metadata={"format": "pt"})
         write_json(partial / CONFIG, config)
@@ -96,12 +102,15 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path, dtype: str | Non
         write_manifest(partial)
 
 
-def chat_template(tokenizer: Tokenizer, chat: Any) -> str:
-    """The chat template of an exported model: its own ChatML, or the text of the messages."""
+def chat_template(tokenizer: Tokenizer, chat: Any, think: Any = False) -> str:
+    """The chat template of an exported model: its own ChatML, or the text of the messages. That of
+    a model that thinks takes enable_thinking=false."""
     if not chat:
         return BASE_TEMPLATE.format(end=tokenizer.decode([tokenizer.end_of_text]))
     own = str(tokenizer.settings.get("chat_template"))
-    return own if TURN_START in own else CHAT_TEMPLATE
+    if TURN_START not in own or own.startswith(CHAT_TEMPLATE[:32]):  # or of an older version
+        own = CHAT_TEMPLATE
+    return own + DIRECT * bool(think and SWITCH not in own)
 
 
 def check_router(model: Any) -> None:

@@ -9,8 +9,9 @@ Tools have the form of Qwen3's chat template (Hermes): their descriptions stand 
 message, a call is JSON between <tool_call> and </tool_call> at the end of the assistant's message,
 and what the tools return follows as a user's turn of <tool_response> blocks. Thoughts, which an
 assistant's message has under reasoning_content, stand before its text between <think> and </think>.
-Qwen3's template leaves out those of earlier turns; here they stay, as the beginning must not change
-with what follows.
+As in Qwen3's template, only those after the last user's message are read; so the ids of an answer
+with a thought are no beginning of those of a longer conversation. An empty thought ("") belongs to
+the head of the turn: after it a model that thinks answers at once.
 """
 from __future__ import annotations
 
@@ -68,14 +69,16 @@ def turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]],
 
 def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]],
            add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] = (),
-           continue_final: bool = False) -> list[int]:
+           continue_final: bool = False, direct: bool = False) -> list[int]:
     """Ids of `messages`, with the head of an assistant's turn at their end, or, with
-    `continue_final`, without the end of the last message; raises as `turns`."""
+    `continue_final`, without the end of the last message; raises as `turns`. `direct`: an empty
+    thought follows the head."""
     ids = [id for turn in turns(tokenizer, messages, tools) for id in turn.ids]
     if continue_final:
         return ids[:-1 - len(tokenizer.encode("\n"))]  # the end of the turn and a newline
     if add_generation_prompt:
-        ids += _encode(tokenizer, [Marker(TURN_START), "assistant\n"])
+        thought = write_thought("") if direct else []
+        ids += _encode(tokenizer, [Marker(TURN_START), "assistant\n", *thought])
     return ids
 
 
@@ -85,14 +88,16 @@ def write_turns(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[s
     a Marker."""
     end = [Marker(TURN_END), "\n"]
     roles = ["", *(str(message.get("role")) for message in messages), ""]
+    asked = max((number for number, role in enumerate(roles) if role == "user"), default=0) - 1
     for number, message in enumerate(messages):
         before, role, after = roles[number:number + 3]
         text, calls = _text(number, message), message.get("tool_calls") or ()
         head, body = [Marker(TURN_START), f"{role}\n"], [text]
-        if role == "assistant" and (thoughts := message.get("reasoning_content")):
-            text = text.lstrip("\n")
-            body = [Marker(THINK), "\n" + thoughts.strip("\n") + "\n", Marker(THINK_END),
-                    f"\n\n{text}"]
+        thoughts = message.get("reasoning_content") if number > asked else None
+        if role == "assistant" and thoughts is not None:
+            text, block = text.lstrip("\n"), write_thought(thoughts)
+            head, body = ((head, [*block, text]) if thoughts.strip("\n") else
+                          ([*head, *block], [text]))
         if tools and not number:
             own = [text, "\n\n"] if role == "system" else []
             described = [json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools]
@@ -111,6 +116,10 @@ def write_turns(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[s
         yield role, head, body if after == role == "tool" else body + end
 
 
+def write_thought(thoughts: str) -> list[str]:
+    return [Marker(THINK), "\n" + thoughts.strip("\n") + "\n", Marker(THINK_END), "\n\n"]
+
+
 def _write_call(call: Mapping[str, Any]) -> list[str]:
     arguments = call["arguments"]  # JSON as text, which stays as it is, or an object
     if not isinstance(arguments, str):
@@ -123,6 +132,8 @@ def _text(number: int, message: Mapping[str, Any]) -> str:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"message {number} has role {role!r}; use one of: {', '.join(ROLES)}")
+    if not isinstance(message.get("reasoning_content") or "", str):
+        raise ValueError(f"message {number} has no text under reasoning_content; give a string")
     if content is None and message.get("tool_calls"):
         return ""
     if not isinstance(content, str):
@@ -146,14 +157,21 @@ def knows_tools(tokenizer: Tokenizer) -> bool:
     return {CALL, CALL_END} <= {*tokenizer.added} and "tools" in template and CALL in template
 
 
+def can_think(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer has the tokens around thoughts."""
+    return {THINK, THINK_END} <= tokenizer.added.keys()
+
+
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tuned: bool,
-               tools: Sequence[Mapping[str, Any]] = (), continue_final: bool = False) -> list[int]:
+               tools: Sequence[Mapping[str, Any]] = (), continue_final: bool = False,
+               direct: bool = False) -> list[int]:
     """What a model reads: chat turns, or, if it is not `tuned` for them, the plain text so far.
 
-    It then writes a reply, or, with `continue_final`, the rest of the last message.
+    It then writes a reply, or, with `continue_final`, the rest of the last message. `direct`: it
+    thinks in other replies, but not in this one.
     """
     if tuned:
-        return render(tokenizer, messages, tools=tools, continue_final=continue_final)
+        return render(tokenizer, messages, True, tools, continue_final, direct)
     texts = [one["content"] + "\n" * (one["role"] != "user") for one in messages]
     if continue_final:
         texts[-1] = messages[-1]["content"]

@@ -6,6 +6,7 @@ token that ends the turn, never the head of the turn. Text is trained on in all 
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -14,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fira.data.chat import turns
+from fira.data.chat import can_think, turns
 from fira.data.records import read_record, records, unread_records
 from fira.data.sources import RECORDS, Input, Tally, inputs, note
 from fira.data.text import items
-from fira.data.tokenizer import TURN_END, TURN_START, Tokenizer
+from fira.data.tokenizer import THINK, THINK_END, TURN_END, TURN_START, Tokenizer
 
 ROLE_OF = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
            "developer": "system", "observation": "tool", "function_response": "tool"}
@@ -38,10 +39,12 @@ WHOLE = 1 << 40  # ids: a limit for rows that are never shortened
 
 
 class Row(NamedTuple):
-    """Ids of a conversation or a piece of text, and whether each is a target: [n] both."""
+    """Ids of a conversation or a piece of text, and whether each is a target: [n] both. Rows of
+    one conversation have one number of a `group`."""
 
     ids: np.ndarray
     trained: np.ndarray
+    group: int = 0
 
 
 class Conversation(NamedTuple):
@@ -118,10 +121,34 @@ def _check_order(messages: list[dict[str, Any]]) -> None:
         before = role
 
 
+def split(conversation: Conversation) -> list[Conversation]:
+    """What is read when each of its answers is generated, for which no earlier thoughts are read:
+    it ends after each question that is answered with a thought, and where it ends itself. Every
+    answer is trained on in one of these."""
+    messages, tools = conversation
+    asked = [number for number, one in enumerate(messages) if one["role"] == "user"]
+    ends = {next((later for later in asked if later > number), len(messages))
+            for number, one in enumerate(messages) if one.get("reasoning_content") is not None}
+    found, done = list[Conversation](), 0
+    for end in sorted(ends | {len(messages)}):
+        if not found or any(one["role"] == "assistant" for one in messages[done:end]):
+            before = [one | {"train": False} for one in messages[:done]]
+            found.append(Conversation([*before, *messages[done:end]], tools))
+            done = end
+    return found
+
+
+def without_thoughts(conversation: Conversation) -> list[Conversation]:
+    """The conversation with empty thoughts in place of its thoughts; nothing if it has none."""
+    messages = [one | {"reasoning_content": ""} if one.get("reasoning_content") else one
+                for one in conversation.messages]
+    return [Conversation(messages, conversation.tools)] * (messages != conversation.messages)
+
+
 def chat_row(tokenizer: Tokenizer, conversation: Conversation,
              longest: int) -> tuple[Row | None, str, int]:
     """The row of a conversation, what became of it ("" if it is whole), and how many ids are needed
-    for its first answer.
+    for its first answer. Raises ValueError for thoughts without the tokens around them.
 
     Whole turns are kept while they fit into `longest` ids, up to an answer that is trained on; None
     if not even the first one fits, or if there is none. A message is not trained on if its field
@@ -129,6 +156,11 @@ def chat_row(tokenizer: Tokenizer, conversation: Conversation,
     """
     answers = (all(message.get(key) not in (False, 0) for key in ("train", "weight"))
                for message in conversation.messages if message["role"] == "assistant")
+    if not can_think(tokenizer) and any(message.get("reasoning_content") is not None
+                                        for message in conversation.messages):
+        raise ValueError(f"the tokenizer of this base has no {THINK} or no {THINK_END}, which "
+                         "thoughts need; tune a base whose tokenizer has them (those of fira "
+                         "tokenizer train and Qwen3 do)")
     ids: list[int] = []
     spans: list[slice] = []
     size = 0
@@ -167,10 +199,13 @@ def _fault(error: Exception) -> str:
 class Reader:
     """Reads rows of at most `longest` ids. `lines` say what was found and `tally` counts what was
     shortened or left out, with the first places; `needed` is the length that the shortest of the
-    rows that are too long needs."""
+    rows that are too long needs. `direct`: conversations with thoughts are read a second time, with
+    empty ones."""
 
-    def __init__(self, tokenizer: Tokenizer, longest: int, skip_bad: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, longest: int, skip_bad: bool = False,
+                 direct: bool = False) -> None:
         self.tokenizer, self.longest, self.skip_bad = tokenizer, longest, skip_bad
+        self.direct, self.groups = direct, itertools.count()
         self.lines: list[str] = []
         self.tally: Tally = {}
         self.needed = 0
@@ -188,7 +223,10 @@ class Reader:
             for where, record in unread_records([place]):
                 try:
                     record = read_record(record)
-                    found = chat_row(self.tokenizer, read_conversation(record), self.longest)
+                    whole = read_conversation(record)
+                    given_twice = without_thoughts(whole) if self.direct else []
+                    found = [chat_row(self.tokenizer, part, self.longest)
+                             for one in (whole, *given_twice) for part in split(one)]
                 except FAULTS as error:
                     if not self.skip_bad:
                         raise ValueError(f"{where}: {_fault(error)}; correct this row, leave it "
@@ -196,12 +234,13 @@ class Reader:
                     note(self.tally, AT_FAULT, Path(where).name)
                     continue
                 forms["/".join(find_form(record))] += 1
-                row, why, needed = found
-                rows += [row] if row else []
-                if why:
-                    note(self.tally, why, Path(where).name)
-                if why == TOO_LONG:
-                    self.needed = min(needed, self.needed or needed)
+                group = next(self.groups) if any(row for row, *_ in found) else 0
+                for row, why, needed in found:
+                    rows += [row._replace(group=group)] if row else []
+                    if why:
+                        note(self.tally, why, Path(where).name)
+                    if why == TOO_LONG:
+                        self.needed = min(needed, self.needed or needed)
             if not where:
                 raise ValueError(f"{place.name} holds no conversation; give a file with "
                                  f"{'; '.join(FORMS)}")
@@ -225,7 +264,7 @@ class Reader:
                 while len(ids) >= self.longest or (item.ends and len(ids) > 1):
                     piece = ids[:self.longest]
                     ids = ids[len(piece) - 1:]
-                    rows.append(Row(piece, np.arange(len(piece)) > 0))
+                    rows.append(Row(piece, np.arange(len(piece)) > 0, next(self.groups)))
             if not number:
                 raise ValueError(f"{place.name} holds no text; leave it out")
             self.lines.append(f"{Path(place.name).name}: {number:,} documents "

@@ -41,13 +41,16 @@ CHAT_TEMPLATE = (  # ChatML with Qwen3's form of tools; fira/data/chat.py gives 
     "{% if tools %}<|im_start|>system\n{% if messages[0]['role'] == 'system' %}"
     "{{ messages[0]['content'] + '\n\n' }}{% endif %}" + TOOLS_HEAD +
     "{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}" + TOOLS_TAIL + "<|im_end|>\n"
-    "{% endif %}{% for message in messages %}{% if message['role'] == 'tool' %}"
+    "{% endif %}{% set last = namespace(user=-1) %}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'tool' %}"
     "{% if loop.first or messages[loop.index0 - 1]['role'] != 'tool' %}<|im_start|>user{% endif %}"
     "{{ '\n<tool_response>\n' + message['content'] + '\n</tool_response>' }}"
     "{% if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}<|im_end|>\n{% endif %}"
     "{% elif not (tools and loop.first and message['role'] == 'system') %}"
     "<|im_start|>{{ message['role'] }}\n{% set content = message['content'] or '' %}"
-    "{% if message['role'] == 'assistant' and message['reasoning_content'] %}"
+    "{% if message['role'] == 'assistant' and loop.index0 > last.user "
+    "and message['reasoning_content'] is string %}"
     "{% set content = content.lstrip('\n') %}"
     "{{ '<think>\n' + message['reasoning_content'].strip('\n') + '\n</think>\n\n' }}{% endif %}"
     "{{ content }}{% for call in message['tool_calls'] or [] %}"
@@ -57,6 +60,9 @@ CHAT_TEMPLATE = (  # ChatML with Qwen3's form of tools; fira/data/chat.py gives 
     "{{ call['arguments'] if call['arguments'] is string else call['arguments'] | tojson }}"
     "{{ '}\n</tool_call>' }}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+DIRECT = (  # after it in the template of a model that thinks: an empty thought, if asked for
+    "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+    f"{{{{ '{THINK}\n\n{THINK_END}\n\n' }}}}{{% endif %}}")
 FILES = ("tokenizer.json", "tokenizer_config.json")
 INPUTS = {"model_input_names": ["input_ids", "attention_mask"]}  # transformers 4 would add others
 KNOWN = {  # vocabularies without a pattern, by a hash of their ids: pattern, and special tokens

@@ -1,7 +1,7 @@
 """`fira chat RUN`: a conversation in the terminal, or through a pipe.
 
-Replies go to standard output and everything else to standard error, so that a pipe carries only the
-model's text.
+Answers go to standard output and everything else, also thoughts, to standard error, so that a pipe
+carries only answers.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.text import Text
 from fira.infer.decode import open_step
 from fira.infer.load import load
 from fira.infer.request import SamplingParams
-from fira.infer.text import Conversation
+from fira.infer.text import Conversation, Thinking
 from fira.model.files import knows_chat
 from fira.model.generate import window_length
 from fira.runlog import console
@@ -30,7 +30,8 @@ UNTUNED = "This model was not tuned for chat: it continues your text instead of 
 
 
 def chat(run: str | Path, params: SamplingParams, system: str | None = None, device: str = "auto",
-         precision: str = "float32", adapter: Path | None = None) -> None:
+         precision: str = "float32", adapter: Path | None = None,
+         think: str | None = None) -> None:
     """Load a run and talk until end of input. Raises ValueError, one line, as loading does."""
     notes, out = console(), console(stderr=False)
     loaded = load(run, device, adapter)
@@ -41,7 +42,7 @@ def chat(run: str | Path, params: SamplingParams, system: str | None = None, dev
                          "reads.", style="dim"))
         params = replace(params, max_new_tokens=longest)
     conversation = Conversation(loaded.model, loaded.tokenizer, tuned, params, system,
-                                open_step(loaded.model, precision, notes.print))
+                                open_step(loaded.model, precision, notes.print), think)
     if not tuned:
         notes.print(Text(UNTUNED, style="yellow"), soft_wrap=True)
     talk(conversation, out, notes)
@@ -74,11 +75,16 @@ def _exchange(conversation: Conversation, line: str, out: Console, notes: Consol
     if dropped:
         notes.print(Text(f"The context is full: the oldest {dropped} messages were dropped.",
                          style="dim"))
+    thought = False
     with contextlib.closing(conversation.reply()) as reply:
         try:
             for text in reply:
-                out.print(Text(text), end="", soft_wrap=True)
-                out.file.flush()
+                thinks = isinstance(text, Thinking)
+                if thought and not thinks:
+                    notes.print()
+                thought, place = thinks, notes if thinks else out
+                place.print(Text(text, style="dim" * thinks), end="", soft_wrap=True)
+                place.file.flush()
         except KeyboardInterrupt:
             notes.print(Text(" (stopped)", style="dim"), end="")
     out.print()

@@ -67,7 +67,7 @@ class Engine:
         self.model = model.eval()
         self.max_waiting, self.slide = max_waiting, slide
         self.prefill_tokens, self.pause = prefill_tokens, pause
-        self.token_bytes, self.end_of_text = tokenizer.token_bytes(), tokenizer.end_of_text
+        self.tokenizer, self.token_bytes = tokenizer, tokenizer.token_bytes()
         self.cache = SlotCache(model, slots, self.capacity)
         self.device = self.cache.keys.device
         self.decode_step: Any = decode_step
@@ -95,8 +95,8 @@ class Engine:
             if self.stats["waiting"] >= self.max_waiting:
                 raise QueueFull(f"{self.max_waiting} requests are waiting, the most allowed; try "
                                 "again later")
-            request = Request(next(self._ids), prompt, params, listener, self.token_bytes,
-                              self.end_of_text, self.device)
+            request = Request(next(self._ids), prompt, params, listener, self.tokenizer,
+                              self.token_bytes, self.device)
             self._requests[request.id] = request
             self._changed.notify_all()
         return request.id

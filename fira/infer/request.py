@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fira.infer.constraint import Constraint
+from fira.infer.thought import Thought
 from fira.model.generate import check_sampling, sample
 
 Reason = Literal["stop", "length", "cancelled", "error"]
@@ -50,6 +51,9 @@ class SamplingParams:
     experts: bool = False  # report the experts that processed each token, per layer
     embed_from: int | None = None  # report `End.embedding`, of the prompt from this token on
     constraint: Constraint | None = None  # the grammar that the text follows
+    # Of the thought with which the text may begin, which is then closed. None: thoughts are text as
+    # any other. Else stop strings and the constraint are of the answer alone.
+    max_thinking_tokens: int | None = None
     named: Mapping[int, bytes] = field(default_factory=dict)  # special tokens that give this text
 
     def __post_init__(self) -> None:
@@ -63,6 +67,9 @@ class SamplingParams:
                            "numbers, or -inf to forbid a token"),
             "stop": ("" not in self.stop, "strings that are not empty"),
             "logprobs": ((self.logprobs or 0) >= 0, "0 or more, or left out"),
+            "max_thinking_tokens": (0 <= (self.max_thinking_tokens or 0) <= self.max_new_tokens,
+                                    f"from 0 to max_new_tokens={self.max_new_tokens}, which count "
+                                    "the answer too; lower it, or raise max_new_tokens"),
             "prompt_logprobs": ((self.prompt_logprobs or 0) >= 0, "0 or more, or left out"),
         }
         for name, (holds, rule) in rules.items():
@@ -90,6 +97,8 @@ class Token:
     text: str
     score: TokenScore | None = None  # if asked for
     experts: tuple[tuple[int, ...], ...] | None = None  # [layer][rank] if asked for
+    thought: bool = False  # of the thought, or of what stands around it; the text is the thought's
+    forced: bool = False  # the model did not choose it
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,7 @@ class End:
     prompt: Sequence[TokenScore] = ()  # if prompt_logprobs was given
     embedding: Sequence[float] = ()  # mean of the last hidden states, of length 1, if asked for
     error: str = ""  # one line, if reason is "error"
+    thinking_tokens: int = 0  # of the new tokens, those that the model chose inside of its thought
 
 
 Listener = Callable[[Token | End], None]
@@ -123,7 +133,7 @@ class Request:
     """
 
     def __init__(self, id: int, prompt: list[int], params: SamplingParams, listener: Listener,
-                 token_bytes: list[bytes], end_of_text: int, device: torch.device) -> None:
+                 tokenizer: Any, token_bytes: list[bytes], device: torch.device) -> None:
         self.id, self.params, self.listener = id, params, listener
         self.prompt, self.new, self.window = prompt, list[int](), [*prompt]
         self.cancelled = False
@@ -134,8 +144,10 @@ class Request:
         self.prompt_scores = [TokenScore(prompt[0], None)] if scored else []
         self.repeats = params.seed is not None and params.temperature > 0
         self.hidden_D: Any = None  # sum of the last hidden states to embed
-        self.ends = {*params.stop_ids} | (set() if params.ignore_end else {end_of_text})
+        self.ends = {*params.stop_ids} | (set() if params.ignore_end else {tokenizer.end_of_text})
         self.text = Release(token_bytes, params.stop, params.named)
+        self.thought = (None if params.max_thinking_tokens is None else Thought(
+            tokenizer, prompt, params.max_thinking_tokens, Release(token_bytes)))
         self.constraint = params.constraint.start() if params.constraint else None
         self.generator = torch.Generator(device)
         if params.seed is None:
@@ -167,24 +179,41 @@ class Request:
 
     def add_token(self, logits_V: Tensor, experts_LK: Tensor | None) -> Token:
         """Choose the next token. Raises ValueError if no logit is finite."""
-        params = self.params
-        allowed_V = self.constraint.allowed(self.ends) if self.constraint else None
-        token = choose_token(logits_V, self.prompt, self.new, params, self.generator, allowed_V)
-        if self.constraint and token not in self.ends:
+        params, thought = self.params, self.thought
+        forced = thought.forced() if thought else None
+        token = self._choose(logits_V) if forced is None else forced
+        ends = token in self.ends
+        thinks = bool(thought and not ends and thought.push(token, forced is not None))
+        if self.constraint and not ends and not thinks:
             self.constraint.accept(token)
         self.new.append(token)
         self.window.append(token)
-        text = "" if token in self.ends else self.text.push(token)
+        text = ("" if ends else thought.text(token) if thought and thinks else
+                self.text.push(token))
         experts = None
         if params.experts and experts_LK is not None:
             experts = tuple(map(tuple, experts_LK.tolist()))
         score = (None if params.logprobs is None else
                  score_tokens(logits_V[None], [token], params.logprobs)[0])
-        return Token(token, text, score, experts)
+        return Token(token, text, score, experts, thinks, forced is not None)
+
+    def _choose(self, logits_V: Tensor) -> int:
+        """A token that the constraint allows. A thought may come first, and does not end the text.
+        """
+        thought, allowed_V = self.thought, None
+        if self.constraint and thought and thought.begun:
+            allowed_V = torch.ones(len(logits_V), dtype=torch.bool)
+            allowed_V[[*self.ends]] = False
+        elif self.constraint:
+            allowed_V = self.constraint.allowed(self.ends)
+            if thought and not thought.over:
+                allowed_V[thought.begin] = True
+        return choose_token(logits_V, self.prompt, self.new, self.params, self.generator, allowed_V)
 
     def end_reason(self) -> Reason | None:
         """Why the text ends with its latest token; None if it may go on."""
-        finished = self.constraint is not None and self.constraint.finished
+        answers = self.thought is None or self.thought.over
+        finished = self.constraint is not None and answers and self.constraint.finished
         if self.new[-1] in self.ends or self.text.stopped or finished:
             return "stop"
         return "length" if len(self.new) >= self.params.max_new_tokens else None
@@ -192,7 +221,8 @@ class Request:
     def end(self, reason: Reason, error: str = "") -> End:
         embedding = () if self.hidden_D is None else F.normalize(self.hidden_D, dim=0).tolist()
         return End(reason, self.text.finish(), len(self.prompt), self.cached, len(self.new),
-                   self.text.stopped, tuple(self.prompt_scores), embedding, error)
+                   self.text.stopped, tuple(self.prompt_scores), embedding, error,
+                   self.thought.tokens if self.thought else 0)
 
 
 def check_request(prompt: Sequence[int], params: SamplingParams, vocab_size: int,

@@ -15,6 +15,7 @@ from fira.data.tokenizer import TURN_END
 from fira.infer.cache import DecodeStep
 from fira.infer.engine import Engine
 from fira.infer.request import End, SamplingParams, Token
+from fira.infer.thought import limit_thought
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, params: SamplingParams,
@@ -46,12 +47,17 @@ def stream_text(engine: Engine, ids: Sequence[int], params: SamplingParams) -> I
     return _texts(engine.stream(ids, params))
 
 
+class Thinking(str):
+    """Text of the thought before an answer."""
+
+
 def _texts(events: Generator[Token | End, None, None],
            ended: Callable[[End], None] | None = None) -> Iterator[str]:
     with contextlib.closing(events):
         for event in events:
             if event.text:
-                yield event.text
+                thinks = isinstance(event, Token) and event.thought
+                yield Thinking(event.text) if thinks else event.text
     if isinstance(event, End) and event.reason == "error":
         raise ValueError(event.error)
     if isinstance(event, End) and ended:
@@ -62,12 +68,16 @@ class Conversation:
     """Messages so far, cut to what the model can read. `tuned`: the model knows chat turns."""
 
     def __init__(self, model: Any, tokenizer: Any, tuned: bool, params: SamplingParams,
-                 system: str | None = None, decode_step: DecodeStep | None = None) -> None:
-        """Raises ValueError if params.max_new_tokens leave no room for a message."""
+                 system: str | None = None, decode_step: DecodeStep | None = None,
+                 think: str | None = None) -> None:
+        """Raises ValueError if params.max_new_tokens leave no room for a message, and as
+        `limit_thought`."""
+        limit = limit_thought(model, think, params.max_thinking_tokens, params.max_new_tokens)
+        self.direct = bool(model.think) and limit is None
         self.engine = Engine(model, tokenizer, slots=1, slide=True, decode_step=decode_step)
         self.tokenizer, self.tuned = tokenizer, tuned
         ends = (tokenizer.special(TURN_END),) if tuned else ()
-        self.params = replace(params, stop_ids=ends)
+        self.params = replace(params, stop_ids=ends, max_thinking_tokens=limit)
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = []
         self.replies = 0
@@ -97,7 +107,8 @@ class Conversation:
         return len(messages) - len(kept)
 
     def reply(self) -> Generator[str, None, None]:
-        """Stream the model's message; what was said when the stream ends or is closed is kept."""
+        """Stream the model's message, a thought as Thinking; what was said when the stream ends or
+        is closed is kept, without the thought."""
         said: list[str] = []
         params = self.params
         if params.seed is not None:  # each reply draws differently, and a conversation repeats
@@ -105,11 +116,12 @@ class Conversation:
         self.replies += 1
         try:
             for text in stream_text(self.engine, self.prompt(self.messages), params):
-                said.append(text)
+                said += [] if isinstance(text, Thinking) else [text]
                 yield text
         finally:
             self.messages.append({"role": "assistant", "content": "".join(said)})
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """The ids that the model reads, the system message first."""
-        return prompt_ids(self.tokenizer, [*self.system, *messages], self.tuned)
+        return prompt_ids(self.tokenizer, [*self.system, *messages], self.tuned,
+                          direct=self.direct)

@@ -43,6 +43,7 @@ class Notes(Config):
     quantization: Literal["int8", "int4"] | None = None  # of weights that are no floats
     stage: str | None = None  # what trained it
     chat: bool | None = None  # whether it was trained on chat turns
+    think: bool | None = None  # whether its answers begin with thoughts, unless asked for none
     base: Base | None = None  # an adapter's: the step folder below it and its weights' checksum
 
 

@@ -24,6 +24,7 @@ from fira.serve.structure import choose_tools, constrain
 COMPLETION_TOKENS = 16  # OpenAI's default for a completion; a chat's default is what fits
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
                    "presence_penalty", "frequency_penalty", "seed")
+SHARES = {"minimal": 1 / 8, "low": 1 / 4, "medium": 1 / 2, "high": 3 / 4}  # of the tokens: thought
 NO_TOP_K = (("top_k", 0), ("top_k", -1))
 
 
@@ -39,6 +40,7 @@ class ServedModel:
     created: int = 0  # seconds since 1970
     architecture: dict[str, str | int] | None = None  # shown in /v1/models
     width: int = 0  # of the last hidden states, which become embeddings
+    thinks: bool = False  # whether its answers begin with thoughts, unless asked for none
 
     def __post_init__(self) -> None:
         self.grammars = Grammars(self.tokenizer, self.vocab_size)
@@ -85,13 +87,20 @@ def chat(request: ChatRequest, model: ServedModel) -> Generation:
     tools = choose_tools(request)
     if tools:
         _check_tools(model, "tools")
-    ids = _chat_ids(request.messages, model, request.continue_final_message, tools)
+    ids = _chat_ids(request, model, tools)
     room = _room(ids, model, "messages", least=1)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     limit = limit if limit is not None else other
     params = _params(request, model, room, room if limit is None else limit, logprobs, tools)
     if model.chat_tuned:
         params = replace(params, stop_ids=(model.tokenizer.special(TURN_END),))
+    if _thinks(request, model) and not request.continue_final_message:
+        share, longest = SHARES.get(request.reasoning_effort or "", 1.0), params.max_new_tokens
+        thought = request.max_thinking_tokens or int(share * longest)
+        if thought > longest:
+            raise APIError(400, f"max_thinking_tokens={thought} is more than max_tokens={longest}, "
+                           "which counts the answer too; lower it", "max_thinking_tokens")
+        params = replace(params, max_thinking_tokens=thought)
     if tools:
         params = replace(params, named={model.tokenizer.special(name): name.encode()
                                         for name in (CALL, CALL_END)})
@@ -104,7 +113,7 @@ def respond(request: items.ItemRequest, model: ServedModel) -> Generation:
         return replace(chat(items.to_chat(request), model), asked=request)
     except APIError as error:  # the names of chat's fields become those of this request
         names = {"messages": "input", "max_tokens": "max_output_tokens",
-                 "response_format": "text.format"}
+                 "response_format": "text.format", "reasoning_effort": "reasoning.effort"}
         param = names.get(error.param or "", error.param)
         message = error.message.replace("max_tokens", "max_output_tokens")
         raise APIError(error.status, message, param, error.code) from None
@@ -155,7 +164,7 @@ def tokenize(request: schema.TokenizeRequest, model: ServedModel) -> schema.Toke
     if named is not None:  # lm-eval asks for the ids of the special tokens by their names
         ids = [named]
     elif request.messages is not None:
-        ids = _chat_ids(request.messages, model, request.continue_final_message)
+        ids = _chat_ids(request, model)
     else:
         ids = _text_ids(request.prompt or "", model)
         ids = ids[1:] if request.add_special_tokens is False else ids
@@ -170,7 +179,7 @@ def detokenize(request: schema.DetokenizeRequest, model: ServedModel) -> schema.
 def describe_model(model: ServedModel) -> schema.Model:
     entry: schema.Model = {"id": model.name, "object": "model", "created": model.created,
                            "owned_by": "fira", "max_model_len": model.window,
-                           "chat_tuned": model.chat_tuned}
+                           "chat_tuned": model.chat_tuned, "thinks": model.thinks}
     return {**entry, "fira": model.architecture} if model.architecture else entry
 
 
@@ -216,9 +225,26 @@ def _text_ids(text: str, model: ServedModel, param: str = "prompt") -> list[int]
     return [model.tokenizer.end_of_text, *model.tokenizer.encode(text)]
 
 
-def _chat_ids(messages: Sequence[schema.Message], model: ServedModel,
-              continue_final: bool | None, tools: Sequence[schema.Tool] = ()) -> list[int]:
+def _thinks(request: schema.Reply, model: ServedModel) -> bool:
+    """Whether the answer begins with a thought. Raises APIError if that cannot be."""
+    effort, most = request.reasoning_effort, request.max_thinking_tokens
+    asked = {"chat_template_kwargs": (request.chat_template_kwargs or {}).get("enable_thinking"),
+             "reasoning_effort": effort and effort != "none",
+             "max_thinking_tokens": None if most is None else most > 0}
+    said = {name: bool(thinks) for name, thinks in asked.items() if thinks is not None}
+    if len({*said.values()}) > 1:
+        raise APIError(400, f"{' and '.join(said)} differ on whether to think; leave one of them "
+                       "out", [*said][0])
+    if any(said.values()) and not model.thinks:
+        raise APIError(400, f"{[*said][0]} asks for a thought, but this model was not tuned to "
+                       "think; leave it out", [*said][0])
+    return model.thinks and all(said.values())
+
+
+def _chat_ids(request: Any, model: ServedModel, tools: Sequence[schema.Tool] = ()) -> list[int]:
     """Messages as chat turns, or as plain text for a model that was not tuned for chat."""
+    messages, continue_final = request.messages, request.continue_final_message
+    direct = model.thinks and not _thinks(request, model)
     if continue_final and messages[-1].role != "assistant":
         raise APIError(400, "continue_final_message needs a last message of role assistant, not "
                        f"{messages[-1].role}; add the text to continue", "continue_final_message")
@@ -232,12 +258,13 @@ def _chat_ids(messages: Sequence[schema.Message], model: ServedModel,
             _check_tools(model, f"messages.{number}")
         text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         role = "system" if message.role == "developer" else message.role
-        turns.append({"role": role, "content": text,
+        thought = (message.reasoning_content or message.reasoning) if model.thinks else None
+        turns.append({"role": role, "content": text, "reasoning_content": thought or None,
                       "tool_calls": [call.function.model_dump() for call in calls]})
     described = [tool.model_dump(exclude_none=True) for tool in tools]
     _check_size(json.dumps([turns, described], ensure_ascii=False), model, "messages")
     return prompt_ids(model.tokenizer, turns, model.chat_tuned, described,
-                      bool(continue_final))
+                      bool(continue_final), direct)
 
 
 def _check_tools(model: ServedModel, param: str) -> None:

@@ -10,11 +10,12 @@ from fira.serve import schema
 from fira.serve.schema import MAX_MESSAGES, APIError, Label, Nothing, Strict
 
 NEEDED = {"message": ("role", "content"), "function_call": ("name", "arguments"),
+          "reasoning": ("content",),
           "function_call_output": ("output",)}
 
 
 class Part(Strict):
-    type: Literal["input_text", "output_text"]
+    type: Literal["input_text", "output_text", "reasoning_text"]
     text: str
     annotations: Nothing = None
     logprobs: Nothing = None
@@ -26,7 +27,8 @@ Content = str | Annotated[list[Part], Field(min_length=1, fail_fast=True)] | Non
 class Item(Strict):
     """A message, a call or its result; a response's items may be sent back as they are."""
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
+    summary: Nothing = None
     id: str | None = None
     status: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -57,6 +59,11 @@ class TextOptions(Strict):
     format: Format | None = None
 
 
+class Reasoning(Strict):
+    effort: schema.Effort | None = None
+    summary: str | None = Label
+
+
 class ItemRequest(Strict):
     """Stateless: the whole conversation is in `input`."""
 
@@ -69,6 +76,7 @@ class ItemRequest(Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = None
     text: TextOptions | None = None
+    reasoning: Reasoning | None = None
     tools: Annotated[list[ItemTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ItemToolName | None = Field(
         None, description="'none', 'auto', 'required' or an object that names one of the tools")
@@ -112,14 +120,19 @@ def to_chat(request: ItemRequest) -> schema.ChatRequest:
                 messages.append({"role": "assistant"})
             messages[-1].setdefault("tool_calls", []).append(
                 {"function": {"name": item.name, "arguments": item.arguments}})
+        elif item.type == "reasoning":
+            messages.append({"role": "assistant", "reasoning_content": _text(item.content)})
         elif item.type == "function_call_output":
             messages.append({"role": "tool", "content": _text(item.output)})
         else:
-            messages.append({"role": item.role, "content": _text(item.content)})
+            alone = messages and messages[-1].keys() == {"role", "reasoning_content"}
+            thought = messages.pop() if alone else {}
+            messages.append(thought | {"role": item.role, "content": _text(item.content)})
     given = request.model_dump(exclude_none=True, include={
         "model", "temperature", "top_p", "stream", "parallel_tool_calls", "tool_choice"})
     if isinstance(request.tool_choice, ItemToolName):
         given["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice.name}}
+    given["reasoning_effort"] = request.reasoning and request.reasoning.effort
     form = request.text and request.text.format
     if form:
         given["response_format"] = {"type": form.type}

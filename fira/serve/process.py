@@ -98,7 +98,8 @@ def open_service(run: Path, name: str, slots: int, queue: int, pause: int, devic
     engine.start()
     created = int((folder / CONFIG).stat().st_mtime)
     return ServedModel(name, tokenizer, window_length(model), model.spec.vocab_size,
-                       knows_chat(folder), created, architecture(model), model.spec.d_model), engine
+                       knows_chat(folder), created, architecture(model), model.spec.d_model,
+                       bool(model.think)), engine
 
 
 def architecture(model: Any) -> dict[str, str | int]:

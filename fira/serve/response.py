@@ -22,6 +22,11 @@ MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot express
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keepalive\n\n"
 Event = Token | End
+PARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # of items, by the name of a delta
+    "reasoning_content": ("rs", {"type": "reasoning", "summary": []},
+                          {"type": "reasoning_text", "text": ""}),
+    "content": ("msg", {"type": "message", "role": "assistant"},
+                {"type": "output_text", "text": "", "annotations": [], "logprobs": []})}
 
 
 class EmbeddingBuilder:
@@ -51,6 +56,7 @@ class EmbeddingBuilder:
 class ChoiceState:
     """What one choice has received so far."""
 
+    thoughts: str = ""  # that are in no chunk yet
     text: str = ""  # without the echo
     sent: int = 0  # characters of the text that are already in chunks
     # each token with the position where its text begins; when streaming, those not yet in a chunk
@@ -67,9 +73,11 @@ class ChoiceState:
     def deltas(self) -> list[dict[str, Any]]:
         """What the text that is not sent yet adds to a message."""
         text, self.sent = self.text[self.sent:], len(self.text)
+        thoughts, self.thoughts = self.thoughts, ""
+        found = [{"reasoning_content": thoughts, "reasoning": thoughts}] if thoughts else []
         if self.parser:
-            return list(self.parser.push(text, last=self.end is not None))
-        return [{"content": text}] if text else []
+            return [*found, *self.parser.push(text, last=self.end is not None)]
+        return found + ([{"content": text}] if text else [])
 
 
 class ResponseBuilder:
@@ -96,6 +104,9 @@ class ResponseBuilder:
     def add(self, index: int, event: Event) -> None:
         """Take one event of a choice."""
         choice = self.choices[index]
+        if isinstance(event, Token) and event.thought:
+            choice.thoughts += event.text
+            return
         if isinstance(event, Token):
             offset = len(self.generation.echoes[index]) + len(choice.text)
             choice.tokens.append((event, offset))
@@ -147,8 +158,10 @@ class ResponseBuilder:
         ends = [choice.end for choice in self.choices if choice.end]
         prompt, new = self.generation.prompt_tokens, sum(end.new_tokens for end in ends)
         cached = min(sum(end.cached_tokens for end in ends), prompt)
+        thinking = sum(end.thinking_tokens for end in ends)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-                "prompt_tokens_details": {"cached_tokens": cached}}
+                "prompt_tokens_details": {"cached_tokens": cached},
+                "completion_tokens_details": {"reasoning_tokens": thinking}}
 
     def _chunk(self, index: int, content: dict[str, Any], reason: str | None = None,
                tokens: list[tuple[Token, int]] | None = None) -> bytes:
@@ -244,14 +257,15 @@ class ItemResponseBuilder(ResponseBuilder):
     def _take(self) -> Iterator[bytes]:
         """The events of the text that came since the last call, and of the end of the message."""
         for delta in self.choice.deltas():
-            if "content" in delta:
-                if not self.items or self.items[-1]["type"] != "message":
-                    part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-                    yield from self._open("msg", type="message", role="assistant", content=[part])
+            for name in PARTS.keys() & delta:
+                kind, fields, empty = PARTS[name]
+                if not self.items or self.items[-1]["type"] != fields["type"]:
+                    part = {**empty}
+                    yield from self._open(kind, **fields, content=[part])
                     yield self._event("response.content_part.added", content_index=0, part=part)
-                self.items[-1]["content"][0]["text"] += delta["content"]
-                yield self._event("response.output_text.delta", content_index=0, logprobs=[],
-                                  delta=delta["content"])
+                self.items[-1]["content"][0]["text"] += delta[name]
+                yield self._event(f"response.{empty['type']}.delta", content_index=0, logprobs=[],
+                                  delta=delta[name])
             for call in delta.get("tool_calls", ()):
                 function = call["function"]
                 if "id" in call:
@@ -277,7 +291,7 @@ class ItemResponseBuilder(ResponseBuilder):
         item = self.items[-1]
         item["status"] = "incomplete" if self.status == "incomplete" else "completed"
         for part in item.get("content", ()):
-            yield self._event("response.output_text.done", content_index=0, logprobs=[],
+            yield self._event(f"response.{part['type']}.done", content_index=0, logprobs=[],
                               text=part["text"])
             yield self._event("response.content_part.done", content_index=0, part=part)
         if "arguments" in item:
@@ -306,20 +320,23 @@ class ItemResponseBuilder(ResponseBuilder):
                     "input_tokens": usage["prompt_tokens"],
                     "input_tokens_details": usage["prompt_tokens_details"],
                     "output_tokens": usage["completion_tokens"],
-                    "output_tokens_details": {"reasoning_tokens": 0},
+                    "output_tokens_details": usage["completion_tokens_details"],
                     "total_tokens": usage["total_tokens"]}}
 
 
 def join(deltas: list[dict[str, Any]]) -> dict[str, Any]:
     """The message that these deltas make."""
     calls: list[dict[str, Any]] = []
-    content = "".join(delta.get("content", "") for delta in deltas)
+    content, thoughts = ("".join(delta.get(name, "") for delta in deltas)
+                         for name in ("content", "reasoning"))
     for piece in (piece for delta in deltas for piece in delta.get("tool_calls", ())):
         if "id" in piece:
             calls.append({name: piece[name] for name in ("id", "type", "function")})
         else:
             calls[-1]["function"]["arguments"] += piece["function"]["arguments"]
     message = {"role": "assistant", "content": content or (None if calls else "")}
+    if thoughts:
+        message |= {"reasoning_content": thoughts, "reasoning": thoughts}
     return {**message, "tool_calls": calls} if calls else message
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict
 
 MAX_CHOICES = 64  # choices that one request may ask for, over all its prompts
@@ -73,6 +73,8 @@ class Message(Strict):
     annotations: Nothing = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: str | None = Label
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class Function(Strict):
@@ -82,13 +84,13 @@ class Function(Strict):
     strict: bool | None = None
 
 
+class FunctionName(Strict):
+    name: str
+
+
 class Tool(Strict):
     type: Literal["function"]
     function: Function
-
-
-class FunctionName(Strict):
-    name: str
 
 
 class NamedTool(Strict):
@@ -128,11 +130,10 @@ TokenId = Annotated[int, Field(ge=0)]
 TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # a token id as the key of an object
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-Continue = Annotated[bool | None, Field(
-    description="true to continue the last message, an assistant's, or false")]
 Several = Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
 Many = Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
 Text = Annotated[str, Field(min_length=1)]
+Effort = Literal["none", "minimal", "low", "medium", "high"]
 
 
 class GenerationRequest(Strict):
@@ -177,9 +178,19 @@ class GenerationRequest(Strict):
     grammar: str | None = None
 
 
-class ChatRequest(GenerationRequest):
+class Reply(Strict):
+    """How an answer begins: where the last message ends, or with a thought, in others' names."""
+
+    continue_final_message: bool | None = Field(
+        None, description="true to continue the last message, an assistant's, or false")
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: dict[Literal["enable_thinking"], bool | None] | None = None
+    max_thinking_tokens: int | None = Field(None, ge=0, validation_alias=AliasChoices(
+        "max_thinking_tokens", "thinking_budget", "thinking_token_budget"))
+
+
+class ChatRequest(GenerationRequest, Reply):
     messages: Messages
-    continue_final_message: Continue = None
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -189,7 +200,6 @@ class ChatRequest(GenerationRequest):
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = Field(
         None, description='["text"], because the model writes text only')
-    reasoning_effort: Literal["none"] | None = None
 
 
 class CompletionRequest(GenerationRequest):
@@ -214,7 +224,7 @@ class EmbeddingRequest(Strict):
     user: str | None = Label
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(Reply):
     """Either a text, or messages, which are rendered as a chat prompt."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [
@@ -224,7 +234,6 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    continue_final_message: Continue = None
     add_special_tokens: bool | None = Field(
         None, description="true to begin with the end of text, as a completion does, or false")
 
@@ -234,15 +243,8 @@ class DetokenizeRequest(Strict):
     tokens: list[TokenId] = Field(fail_fast=True)
 
 
-class ErrorDetail(TypedDict):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
 class Error(TypedDict):
-    error: ErrorDetail
+    error: dict[Literal["message", "type", "param", "code"], str | None]
 
 
 class Usage(TypedDict):
@@ -250,6 +252,7 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: dict[Literal["cached_tokens"], int]
+    completion_tokens_details: dict[Literal["reasoning_tokens"], int]
 
 
 class TokenLogprob(TypedDict):
@@ -257,10 +260,6 @@ class TokenLogprob(TypedDict):
     logprob: float
     bytes: list[int]
     top_logprobs: NotRequired[list[TokenLogprob]]
-
-
-class ChatLogprobs(TypedDict):
-    content: list[TokenLogprob]
 
 
 class TextLogprobs(TypedDict):
@@ -273,6 +272,8 @@ class TextLogprobs(TypedDict):
 class AssistantMessage(TypedDict):
     role: str
     content: str | None
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]  # the same
     tool_calls: NotRequired[list[dict[str, Any]]]
 
 
@@ -284,7 +285,7 @@ class Choice(TypedDict):
 
 class ChatChoice(Choice):
     message: AssistantMessage
-    logprobs: ChatLogprobs | None
+    logprobs: dict[Literal["content"], list[TokenLogprob]] | None
 
 
 class TextChoice(Choice):
@@ -322,6 +323,7 @@ class Model(TypedDict):
     owned_by: str
     max_model_len: int
     chat_tuned: bool
+    thinks: bool
     fira: NotRequired[dict[str, str | int]]  # numbers that the chat page shows
 
 

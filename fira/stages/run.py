@@ -123,7 +123,8 @@ def _note(model: Any, stage: Stage, tokenizer: Tokenizer, origin: Path | None) -
     model.stage, model.end_of_text = stage.name, tokenizer.end_of_text
     model.chat = bool(origin and knows_chat(origin))
     # 0: nothing read yet. A model made elsewhere has no such note: it reads its whole context.
-    model.trained_length = read_config(origin / CONFIG)[1]["trained_length"] if origin else 0
+    notes = read_config(origin / CONFIG)[1] if origin else {"trained_length": 0}
+    model.trained_length, model.think = notes["trained_length"], notes.get("think")
 
 
 def _speed_up(model: Any, recompute: bool, mesh: Mesh, screen: Console) -> None:

@@ -132,6 +132,7 @@ def open_tuning(source: Path, sections: dict[str, dict[str, Any]], epochs: float
     if config.tune.method == "experts":
         parse_experts(config)  # before the long reading
     opened = stage.open(config)
+    sections["tune"]["thoughts"] = bool(opened.about.get("rows with thoughts"))
     train = opened.data.train
     if config.tune.method == "experts":
         packs = train if stage.name == TUNE.name else train.packs

@@ -21,7 +21,7 @@ from fira.data.conversations import Reader, Row, without
 from fira.data.packs import PackedBatches, Packs, Part, Sequences, Windows, in_order
 from fira.data.shards import MANIFEST
 from fira.data.sources import RECORDS, TEXT, find, inputs, listed
-from fira.data.tokenizer import END_OF_TEXT, PAD, SPECIAL, TURN_END, Tokenizer
+from fira.data.tokenizer import END_OF_TEXT, PAD, SPECIAL, THINK, THINK_END, TURN_END, Tokenizer
 from fira.files import sha256
 from fira.loss.head import next_token_loss
 from fira.model.adapter import attach
@@ -48,6 +48,8 @@ class TuneData(Config):
     general: Files = Field([], description="general text, prepared by `fira data` or files: "
                                   "for replay, and to see what is forgotten")
     skip_bad: bool = Field(False, description="leave out rows at fault, and count them")
+    direct: bool = Field(False, description="give conversations with thoughts a second time, with "
+                                            "empty ones: the model learns to answer at once, too")
     replay: float = Field(0.0, ge=0, lt=1, description="share of general text in what is read")
 
 
@@ -58,6 +60,7 @@ class TuneOptions(Config):
     experts: str = Field("0.25", description="method experts: the share of each layer's experts "
                          "that get adapters, or random:SHARE")
     chosen: list[list[int]] | None = Field(None, description="these experts, of each layer")
+    thoughts: bool = Field(False, description="whether the data has thoughts, as it was found")
 
 
 class TuneConfig(RunConfig):
@@ -80,7 +83,8 @@ def open_data(config: TuneConfig) -> Opened:
     """Read and pack everything. Raises ValueError, one line with the place, for what is wrong."""
     data, length = config.data, config.train.sequence_length
     tokenizer, rows, held_out = Tokenizer.load(data.start), list[Row](), list[Row]()
-    reader, given = Reader(tokenizer, length + 1, data.skip_bad), data.held_out
+    reader = Reader(tokenizer, length + 1, data.skip_bad, data.direct)
+    given = data.held_out
     lines = reader.lines
     for read, sources, kinds in ((reader.chat, data.chat, RECORDS), (reader.text, data.text, TEXT)):
         if sources:
@@ -90,8 +94,8 @@ def open_data(config: TuneConfig) -> Opened:
             lines += [f"passed over: {listed(passed_over)}"] if passed_over else []
             given = []  # what is given to evaluate on is of the first kind
     if split := not held_out:
-        held_out = rows[::HELD_OUT]
-        del rows[::HELD_OUT]
+        held_out, rows = ([row for row in rows if bool(row.group % HELD_OUT) == kept]
+                          for kept in (False, True))
     kept = without(rows, held_out)
     if not kept:
         raise ValueError(_nothing_left(
@@ -102,6 +106,7 @@ def open_data(config: TuneConfig) -> Opened:
     counts = {"rows": len(kept), "rows equal to held-out rows": len(rows) - len(kept),
               "tokens": sum(len(row.ids) for row in kept),
               "tokens trained on": sum(int(row.trained.sum()) for row in kept),
+              "rows with thoughts": sum(tokenizer.added.get(THINK) in row.ids for row in kept),
               **{f"rows {why}": entry["count"] for why, entry in reader.tally.items()}}
     general = _general(tokenizer, data.general, length)
     found = Data(Packs(kept, length), Packs(held_out, length), *general)
@@ -162,6 +167,7 @@ def learn_turns(config: Any, model: Any, tokenizer: Tokenizer) -> None:
     """Give tokens that were never trained the embedding and head of the end of text: it too stands
     where something ends and something else begins."""
     model.chat = True
+    model.think = model.think or config.tune.thoughts
     tokens = list(_new_tokens(config, tokenizer))
     for name in {"token_embedding", model.after[-1]} if tokens else ():
         part = getattr(model, name)
@@ -176,12 +182,16 @@ def learn_turns(config: Any, model: Any, tokenizer: Tokenizer) -> None:
 
 
 def _new_tokens(config: TuneConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The special tokens of conversations, if the model was never trained on any."""
-    if not config.data.chat or knows_chat(config.data.start):
+    """The special tokens of conversations, if the model was never trained on any, or those around
+    thoughts, if it never was on these."""
+    if not config.data.chat:
         return ()
     tokenizer.special(TURN_END)
-    names = tokenizer.added.keys() & set(SPECIAL) - {END_OF_TEXT, PAD}
-    return tuple(sorted(tokenizer.added[name] for name in names))
+    names = set(SPECIAL) - {END_OF_TEXT, PAD}
+    if knows_chat(config.data.start):
+        thinks = read_config(Path(config.data.start) / CONFIG)[1]["think"]
+        names = {THINK, THINK_END} if config.tune.thoughts and not thinks else set()
+    return tuple(sorted(tokenizer.added[name] for name in tokenizer.added.keys() & names))
 
 
 def recipe(config: TuneConfig, data: Data, tokenizer: Tokenizer, layout: Layout) -> Recipe:

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fira.data.chat import ROLES, knows_tools, render, turns, write_turns
-from fira.data.tokenizer import SPECIAL, Tokenizer
+from fira.data.chat import ROLES, knows_tools, render, turns, write_thought, write_turns
+from fira.data.tokenizer import DIRECT, SPECIAL, Tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=30)
+THINKING = st.fixed_dictionaries({
+    "role": st.just("assistant"), "content": TEXT, "reasoning_content": TEXT})
 MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(ROLES[:3]), "content": TEXT}),
                     min_size=1, max_size=5)
 CALL = st.fixed_dictionaries({"name": st.sampled_from(["add", "look_up"]), "arguments": (
@@ -19,20 +21,22 @@ CALL = st.fixed_dictionaries({"name": st.sampled_from(["add", "look_up"]), "argu
 CALLING = st.fixed_dictionaries({
     "role": st.just("assistant"), "content": TEXT | st.none(),
     "tool_calls": st.lists(CALL | st.fixed_dictionaries({"function": CALL}), min_size=1, max_size=2)
-}, optional={"reasoning_content": TEXT}) | st.fixed_dictionaries({
-    "role": st.just("assistant"), "content": TEXT, "reasoning_content": TEXT}) | (
+}, optional={"reasoning_content": TEXT}) | THINKING | (
     st.fixed_dictionaries({"role": st.just("tool"), "content": TEXT}))
 TOOLS = st.lists(st.fixed_dictionaries({"type": st.just("function"), "function": (
     st.fixed_dictionaries({"name": st.just("add"), "description": TEXT}))}), max_size=2)
 
 
 @settings(max_examples=150, deadline=None)
-@given(start=MESSAGES, more=st.lists(CALLING, max_size=4), tools=TOOLS, prompt=st.booleans())
-def test_ids_equal_those_of_the_saved_template(tokenizer, auto, start, more, tools, prompt):
-    messages = [*start, *more]
-    theirs = auto.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt,
-                                      tokenize=True, return_dict=True)["input_ids"]
-    assert render(tokenizer, messages, prompt, tools) == theirs
+@given(start=st.lists(THINKING, max_size=2), then=MESSAGES, more=st.lists(CALLING, max_size=4),
+       tools=TOOLS, prompt=st.booleans(), direct=st.booleans())
+def test_ids_equal_those_of_the_saved_template(tokenizer, auto, start, then, more, tools, prompt,
+                                               direct):
+    messages = [*start, *then, *more]
+    theirs = auto.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=prompt, tokenize=True, return_dict=True,
+        chat_template=auto.chat_template + DIRECT, enable_thinking=not direct)["input_ids"]
+    assert render(tokenizer, messages, prompt, tools, direct=direct) == theirs
 
 
 def test_tools_have_the_text_of_qwen3s_own_template():
@@ -69,18 +73,22 @@ def test_ids_begin_with_those_of_every_shorter_conversation(tokenizer, messages)
 
 
 @settings(max_examples=150, deadline=None)
-@given(start=MESSAGES, more=st.lists(CALLING, max_size=4), tools=TOOLS, seed=st.integers(0, 9))
-def test_a_turn_without_later_questions_is_that_of_qwen3s_template(start, more, tools, seed):
-    """Qwen3 gives the last answer a <think> block in any case and leaves out thoughts before the
-    last question, so here every answer after that has thoughts and none before it has."""
+@given(start=MESSAGES, think=st.lists(THINKING, max_size=2), more=st.lists(CALLING, max_size=4),
+       tools=TOOLS, seed=st.integers(0, 9), direct=st.booleans())
+def test_a_conversation_is_that_of_qwen3s_template(start, think, more, tools, seed, direct):
+    """Qwen3 gives the last answer a <think> block in any case, so here every answer after the last
+    question has thoughts."""
     folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
     question = {"role": "user", "content": "Why?"}
     more = [one | {"reasoning_content": f"I think {seed}."} if one["role"] == "assistant" else one
             for one in more]
     start = [one for one in start if one["role"] != "system" or one is start[0]]
-    theirs, _ = _render_jinja([[*start, question, *more]], tools=tools,
-                              chat_template=(folder / "qwen3.jinja").read_text())
-    assert _written([*start, question, *more], tools) == theirs[0]
+    messages = [*start, *think, question, *more]
+    theirs, _ = _render_jinja([messages], tools=tools, add_generation_prompt=direct,
+                              chat_template=(folder / "qwen3.jinja").read_text(),
+                              enable_thinking=not direct)
+    head = ["<|im_start|>assistant\n", *write_thought("")] if direct else []
+    assert _written(messages, tools) + "".join(head) == theirs[0]
 
 
 def _render_jinja(conversations, **options):
@@ -101,12 +109,14 @@ def test_answers_are_all_of_their_turns_but_the_head(tokenizer, start, more, too
     found = [tokenizer.decode(turn.ids[turn.start:turn.stop])
              for turn in turns(tokenizer, messages, tools) if turn.role == "assistant"]
     wanted = ["".join(body)[:-1] for role, _, body in write_turns(messages, tools)
-              if role == "assistant"]
+              if role == "assistant"]  # an empty thought is in the head
     assert found == wanted and all(text.endswith("<|im_end|>") for text in found)
 
 
 def _answer(message):
-    return "<think>" if message.get("reasoning_content") else message["content"] or ""
+    if (message.get("reasoning_content") or "").strip("\n"):
+        return "<think>"
+    return message["content"] or ""
 
 
 @pytest.mark.parametrize("name", SPECIAL)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fira.data.chat import render
 from fira.data.conversations import (
     NO_ANSWER,
     SHORTENED,
@@ -84,6 +85,8 @@ BAD = {
     "no role": ({"messages": [{"content": "x"}]}, "message 0 has no role"),
     "not a message": ({"messages": ["x"]}, "message 0 has no role"),
     "white space": ({"messages": [ASK, SAY | {"content": " \n"}]}, "message 1, an answer, is empt"),
+    "thoughts that are no text": (
+        {"messages": [ASK, SAY | {"reasoning_content": 5}]}, "no text under reasoning_content"),
     "only thoughts": ({"messages": [ASK, SAY | {"content": "<think>x</think>"}]}, "is empty"),
     "number": ({"question": "How many?", "answer": 7}, "message 1 has no text under content"),
     "numbers": ({"instruction": 1, "input": "x", "output": "y"}, "message 0 has no text under con"),
@@ -167,6 +170,38 @@ def test_a_tokenizer_without_turns_is_named_with_what_to_do(tokenizer, write):
     path = write("rows.jsonl", [{"messages": [ASK, SAY]}])
     with pytest.raises(ValueError, match="no <.im_start.> and no <.im_end.>.*tune it on --text"):
         Reader(other, 99, skip_bad=True).chat(inputs([path]))
+
+
+def texts_of(tokenizer, messages, path, **options):
+    path.write_text(json.dumps({"messages": messages}))
+    rows = Reader(tokenizer, 999, **options).chat(inputs([str(path)]))
+    assert [row.group for row in rows] == [0] * len(rows)
+    return [str(example(row, tokenizer)) for row in rows]
+
+
+def test_every_answer_is_trained_on_once_after_what_is_read_when_it_is_generated(tokenizer,
+                                                                                 tmp_path):
+    """Two thoughts, an answer without one, an empty one: four rows; their history has none."""
+    thinking, direct = SAY | {"reasoning_content": "Hm."}, SAY | {"reasoning_content": ""}
+    messages = [ASK, thinking, ASK, SAY, ASK, thinking, ASK, direct, ASK, SAY]
+    read = ANSWERED.replace("[[", "").replace("]]", "")
+    thought = ANSWERED.replace("[[", "[[<think>\nHm.\n</think>\n\n")
+    empty = ANSWERED.replace("[[", "<think>\n\n</think>\n\n[[")
+    rows = [thought, read + ANSWERED + thought, read * 3 + empty, read * 4 + ANSWERED]
+    assert texts_of(tokenizer, messages, tmp_path / "a.json") == rows
+    head = render(tokenizer, [ASK], direct=True)
+    assert tokenizer.encode(empty.partition("[[")[0], allow_special=True) == head
+    twice = texts_of(tokenizer, [ASK, thinking], tmp_path / "b.json", direct=True)
+    assert twice == [thought, empty]
+    assert texts_of(tokenizer, [ASK, SAY], tmp_path / "c.json", direct=True) == [ANSWERED]
+
+
+def test_thoughts_need_the_tokens_around_them(tokenizer):
+    other = Tokenizer(tokenizer.reference)
+    other.added = {name: id for name, id in tokenizer.added.items() if name != "</think>"}
+    thinking = read_conversation({"messages": [ASK, SAY | {"reasoning_content": "Hm."}]})
+    with pytest.raises(ValueError, match="no <think> or no </think>, which thoughts need; tune a"):
+        chat_row(other, thinking, 99)
 
 
 def test_a_long_row_keeps_whole_answers_and_says_so(tokenizer):

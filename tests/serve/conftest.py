@@ -31,7 +31,7 @@ class FakeEngine:
         self.stats = {"running": 0, "waiting": 0, "generated_tokens": 7, "prompt_tokens": 5,
                       "cached_tokens": 1}
         self.loads = [[3, 1, 0, 0], [1, 1, 1, 1]]
-        self.asked = []
+        self.asked, self.thought = [], []  # the texts of a thought before it
 
     def add(self, ids, params, listener):
         if len(self.running) >= self.capacity:
@@ -53,6 +53,9 @@ class FakeEngine:
 
     def _generate(self, number, ids, params, listener):
         text, count, reason = Release(self.tokenizer.token_bytes(), params.stop), 0, "length"
+        thought = self.thought if params.max_thinking_tokens is not None else []
+        for word in thought:
+            listener(Token(6, word, self._score(6, params.logprobs), thought=True))
         while count < params.max_new_tokens and reason == "length":
             time.sleep(self.pause)
             if number in self.cancelled or self.fault:
@@ -68,7 +71,8 @@ class FakeEngine:
         if params.prompt_logprobs is not None:
             prompt = [self._score(id, params.prompt_logprobs) for id in ids]
             prompt[0] = TokenScore(ids[0], None)
-        listener(End(reason, text.finish(), len(ids), 0, count, prompt=prompt, error=self.fault))
+        listener(End(reason, text.finish(), len(ids), 0, count, prompt=prompt, error=self.fault,
+                     thinking_tokens=len(thought)))
 
     def _score(self, id, others):
         if others is None:
