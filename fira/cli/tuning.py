@@ -1,4 +1,4 @@
-"""The verbs that begin with a trained model: tune, distill, trim, merge."""
+"""The verbs that begin with a trained model: tune, distill, rl, trim, merge."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -161,6 +161,54 @@ def distill(teacher: Path | None, settings: tuple[str, ...], student: str | None
         raise click.UsageError("give TEACHER and --student; only --resume --run FOLDER needs none")
     run_training(lambda: run_distill(teacher, student, given, settings, run, device, resume,
                                      console()), run)
+
+
+@click.command(epilog=example(
+    "fira rl out/chat --tasks sums.jsonl --max-new 64 --run out/rl train.steps=200"))
+@click.argument("source", required=False, metavar="RUN", type=EXISTING)
+@settings_argument
+@click.option("--tasks", multiple=True, metavar="FILES",
+              help="Rows with messages and answers, as for fira eval --task; several after commas.")
+@click.option("--held-out", multiple=True, metavar="FILES",
+              help="Rows to evaluate on, instead of a twentieth of the others.")
+@click.option("--reward", metavar="FILE.py:FUNCTION", show_default="the rows' checkers",
+              help="What an answer is worth: called with lists prompts, completions and each of "
+                   "the rows' columns; returns a list of numbers.")
+@click.option("--prompts", type=click.IntRange(1), default=16, show_default=True,
+              help="Number of prompts of a step.")
+@click.option("--group", type=click.IntRange(2), default=8, show_default=True,
+              help="Number of answers to each prompt, which are compared with each other.")
+@click.option("--max-new", type=click.IntRange(1), default=128, show_default=True,
+              help="Largest number of tokens of an answer; one that is cut off earns nothing.")
+@click.option("--clip", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2,
+              show_default=True, help="How far a token's probability ratio may leave 1.")
+@click.option("--kl", type=click.FloatRange(0), default=0.0, show_default=True,
+              help="Weight of the divergence from RUN, which holds the model near it.")
+@click.option("--replay", is_flag=True, help="Train each token with the experts that it had when "
+                                             "it was sampled.")
+@click.option("--method", type=click.Choice(["full", "lora"]), default="full", show_default=True,
+              help="What is trained: every weight, or low-rank adapters.")
+@click.option("--run", "--run-folder", "run", type=NEW_FOLDER, required=True,
+              help="Folder of the new run.")
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of --run.")
+@device_option
+def rl(source: Path | None, settings: tuple[str, ...], run: Path, device: str, resume: bool,
+       tasks: tuple[str, ...], held_out: tuple[str, ...], reward: str | None, method: str,
+       **options: Any) -> None:
+    """Train a chat model by the rewards of its own answers.
+
+    At each step the model answers prompts, and answers that earn more than the others to the same
+    prompt become likelier (GRPO). Settings such as train.steps=200 and optim.lr=1e-4 follow RUN.
+    """
+    from fira.runlog import console
+    from fira.stages.rl import rl as run_rl
+
+    if not resume and not (source and tasks):
+        raise click.UsageError("give RUN and --tasks FILES; only --resume --run FOLDER needs none")
+    sections = {"tune": {"method": method}, "rl": options, "data": {
+        "tasks": [name for given in tasks for name in given.split(",")],
+        "held_out": held_out, "reward": reward}}
+    run_training(lambda: run_rl(source, sections, settings, run, device, resume, console()), run)
 
 
 @click.command(epilog=example(

@@ -118,9 +118,9 @@ def make_row(record: Any, where: str, published: bool = False) -> Row:
 def _row(record: dict[str, Any]) -> Row:
     group = record.get("group")
     if "messages" in record:
-        if "answer" not in record:  # a conversation: its last message is the answer
-            *before, last = record["messages"]
-            record = {**record, "messages": before, "answer": last["content"]}
+        *before, last = record["messages"]
+        if "answer" not in record or last["role"] == "assistant":  # the answer to the others
+            record = {"answer": last["content"], **record, "messages": before}
         answers, checker = record["answer"], record.get("checker", "exact")
         if checker not in CHECKERS:
             raise ValueError(f"checker {checker!r} is not one of {', '.join(CHECKERS)}")

@@ -148,6 +148,7 @@ class Router(nn.Module):
         self.renormalize = renormalize and top_k > 1
         self.method, self.balance_weight = method, balance_weight
         self.replay_NK: Tensor | None = None
+        self.counted = True
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))  # [E, D]
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None  # [E]
         self.register_buffer("load_share_E", torch.empty(num_experts))
@@ -177,6 +178,9 @@ class Router(nn.Module):
         logits_NE = fast.linear_fp32(x_ND, self.weight, self.bias)
         probs_NE = logits_NE.softmax(dim=-1)
         experts_NK, threshold_N = self._choose(probs_NE.detach())
+        if self.replay_NK is not None:
+            experts_NK = torch.where(self.replay_NK < 0, experts_NK, self.replay_NK)
+            threshold_N = None
         weights_NK = probs_NE.gather(1, experts_NK)
         if self.renormalize:
             weights_NK = weights_NK / weights_NK.sum(dim=1, keepdim=True)
@@ -184,7 +188,7 @@ class Router(nn.Module):
             logsumexp_N = logits_NE.logsumexp(dim=1)
             loss = self._own_losses(probs_NE, logsumexp_N)
             weights_NK = AddLoss.apply(weights_NK, loss, self.loss_share)
-            if self.replay_NK is None:
+            if self.counted:
                 self._count(logits_NE, probs_NE, logsumexp_N, experts_NK)
                 self._estimate_bias(probs_NE, threshold_N)
         return weights_NK, experts_NK
@@ -194,8 +198,6 @@ class Router(nn.Module):
 
         The threshold lies halfway between the K-th and the next score; there is none for K = E.
         """
-        if self.replay_NK is not None:
-            return self.replay_NK, None
         if self.selection_bias_E is not None:
             probs_NE = probs_NE + self.selection_bias_E.float()
         if self.top_k == self.num_experts:
@@ -333,18 +335,20 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
 
 
 @contextlib.contextmanager
-def replay(module: nn.Module, experts_per_layer: Sequence[Tensor | None]) -> Iterator[None]:
-    """Let the routers of `module` take these choices; nothing is counted meanwhile.
+def replay(module: nn.Module, experts_per_layer: Sequence[Tensor | None],
+           counted: bool = False) -> Iterator[None]:
+    """Let the routers of `module` take these choices; nothing is counted meanwhile, unless asked.
 
-    The weights are those of the given experts, with their gradients. The sequence is read when the
-    block is entered, so it may be a `Watch`'s that is yet to be filled.
+    The weights are those of the given experts, with their gradients. Where a choice is negative the
+    router makes its own. The sequence is read when the block is entered, so it may be a `Watch`'s
+    that is yet to be filled.
     """
     found = routers(module)
-    before = [router.replay_NK for router in found]
+    before = [(router.replay_NK, router.counted) for router in found]
     for router, experts_NK in zip(found, experts_per_layer, strict=True):
-        router.replay_NK = experts_NK
+        router.replay_NK, router.counted = experts_NK, counted
     try:
         yield
     finally:
-        for router, experts_NK in zip(found, before, strict=True):
-            router.replay_NK = experts_NK
+        for router, state in zip(found, before, strict=True):
+            router.replay_NK, router.counted = state

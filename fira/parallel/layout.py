@@ -7,7 +7,9 @@ so the training loop knows only this class.
 """
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -21,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from fira.model.initialize import TensorSlice, initialize
 from fira.model.moe import MoE
-from fira.model.router import end_step, health, routers, set_loss_share
+from fira.model.router import end_step, health, replay, routers, set_loss_share
 from fira.model.transformer import Documents
 from fira.parallel.expert import keep_experts
 from fira.parallel.mesh import Mesh
@@ -137,20 +139,21 @@ class Layout:
     def _average(self, results: list[Result]) -> dict[str, float]:
         """The mean of the loss and of every metric, by weight, over the results of all ranks.
 
-        Micro-batches without weight do not count, and a rank may lack a metric that others have.
+        Micro-batches without weight do not count, and a rank may lack a metric that others have. Of
+        a metric whose name ends in _max it is the largest value.
         """
-        sums: dict[str, tuple[float, float]] = {}
+        own: dict[str, list[tuple[float, float]]] = {}
         for share, loss, metrics in results:
             assert "loss" not in metrics, "the loss itself has this name"
             for name, value in {"loss": loss, **metrics}.items() if share else ():
-                total, weight = sums.get(name, (0.0, 0.0))
-                sums[name] = total + share * float(value), weight + share
-        everyone = [sums] if self.mesh.size == 1 else self.mesh.gather(sums)
+                own.setdefault(name, []).append((float(value), share))
+        everyone = [own] if self.mesh.size == 1 else self.mesh.gather(own)
         means = {}
         for name in dict.fromkeys(name for found in everyone for name in found):
-            totals, weights = zip(*(found[name] for found in everyone if name in found),
-                                  strict=True)
-            means[name] = sum(totals) / sum(weights)
+            values, shares = zip(*(pair for found in everyone for pair in found.get(name, ())),
+                                 strict=True)
+            means[name] = max(values) if name.endswith("_max") else (
+                sum(map(operator.mul, values, shares)) / sum(shares))
         return means
 
     def _sum_over_ranks(self) -> None:
@@ -260,11 +263,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def read(model: Any, batch: Any) -> Any:
     """`model` for the loss of `batch`. If a batch has `positions_BT`, its rows hold documents that
-    are masked from each other, and the features are ready."""
+    are masked from each other, and the features are ready. `experts_BTLK` are taken by the routers,
+    if it has any."""
     if not hasattr(batch, "positions_BT"):
         return model
     documents = Documents(batch.positions_BT, model.spec.num_layers)
-    return Ready(model, model.features(batch.tokens_BT, documents))
+    given = batch.experts_BTLK.flatten(0, 1).unbind(1) if hasattr(batch, "experts_BTLK") else ()
+    with replay(model, given, counted=True) if given else contextlib.nullcontext():
+        return Ready(model, model.features(batch.tokens_BT, documents))
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], group: Any) -> None:

@@ -1,0 +1,278 @@
+"""`fira rl`: a model learns from the rewards of its own answers (GRPO; see fira/loss/policy.py).
+
+A step draws prompts by its number, writes a group of answers to each with the present weights, and
+takes one step on them. Groups whose answers all have the same reward teach nothing and are replaced
+by other prompts. On many ranks each has its part of the prompts.
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from rich.console import Console
+
+from fira.config import Config, ConfigError
+from fira.data.batches import Folder, permute
+from fira.data.chat import prompt_ids
+from fira.data.records import records
+from fira.data.sources import RECORDS, inputs
+from fira.data.tokenizer import Tokenizer
+from fira.eval.task import make_row
+from fira.files import read_json
+from fira.infer.load import load
+from fira.infer.request import SamplingParams
+from fira.loss.policy import PolicyBatch, policy_loss
+from fira.loss.preference import log_probabilities
+from fira.model.files import CONFIG, knows_chat
+from fira.model.router import routers
+from fira.parallel.layout import Layout, read, to_device
+from fira.runlog import console
+from fira.stages.config import Opened, RunConfig, Stage
+from fira.stages.reward import Question, Reward, check_reward, open_reward
+from fira.stages.rollouts import Rollout, draw_seed, pack_rollouts, write_answers
+from fira.stages.tune import HELD_OUT, Files, TuneOptions, adapt, tune
+from fira.train.loop import LoopState, Recipe, Score
+
+TRIES = 4  # prompts of a place in the batch until one has answers of different rewards
+DRY = 5  # steps in a row without any such prompt end the run
+FIRST = 32  # prompts, each with FIRST answers, by which a model is judged before it is trained
+EASIEST, HARDEST = 0.95, 0.05  # pass@1 above and pass@16 below which there is little to learn
+
+
+class RlData(Config):
+    start: Folder = Field(description="step folder of the model that is trained")
+    tasks: Files = Field(description="files or folders of rows with messages and answers")
+    held_out: Files = Field([], description="rows to evaluate on; without them a twentieth")
+    reward: str | None = Field(None, description="FILE.py:FUNCTION; null: the rows' checkers")
+
+    @property
+    def chat(self) -> Files:
+        return self.tasks
+
+
+class RlOptions(Config):
+    prompts: int = Field(16, ge=1, description="prompts of a step")
+    group: int = Field(8, ge=2, description="answers to each prompt")
+    clip: float | None = Field(0.2, gt=0, lt=1, description="how far p / p_sampled may leave 1")
+    kl: float = Field(0.0, ge=0, description="weight of the divergence from the start")
+    max_new: int = Field(128, ge=1, description="tokens of an answer at most")
+    replay: bool = Field(False, description="train with the experts that were chosen in rollouts")
+
+
+class RlConfig(RunConfig):
+    """Everything that decides a run of reinforcement learning."""
+
+    data: RlData
+    tune: TuneOptions = TuneOptions()
+    rl: RlOptions = RlOptions()
+
+
+class Data(NamedTuple):
+    train: list[Question]
+    held_out: list[Question]
+    reward: Reward
+
+
+def open_data(config: RlConfig) -> Opened:
+    """Read the rows and try the reward on them. Raises ValueError, one line, for what is wrong."""
+    data, ranks = config.data, config.parallel
+    if ranks.shard > 1 or ranks.pipeline > 1 or ranks.expert > 1:
+        raise ConfigError("each rank writes answers with the whole model; set parallel.shard, "
+                          "parallel.pipeline and parallel.expert to 1, and parallel.data instead")
+    if not knows_chat(data.start):
+        raise ValueError(f"{data.start} was not trained on chat turns, so it answers no question; "
+                         "tune it first with fira tune --chat")
+    reward = open_reward(data.reward)
+    train, held_out = _questions(config, data.tasks), _questions(config, data.held_out)
+    if not held_out:
+        held_out, train = train[::HELD_OUT], [one for number, one in enumerate(train)
+                                              if number % HELD_OUT]
+    if not train:
+        raise ConfigError(f"{', '.join(data.tasks)} leave no row to train on; give two or more")
+    check_reward(reward, [*train, *held_out])
+    about = {"sources": [Path(name).name for name in data.tasks], "rows": len(train),
+             "rows held out": len(held_out)}
+    return Opened(Path(data.start), Data(train, held_out, reward), about,
+                  [f"{len(train):,} prompts to train on, {len(held_out):,} held out"])
+
+
+def _questions(config: RlConfig, sources: Sequence[str]) -> list[Question]:
+    tokenizer, found = Tokenizer.load(config.data.start), list[Question]()
+    room = config.train.sequence_length + 1 - config.rl.max_new
+    for where, record in records(inputs(sources, RECORDS)) if sources else ():
+        row = make_row(record, where)
+        if not row.messages:
+            raise ValueError(f"{where}: a prompt for rl is a list of chat messages; write the row "
+                             'as {"messages": [...], "answer": ...}')
+        ids = prompt_ids(tokenizer, row.messages, tuned=True)
+        if len(ids) > room:
+            raise ConfigError(
+                f"{where}: the prompt has {len(ids)} tokens and {room} fit beside an answer of "
+                f"rl.max_new={config.rl.max_new}; give a smaller --max-new, or a larger "
+                f"train.sequence_length, up to model.context={config.model.context}")
+        found.append(Question(row, ids, record, where))
+    return found
+
+
+class Rollouts:
+    """Batches of answers to prompts in the order of the run's seed, with their advantages."""
+
+    def __init__(self, config: RlConfig, data: Data, tokenizer: Tokenizer, layout: Layout) -> None:
+        self.config, self.data, self.tokenizer, self.layout = config, data, tokenizer, layout
+        self.reference: Any = None
+        digest = hashlib.sha256(repr([one.columns for one in data.train]).encode())
+        self.key = digest.hexdigest()[:16]
+
+    def answer(self, questions: Sequence[Question], seeds: Sequence[Sequence[int]],
+               temperature: float = 1.0) -> tuple[list[Rollout], np.ndarray]:
+        """As many answers to each question as it has seeds, and their rewards [questions, seeds].
+        An answer that was cut off is worth nothing."""
+        if not questions:
+            return [], np.zeros((0, 1))
+        answers = write_answers(
+            self.layout.model, self.tokenizer,
+            [question.ids for question, own in zip(questions, seeds, strict=True) for _ in own],
+            [seed for own in seeds for seed in own],
+            SamplingParams(self.config.rl.max_new, temperature))
+        rewards = [self.data.reward(question, [one.text for one in answers[first:first + size]])
+                   for first, question, size in zip(range(0, len(answers), len(seeds[0])),
+                                                    questions, map(len, seeds), strict=True)]
+        cut = np.array([one.truncated for one in answers]).reshape(len(questions), -1)
+        return answers, np.where(cut, np.minimum(0.0, rewards), rewards)
+
+    def batch(self, state: Any, fraction: float) -> tuple[list[Any], dict[str, Any], Any]:
+        """This rank's micro-batches; the checksum of the prompts and the number of steps without a
+        group to learn from; metrics over all ranks."""
+        rl, seed, step = self.config.rl, self.config.train.seed, state.step
+        missing = list(range(rl.prompts))[self.layout.rows(rl.prompts)]
+        answers, advantages, sums = list[Rollout](), list[float](), np.zeros(6)
+        for attempt in range(TRIES):
+            places = [(step * TRIES + attempt) * rl.prompts + place for place in missing]
+            questions = [self.data.train[self._at(place)] for place in places]
+            found, rewards_PG = self.answer(questions, [
+                [draw_seed(seed, place, number) for number in range(rl.group)]
+                for place in places])
+            useful_P = np.ptp(rewards_PG, axis=1) > 0
+            kept_P = useful_P | (attempt == TRIES - 1)
+            for index in np.flatnonzero(kept_P):
+                answers += found[index * rl.group:(index + 1) * rl.group]
+                advantages += (rewards_PG[index] - rewards_PG[index].mean()).tolist()
+            sums += (rewards_PG.sum(), sum(len(one.logs_A) for one in found),
+                     sum(one.truncated for one in found), rewards_PG.size, useful_P.sum(),
+                     len(places))
+            missing = [place for place, kept in zip(missing, kept_P, strict=True) if not kept]
+            if not missing:
+                break
+        reward, tokens, cut, count, useful, groups = self.layout.sum(
+            torch.from_numpy(sums)).tolist()
+        dry = 0 if useful else state.position.get("dry", 0) + 1
+        if dry == DRY:
+            raise ValueError(f"in {DRY} steps up to {step + 1} no prompt had answers of different "
+                             f"rewards (mean reward {reward / count:.3g}), so there is nothing to "
+                             "learn from these tasks; give harder ones if it is near 1, else "
+                             "easier ones")
+        row = {"reward": reward / count, "signal": useful / groups, "truncated": cut / count,
+               "answer_tokens": tokens / count}
+        return self._pack(answers, advantages), {self.key: step + 1, "dry": dry}, row
+
+    def _at(self, place: int) -> int:
+        epoch, place = divmod(place, len(self.data.train))
+        return int(permute(np.array([place]), len(self.data.train), self.config.train.seed,
+                           epoch)[0])
+
+    def _pack(self, answers: list[Rollout], advantages: list[float]) -> list[PolicyBatch]:
+        train, spec = self.config.train, self.config.model
+        layers = len(routers(self.layout.model)) if self.config.rl.replay else 0
+        fields = pack_rollouts(answers, advantages, train.sequence_length, layers, spec.top_k)
+        batches = [PolicyBatch(*parts) for parts in zip(*(
+            field.split(train.micro_batch) for field in fields), strict=True)]
+        if self.config.rl.kl:
+            self.reference = self.reference or load(self.config.data.start, str(
+                self.layout.mesh.device)).model.eval()
+            with torch.no_grad():
+                batches = [one._replace(reference_BT=log_probabilities(read(
+                    self.reference, on), on).cpu()) for one in batches
+                    for on in [to_device(one, self.layout.mesh.device)]]
+        return batches
+
+    def describe(self, state: Any) -> str:
+        """Raises ValueError if the run of `state` has learned from other tasks."""
+        if state.position and self.key not in state.position:
+            raise ValueError(f"this run was begun with other tasks (their checksum is not "
+                             f"{self.key}); put the files back as they were, or start anew into "
+                             "another --run folder")
+        return ""
+
+
+def recipe(config: RlConfig, data: Data, tokenizer: Tokenizer, layout: Layout) -> Recipe:
+    """Rollouts, the policy gradient, and the reward of greedy answers to held-out prompts."""
+    if config.rl.prompts % layout.mesh.batch_ranks:
+        raise ConfigError(f"rl.prompts={config.rl.prompts} must divide by the "
+                          f"{layout.mesh.batch_ranks} ranks; try a multiple of it")
+    rollouts = Rollouts(config, data, tokenizer, layout)
+    name = "reward" if config.data.reward else "accuracy"
+
+    own = slice(layout.mesh.batch_rank, None, layout.mesh.batch_ranks)
+
+    def probe() -> tuple[dict[str, float], Score]:
+        questions = data.held_out[own]
+        answers, rewards = rollouts.answer(questions, [[0]] * len(questions), temperature=0.0)
+        total, cut, count = layout.sum(torch.tensor([
+            rewards.sum(), sum(one.truncated for one in answers), len(answers)])).tolist()
+        return {name: total / count, "truncated": cut / count}, Score(name, total / count, False)
+
+    def begin(run: Path, fresh: bool) -> None:
+        if not fresh:
+            return
+        numbers = range(FIRST)[own][:len(data.train)]
+        _, rewards = rollouts.answer([data.train[number % len(data.train)] for number in numbers], [
+            [draw_seed(config.train.seed, number, answer, 1) for answer in range(FIRST)]
+            for number in numbers])
+        once, often = (layout.sum(torch.tensor([
+            sum(_pass_at(k, FIRST, int((row > 0).sum())) for row in rewards), len(rewards)]))
+            for k in (1, 16))
+        told = (f"before training, pass@1 is {once[0] / once[1]:.1%} and pass@16 "
+                f"{often[0] / often[1]:.1%}")
+        if once[0] / once[1] > EASIEST or often[0] / often[1] < HARDEST:
+            raise ValueError(f"{told}: " + (
+                "these tasks are solved; give harder ones" if once[0] / once[1] > EASIEST else
+                "the model hardly ever solves these tasks; tune it on rows with answers first, or "
+                "give easier ones"))
+        if layout.mesh.rank == 0:
+            console().print(told, soft_wrap=True)
+
+    return Recipe(rollouts, policy_loss(config.rl.clip, config.rl.kl), probe, begin)
+
+
+def _pass_at(k: int, answers: int, right: int) -> float:
+    """The chance that one of k answers is right, if `right` of so many are (Chen et al. 2021,
+    2107.03374, equation 1)."""
+    return 1 - math.comb(answers - right, k) / math.comb(answers, k)
+
+
+RL = Stage("rl", RlConfig, open_data, recipe, adapt,
+           {"optim": {}, "train": {"steps": 1}}, 0.0, quantized=True)
+# What rl sets unless it is told otherwise.
+SETTINGS = "schedule.kind=constant", "train.save_every=10", "train.patience=5"
+
+
+def rl(source: Path | None, sections: dict[str, dict[str, Any]], settings: Iterable[str], run: Path,
+       device: str, resume: bool, screen: Console) -> LoopState:
+    """`fira rl`: see `fira.stages.tune.tune`. Raises ConfigError if a run that is resumed has other
+    tasks than those given."""
+    settings = list(settings)
+    if not (run / CONFIG).exists():
+        lengths = {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}
+        settings = [*SETTINGS, *([] if lengths else ["train.steps=100"]), *settings]
+    elif asked := sections["data"]["tasks"]:
+        begun = read_json(run / CONFIG, "restore it")["config"]["data"].get("tasks")
+        if begun != RlData(start=".", tasks=asked).tasks:
+            raise ConfigError(f"{run} was begun with --tasks {','.join(begun or ['(none)'])}; "
+                              "leave --tasks out to resume it, or choose another --run")
+    return tune(source, sections, 1.0, settings, run, device, resume, screen, RL)
