@@ -10,6 +10,7 @@ T^2, because its gradient by the logits falls as 1 / T^2 (Hinton et al., section
 """
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,31 +52,40 @@ def jensen_shannon(beta: float) -> Divergence:
 
 def distillation_loss(teach: Callable[[Any], Any], divergence: Divergence = forward,
                       temperature: float = 1.0, ce: float = 0.0,
+                      products: torch.dtype = torch.float32,
                       ) -> Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]:
     """The loss function (1 - ce) * T^2 * divergence + ce * cross-entropy of the targets, in nats
     per scored token, and metrics: both parts, and how often both models find the same token
     likeliest.
 
     `teach(batch)` gives the teacher, in evaluation mode, ready to read the batch. Its logits are
-    made block by block beside the student's, and cut to the student's vocabulary.
+    made block by block beside the student's, and cut to the student's vocabulary. It multiplies in
+    the dtype `products`.
     """
-    def loss_fn(model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
+    def read(batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The teacher's features and head."""
+        lower = products != torch.float32
+        with torch.no_grad(), (torch.autocast(batch.tokens_BT.device.type, products) if lower
+                               else contextlib.nullcontext()):
             teacher = teach(batch)
-            y_BTD, (other_VD, offset_V) = teacher.features(batch.tokens_BT), teacher.head_weights()
+            y_BTD, (weight_VD, bias_V) = teacher.features(batch.tokens_BT), teacher.head_weights()
+            return (y_BTD.flatten(0, -2).to(products), weight_VD.to(products),
+                    None if bias_V is None else bias_V.to(products))
+
+    def loss_fn(model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        y_ND, other_VD, offset_V = read(batch)
         x_BTD, (weight_VD, bias_V) = model.features(batch.tokens_BT), model.head_weights()
-        vocabulary = slice(len(weight_VD))
-        other_VD = other_VD.detach()[vocabulary]
-        offset_V = None if offset_V is None else offset_V.detach()[vocabulary]
+        other_VD = other_VD[:len(weight_VD)]
+        offset_V = None if offset_V is None else offset_V[:len(weight_VD)]
 
         def cost(logs_RV: Tensor, y_RD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
             teacher_RV, student_RV = F.linear(y_RD, other_VD, offset_V).float(), logs_RV
+            best_R1 = logs_RV.argmax(dim=1, keepdim=True)
+            agrees_R = (teacher_RV.gather(1, best_R1).squeeze(1) == teacher_RV.amax(dim=1)).float()
             if temperature != 1:
                 student_RV = (logs_RV / temperature).log_softmax(dim=1)
                 teacher_RV /= temperature
-            teacher_RV = teacher_RV.log_softmax(dim=1)
-            agrees_R = (teacher_RV.argmax(dim=1) == logs_RV.argmax(dim=1)).float()
-            apart_R, grad_RV = divergence(student_RV, teacher_RV)
+            apart_R, grad_RV = divergence(student_RV, teacher_RV.log_softmax(dim=1))
             ce_R, other_RV = next_token(logs_RV, targets_R)
             grad_RV = grad_RV.mul_((1 - ce) * temperature).add_(other_RV, alpha=ce)
             apart_R = apart_R * temperature ** 2
@@ -83,6 +93,6 @@ def distillation_loss(teach: Callable[[Any], Any], divergence: Divergence = forw
 
         targets_N = batch.targets_BT.flatten()
         loss, *metrics = mean_cost(cost, x_BTD, weight_VD, bias_V, (targets_N != IGNORED).float(),
-                                   y_BTD.flatten(0, -2), targets_N)
+                                   y_ND, targets_N)
         return loss, dict(zip(("divergence", "ce", "agreement"), metrics, strict=True))
     return loss_fn

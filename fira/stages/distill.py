@@ -31,6 +31,7 @@ from fira.stages.config import Opened, RunConfig, Stage, open_start
 from fira.stages.run import train_run
 from fira.stages.start import record_of
 from fira.train.loop import LoopState, Recipe
+from fira.train.optim import product_dtype
 
 
 class DistillData(tune.TuneData, DataConfig):
@@ -68,6 +69,8 @@ def open_data(config: DistillConfig) -> Opened:
     if sha256(teacher / WEIGHTS) != options.checksum:
         raise ValueError(f"{teacher} does not hold the teacher that the run was begun with "
                          f"(SHA-256 {options.checksum[:12]}); put it back, or begin a new run")
+    if not (_is_prepared(config) or config.data.text or config.data.chat):
+        raise ConfigError("there is nothing to read; give --data or --chat")
     _check_fit(config, read_config(teacher / CONFIG)[0])
     parent: Any = pretrain if _is_prepared(config) else tune
     opened = parent.open_data(config)
@@ -115,7 +118,8 @@ def recipe(config: DistillConfig, data: Any, tokenizer: Tokenizer, layout: Layou
     parent: Any = pretrain if _is_prepared(config) else tune
     made = parent.recipe(config, data, tokenizer, layout)
     return made._replace(loss_fn=distillation_loss(
-        lambda batch: read(teacher, batch), divergence, options.temperature, options.ce))
+        lambda batch: read(teacher, batch), divergence, options.temperature, options.ce,
+        product_dtype(layout.mesh.device)))
 
 
 DISTILL = Stage("distill", DistillConfig, open_data, recipe)
@@ -136,7 +140,8 @@ def distill(teacher: Path | None, student: str | None, given: dict[str, Any],
         values |= {"distill.teacher": str(folder), "distill.checksum": sha256(folder / WEIGHTS)}
         if not (run / CONFIG).exists() and student is not None:
             preset, values["data.start"] = student, str(folder)
-            if student in preset_names() or student.endswith(".toml"):
+            if student in preset_names() or student.endswith(".toml") or not (
+                    os.sep in student or Path(student).is_dir()):
                 base = load_preset(student)
                 values["model.vocab_size"] = read_config(folder / CONFIG)[0].vocab_size
             else:
@@ -153,7 +158,7 @@ def distill(teacher: Path | None, student: str | None, given: dict[str, Any],
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """Options as settings by name. Raises ConfigError if a prepared folder is not alone."""
-    values = {f"distill.{key}": given[key] for key in ("loss", "temperature", "ce")
+    values = {f"distill.{key}": given[key] for key in DistillOptions.model_fields
               if given.get(key) is not None}
     sources = [*(given.get("data") or ()), *(given.get("chat") or ())]
     prepared = [one for one in sources if (Path(one) / MANIFEST).is_file()]
