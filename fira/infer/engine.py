@@ -2,6 +2,7 @@
 
 One step reads the newest token of every request that is generating, and at most `prefill_tokens`
 tokens of prompts that are not read yet, fewer if the others would wait for more than `pause` ms.
+Without a `pause`, what is read together does not depend on the clock: all repeats to the bit.
 Requests join and leave between steps. A prompt that begins like what a slot holds reuses its rows.
 
 A row's last bits depend on which rows are multiplied together. So the prompt of a request with a
@@ -54,14 +55,14 @@ class Engine:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, slots: int = 8, capacity: int | None = None,
-                 max_waiting: int = 64, prefill_tokens: int = 512, pause: int = 100,
+                 max_waiting: int = 64, prefill_tokens: int = 512, pause: int | None = 100,
                  slide: bool = False, decode_step: DecodeStep | None = None) -> None:
         """Raises ValueError on a number out of range."""
         context = model.spec.context
         self.capacity = window_length(model) if capacity is None else capacity
         for name, value, most in (("slots", slots, None), ("prefill_tokens", prefill_tokens, None),
                                   ("pause", pause, None), ("capacity", self.capacity, context)):
-            if value < 1 or (most and value > most):
+            if value is not None and (value < 1 or most and value > most):
                 raise ValueError(f"{name}={value} must be at least 1"
                                  + (f" and at most the model's context={most}" if most else ""))
         self.model = model.eval()
@@ -80,7 +81,7 @@ class Engine:
         self._running: list[Request] = []  # oldest first
         self._thread: threading.Thread | None = None
         self._loads = np.zeros((len(routers(model)), model.spec.num_experts), np.int64)
-        self._token_ms = pause / LEAST  # of reading a prompt; the latest part counts half
+        self._token_ms = (pause or 1) / LEAST  # of reading a prompt; the latest part counts half
         self._counts = dict.fromkeys(COUNTED, 0)
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener) -> int:
@@ -216,7 +217,8 @@ class Engine:
         """The requests whose prompts are read now, and how many tokens of each, in groups."""
         reading = [request for request in self._running if request.reading]
         ready = [request for request in reading if self._take_slot(request, reading)]
-        fitting = max(LEAST, round(self.pause / self._token_ms)) if answering else 2**30
+        fitting = (max(LEAST, round(self.pause / self._token_ms)) if answering and self.pause
+                   else 2**30)
         sizes = split_budget(min(self.prefill_tokens, fitting), [one.unread for one in ready])
         return group_prompts(list(zip(ready, sizes, strict=True)))
 
@@ -239,6 +241,10 @@ class Engine:
         else:
             logits_PV, experts_LNK = self._read_plain(tokens_N, parts, chosen)
         self._count(experts_LNK)
+        if experts_LNK is not None:
+            for (request, _), read_LSK in zip(chosen, experts_LNK.split(
+                    [part.size for part in parts], dim=1), strict=True):
+                request.routed += [read_LSK] if request.params.experts else []
         if not compiled and len(tokens_N) >= LEAST:
             self._token_ms += 500 * (time.monotonic() - began) / len(tokens_N) - self._token_ms / 2
         for (request, size), part, ids in zip(chosen, parts, tokens, strict=True):

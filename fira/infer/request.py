@@ -104,6 +104,7 @@ class End:
     stop: str | None = None  # the stop string that ended the text
     prompt: Sequence[TokenScore] = ()  # if prompt_logprobs was given
     embedding: Sequence[float] = ()  # mean of the last hidden states, of length 1, if asked for
+    experts_LSK: Tensor | None = None  # of the S tokens that were read, if experts were asked for
     error: str = ""  # one line, if reason is "error"
 
 
@@ -132,6 +133,7 @@ class Request:
         scored, embedded = params.prompt_logprobs is not None, params.embed_from is not None
         self.scores_prompt = scored or embedded  # such a prompt is read in full
         self.prompt_scores = [TokenScore(prompt[0], None)] if scored else []
+        self.routed: list[Tensor] = []
         self.repeats = params.seed is not None and params.temperature > 0
         self.hidden_D: Any = None  # sum of the last hidden states to embed
         self.ends = {*params.stop_ids} | (set() if params.ignore_end else {end_of_text})
@@ -192,7 +194,8 @@ class Request:
     def end(self, reason: Reason, error: str = "") -> End:
         embedding = () if self.hidden_D is None else F.normalize(self.hidden_D, dim=0).tolist()
         return End(reason, self.text.finish(), len(self.prompt), self.cached, len(self.new),
-                   self.text.stopped, tuple(self.prompt_scores), embedding, error)
+                   self.text.stopped, tuple(self.prompt_scores), embedding,
+                   torch.cat(self.routed, dim=1) if self.routed else None, error)
 
 
 def check_request(prompt: Sequence[int], params: SamplingParams, vocab_size: int,
