@@ -129,8 +129,10 @@ def _show_comparison(run: Path | None) -> None:
 @settings_argument
 @click.option("--student", metavar="PRESET|RUN",
               help="A preset, for a new model, or a run to start from.")
-@click.option("--data", multiple=True, metavar="FILES",
-              help="A folder that fira data wrote, or text as for fira data; may be repeated.")
+@click.option("--data", "folder", metavar="FOLDER",
+              help="Text that fira data prepared.")
+@click.option("--text", multiple=True, metavar="FILES",
+              help="Text, as for fira data; may be repeated.")
 @click.option("--chat", multiple=True, metavar="FILES",
               help="Conversations, as for fira tune; may be repeated.")
 @click.option("--held-out", multiple=True, metavar="FILES",
@@ -138,15 +140,24 @@ def _show_comparison(run: Path | None) -> None:
 @click.option("--loss", type=click.Choice(["forward", "reverse", "jsd"]), show_default="forward",
               help="KL(teacher || student), KL(student || teacher), or what lies between.")
 @click.option("--temperature", type=click.FloatRange(0, min_open=True), show_default="1",
-              help="Divisor of the logits of both.")
+              help="Divisor of the logits: of both models, or of the one that writes answers.")
 @click.option("--ce", type=click.FloatRange(0, 1), show_default="0.5",
-              help="Weight of the text's own next token; the divergence has the rest.")
+              help="Weight of the cross-entropy of given text; the divergence has the rest.")
+@click.option("--on-policy", type=click.FloatRange(0, 1), show_default="0",
+              help="With --chat: share of the answers that the student writes itself.")
+@click.option("--sequence", is_flag=True,
+              help="With --chat: the teacher writes the answers, and the student is trained on "
+                   "them by cross-entropy alone.")
+@click.option("--keep-right", is_flag=True,
+              help="With --sequence: leave out answers that the row's checker finds wrong.")
+@click.option("--max-new", type=click.IntRange(1), show_default="256",
+              help="Tokens of an answer that a model writes, at most.")
 @click.option("--run", "--run-folder", "run", type=NEW_FOLDER, required=True,
               help="Folder of the new run.")
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of --run.")
 @device_option
 def distill(teacher: Path | None, settings: tuple[str, ...], student: str | None, run: Path,
-            resume: bool, device: str, **given: Any) -> None:
+            resume: bool, device: str, sequence: bool, keep_right: bool, **given: Any) -> None:
     """Train a student to predict what TEACHER predicts.
 
     TEACHER is a run folder, whose newest checkpoint is used, or one of its step-N folders. The
@@ -159,8 +170,10 @@ def distill(teacher: Path | None, settings: tuple[str, ...], student: str | None
         settings, teacher = (str(teacher), *settings), None
     if not resume and (teacher is None or student is None):
         raise click.UsageError("give TEACHER and --student; only --resume --run FOLDER needs none")
+    if sequence and not (given["chat"] or resume) or keep_right and not sequence:
+        raise click.UsageError("--sequence needs --chat FILES, and --keep-right needs --sequence")
     run_training(lambda: run_distill(teacher, student, given, settings, run, device, resume,
-                                     console()), run)
+                                     console(), sequence, keep_right), run)
 
 
 @click.command(epilog=example(

@@ -29,6 +29,13 @@ def models_and_batch():
             SimpleNamespace(tokens_BT=ids[:, :-1], targets_BT=targets))
 
 
+def taught(teacher):
+    def teach(batch):
+        with torch.no_grad():
+            return teacher.features(batch.tokens_BT), *teacher.head_weights()
+    return teach
+
+
 def whole(student_NV, teacher_NV, beta):
     """The divergences as they are defined, from logits."""
     log_q, log_p = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
@@ -44,7 +51,7 @@ def whole(student_NV, teacher_NV, beta):
 def test_values_and_gradients_equal_those_of_whole_logits(name, temperature, ce):
     student, teacher, batch = models_and_batch()
     divergence, beta = DIVERGENCES[name]
-    ours, found = distillation_loss(lambda _: teacher, divergence, temperature, ce)(student, batch)
+    ours, found = distillation_loss(taught(teacher), divergence, temperature, ce)(student, batch)
     logits, scored = student(batch.tokens_BT), batch.targets_BT != IGNORED
     other = teacher(batch.tokens_BT).detach()[..., :STUDENT.vocab_size]
     apart = temperature ** 2 * whole(logits / temperature, other / temperature, beta)[scored].mean()
@@ -64,7 +71,7 @@ def test_it_is_the_number_of_trl_times_the_squared_temperature(name, temperature
     trainer = pytest.importorskip("trl.experimental.gkd.gkd_trainer").GKDTrainer
     student, teacher, batch = models_and_batch()
     divergence, beta = DIVERGENCES[name]
-    ours, _ = distillation_loss(lambda _: teacher, divergence, temperature)(student, batch)
+    ours, _ = distillation_loss(taught(teacher), divergence, temperature)(student, batch)
     labels = batch.targets_BT
     theirs = trainer.generalized_jsd_loss(
         student(batch.tokens_BT), teacher(batch.tokens_BT)[..., :STUDENT.vocab_size], labels,
