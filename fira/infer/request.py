@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fira.infer.constraint import Constraint
 from fira.model.generate import check_sampling, sample
 
-Reason = Literal["stop", "length", "cancelled", "error"]
+Reason = Literal["stop", "length", "cancelled", "error", "grammar"]
 SCORED_ROWS = 64  # prompt tokens whose logits over the whole vocabulary are in memory together
 
 
@@ -104,7 +104,7 @@ class End:
     stop: str | None = None  # the stop string that ended the text
     prompt: Sequence[TokenScore] = ()  # if prompt_logprobs was given
     embedding: Sequence[float] = ()  # mean of the last hidden states, of length 1, if asked for
-    error: str = ""  # one line, if reason is "error"
+    error: str = ""  # one line, if reason is "error" or "grammar" (beyond its limits)
 
 
 Listener = Callable[[Token | End], None]
@@ -166,7 +166,7 @@ class Request:
             self.prompt_scores += score_tokens(logits_NV, tokens, self.params.prompt_logprobs)
 
     def add_token(self, logits_V: Tensor, experts_LK: Tensor | None) -> Token:
-        """Choose the next token. Raises ValueError if no logit is finite."""
+        """Choose the next token. Raises ValueError if no logit is finite, or GrammarError."""
         params = self.params
         allowed_V = self.constraint.allowed(self.ends) if self.constraint else None
         token = choose_token(logits_V, self.prompt, self.new, params, self.generator, allowed_V)

@@ -52,7 +52,7 @@ def _texts(events: Generator[Token | End, None, None],
         for event in events:
             if event.text:
                 yield event.text
-    if isinstance(event, End) and event.reason == "error":
+    if isinstance(event, End) and event.error:
         raise ValueError(event.error)
     if isinstance(event, End) and ended:
         ended(event)
