@@ -6,7 +6,7 @@ requests with the same one, and computes the tokens that each request's own stat
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,25 +23,34 @@ LIMITS: Any = {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 50_000,
 JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-class Constraint:
-    """A compiled grammar and how much of it a text has written."""
+class GrammarError(ValueError):
+    """A grammar exceeds its limits on a text, which llguidance finds out while it is written."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self.matcher, self.vocab_size = matcher, vocab_size
+
+class Constraint:
+    """A compiled grammar and how much of it a text has written.
+
+    All its copies share one lexer, which can do no more once it is beyond its limits; `discard` is
+    called then.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int, discard: Callable[[], None]) -> None:
+        self.matcher, self.vocab_size, self.discard = matcher, vocab_size, discard
 
     def start(self) -> Constraint:
         """The same grammar with a state of its own."""
-        return Constraint(self.matcher.deep_copy(), self.vocab_size)
+        return Constraint(self.matcher.deep_copy(), self.vocab_size, self.discard)
 
     def allowed(self, ends: Iterable[int]) -> Tensor:
         """Whether each token may come next, [V]; `ends` may where the text may end.
 
-        Raises ValueError if the grammar exceeds its limits on this text.
+        Raises GrammarError if the grammar exceeds its limits on this text.
         """
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         if self.matcher.is_error():
-            raise ValueError(f"the grammar fails on this text ({_one_line(self.matcher)}); use a "
-                             "simpler one")
+            self.discard()
+            raise GrammarError(f"the grammar exceeds its limits on this text "
+                               f"({_one_line(self.matcher)}); use a simpler one")
         allowed_V = np.unpackbits(bits, count=self.vocab_size, bitorder="little").view(bool)
         allowed_V[[*ends]] = self.matcher.is_accepting()
         return torch.from_numpy(allowed_V)
@@ -99,7 +108,7 @@ class Grammars:
         matcher.compute_bitmask()  # some grammars exceed a limit only here
         if matcher.is_error():
             raise ValueError(f"{_one_line(matcher)}; change that part")
-        return Constraint(matcher, self.vocab_size)
+        return Constraint(matcher, self.vocab_size, self.compile.cache_clear)
 
 
 def _one_line(matcher: Any) -> str:

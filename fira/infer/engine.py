@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fira.infer.cache import DecodeStep, Part, SlotBatch, SlotCache, group_prompts, split_budget
+from fira.infer.constraint import GrammarError
 from fira.infer.request import (
     End,
     Listener,
@@ -250,9 +251,8 @@ class Engine:
         for (request, size), part, ids in zip(chosen, parts, tokens, strict=True):
             self.cache.extend(part, ids, request.repeats)
             request.read += size
-        # OpenMP's threads keep spinning after their work is done, on the cores that a compiled step
-        # needs: choosing a token of 50,304 with two threads made the next step of fira-334m 1.4
-        # times as long.
+        # OpenMP's threads spin on after their work, on cores that a compiled step needs: choosing
+        # a token of 50,304 with two threads made the next step of fira-334m 1.4 times as long.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         end = 0
@@ -271,11 +271,9 @@ class Engine:
         batch = SlotBatch(self.cache, parts)
         x_ND = self.model.features(tokens_N[None], batch)[0]
         experts = [chosen_NK for chosen_NK in self._watch.experts if chosen_NK is not None]
-        for (request, _), x_SD in zip(chosen, x_ND.split([part.size for part in parts]),
-                                      strict=True):
+        for (request, _), x_SD in zip(chosen, x_ND.split([p.size for p in parts]), strict=True):
             request.score_prompt(self.model, x_SD)
-        return (self.model.logits(x_ND[batch.lasts_P]),
-                torch.stack(experts) if experts else None)
+        return self.model.logits(x_ND[batch.lasts_P]), torch.stack(experts) if experts else None
 
     def _take_slot(self, request: Request, reading: Sequence[Request]) -> bool:
         """Before a prompt is read; False: it waits for an earlier one with the same beginning."""
@@ -298,7 +296,8 @@ class Engine:
         try:
             token = request.add_token(logits_V, experts_LK)
         except ValueError as error:
-            self._finish(request, "error", str(error))
+            beyond = isinstance(error, GrammarError)
+            self._finish(request, "grammar" if beyond else "error", str(error))
             return
         self._counts["generated_tokens"] += 1
         self._tell(request, token)
@@ -319,7 +318,8 @@ class Engine:
             self.cache.release(request.slot)
         self._counts["prompt_tokens"] += len(request.prompt) if request.new else request.read
         self._counts["cached_tokens"] += request.cached
-        self._counts[{"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")] += 1
+        ended = "failed" if error else "cancelled" if reason == "cancelled" else "finished"
+        self._counts[ended] += 1
         with self._changed:
             del self._requests[request.id]
         self._tell(request, request.end(reason, error))

@@ -25,7 +25,7 @@ from fira.infer.constraint import Constraint
 from fira.infer.thought import Thought
 from fira.model.generate import check_sampling, sample
 
-Reason = Literal["stop", "length", "cancelled", "error"]
+Reason = Literal["stop", "length", "cancelled", "error", "grammar"]
 SCORED_ROWS = 64  # prompt tokens whose logits over the whole vocabulary are in memory together
 
 
@@ -114,7 +114,7 @@ class End:
     prompt: Sequence[TokenScore] = ()  # if prompt_logprobs was given
     embedding: Sequence[float] = ()  # mean of the last hidden states, of length 1, if asked for
     experts_LSK: Tensor | None = None  # of the S tokens that were read, if experts were asked for
-    error: str = ""  # one line, if reason is "error"
+    error: str = ""  # one line, if reason is "error" or "grammar" (beyond its limits)
     thinking_tokens: int = 0  # of the new tokens, those that the model chose inside of its thought
 
 
@@ -180,7 +180,7 @@ class Request:
             self.prompt_scores += score_tokens(logits_NV, tokens, self.params.prompt_logprobs)
 
     def add_token(self, logits_V: Tensor, experts_LK: Tensor | None) -> Token:
-        """Choose the next token. Raises ValueError if no logit is finite."""
+        """Choose the next token. Raises ValueError if no logit is finite, or GrammarError."""
         params, thought = self.params, self.thought
         forced = thought.forced() if thought else None
         token = self._choose(logits_V) if forced is None else forced

@@ -58,7 +58,7 @@ def _texts(events: Generator[Token | End, None, None],
             if event.text:
                 thinks = isinstance(event, Token) and event.thought
                 yield Thinking(event.text) if thinks else event.text
-    if isinstance(event, End) and event.reason == "error":
+    if isinstance(event, End) and event.error:
         raise ValueError(event.error)
     if isinstance(event, End) and ended:
         ended(event)

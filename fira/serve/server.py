@@ -43,6 +43,9 @@ PAGE = Path(__file__).with_name("page.html")
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 KEEPALIVE_SECONDS = 10  # proxies close connections that are silent for longer, often for 60 s
 REQUEST_ID = "x-request-id"
+# The status of an answer that ends without its end, by the engine's reason; the client chooses the
+# grammar, whose limits may show only in the middle of an answer.
+FAILURES = {"grammar": 400, "error": 500, "cancelled": 503}
 Endpoint = Callable[[Request], Awaitable[Response]]
 Service = tuple[api.ServedModel, Any]  # the description of a loaded model, and its started engine
 
@@ -227,9 +230,9 @@ class Events:
                 waiting = False
             index, event = found
             if isinstance(event, End):
-                if event.reason in ("error", "cancelled"):
+                if status := FAILURES.get(event.reason):
                     message = event.error or "the server is shutting down; ask again later"
-                    raise APIError(500 if event.error else 503, message, code=event.reason)
+                    raise APIError(status, message, code=event.reason)
                 del self.running[index]
                 self._add(1)
             yield found

@@ -130,6 +130,26 @@ def test_text_is_divided_the_same_whatever_its_pieces(step):
                        ) == arguments
 
 
+HARD = "(a|ab|[abc]{2,9}){0,1000}a[ab]{99}"  # compiles, and is beyond its limits after 136 times a
+
+
+@pytest.mark.parametrize("path, body", [
+    ("chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300}),
+    ("completions", {"prompt": "Hi", "max_tokens": 300})])
+def test_a_grammar_beyond_its_limits_ends_its_own_answer_and_no_later_one(real, tokenizer, path,
+                                                                          body):
+    def ask(**fields):
+        return real.http.post(f"/v1/{path}", json={**body, "guided_regex": HARD, "logit_bias": {
+            str(tokenizer.encode("a")[0]): 100}, **fields})
+
+    failed = ask().json()["error"]
+    assert ask().status_code == 400 and failed["type"] == "invalid_request_error"
+    assert failed["code"] == "grammar" and "use a simpler one" in failed["message"]
+    *chunks, last = events(ask(stream=True))
+    assert len(chunks) > 100 and last == {"error": failed}
+    assert ask(max_tokens=100).status_code == 200
+
+
 WRONG = [
     ({"response_format": {"type": "json_schema"}}, "response_format", "is missing"),
     ({"guided_json": {"type": "objekt"}}, "guided_json", "objekt"),
