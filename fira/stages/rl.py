@@ -36,7 +36,8 @@ from fira.runlog import console
 from fira.stages.config import Opened, RunConfig, Stage
 from fira.stages.reward import Question, Reward, check_reward, open_reward
 from fira.stages.rollouts import Rollout, draw_seed, pack_rollouts, write_answers
-from fira.stages.tune import HELD_OUT, Files, TuneOptions, adapt, tune
+from fira.stages.start import tune
+from fira.stages.tune import HELD_OUT, Files, TuneOptions, adapt
 from fira.train.loop import LoopState, Recipe, Score
 
 TRIES = 4  # prompts of a place in the batch until one has answers of different rewards

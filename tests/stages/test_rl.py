@@ -14,7 +14,7 @@ from fira.files import sha256
 from fira.model import load_pretrained
 from fira.runlog import read_rows
 from fira.stages.rl import rl
-from fira.stages.tune import tune
+from fira.stages.start import tune
 from fira.train.loop import Loop
 from tests.parallel.ranks import on_ranks
 
