@@ -15,9 +15,10 @@ def runsum(rng: random.Random, depth: int) -> Instance:
     digits = [rng.randrange(10) for _ in range(depth + 1)]
     given = [f"{label}{digit}" for label, digit in zip(labels(rng, depth + 1), digits, strict=True)]
     sums = [total % 10 for total in accumulate(digits)]
-    return Instance("\n".join(["Sum mod 10:", *given]),
-                    [f"{one}={total}" for one, total in zip(given[1:], sums[1:], strict=True)],
-                    str(sums[-1]), str(digits), str(digits[-1]))
+    steps = [f"{one[0]}{before}+{one[1]}={total}" for one, before, total in
+             zip(given[1:], sums[:-1], sums[1:], strict=True)]
+    return Instance("\n".join(["Sum mod 10:", *given]), steps, str(sums[-1]), str(digits),
+                    str(digits[-1]))
 
 
 def swap(rng: random.Random, depth: int) -> Instance:
@@ -27,8 +28,9 @@ def swap(rng: random.Random, depth: int) -> Instance:
     for label in labels(rng, depth):
         pair = rng.sample(CUPS, 2)
         lines.append(label + "".join(pair))
-        at = pair[1 - pair.index(at)] if at in pair else at
-        steps.append(f"{lines[-1]}={at}")
+        new = pair[1 - pair.index(at)] if at in pair else at
+        steps.append(f"{label}{at}:{''.join(pair)}={new}")
+        at = new
     renamings = ({begin: 0} | dict(zip(others, range(1, 5), strict=True))
                  for others in permutations(CUPS.replace(begin, "")))
     canonical = min([sorted(map(new.__getitem__, line[1:])) for line in lines] for new in renamings)
@@ -49,12 +51,12 @@ def modchain(rng: random.Random, depth: int) -> Instance:
         given[name] = f"{rng.choice([*given])}+{rng.randrange(PRIME)}"
     lines = [f"{name}={value}" for name, value in given.items()]
     rng.shuffle(lines)
-    offsets = [total % PRIME for total in accumulate(numbers[:0:-1])]
-    answer = str(sum(numbers) % PRIME)
-    steps = [f"{chain[-1]}={name}+{offset}" for name, offset in
-             zip(chain[-2::-1], offsets, strict=True)]
-    return Instance("\n".join([f"Mod {PRIME}:", *lines, f"{chain[-1]}?"]),
-                    [*steps, f"{chain[-1]}={answer}"], answer, str(numbers), str(numbers[-1]))
+    sums = [total % PRIME for total in accumulate(numbers[::-1])]
+    links = [f"{name}={given[name]}" for name in reversed(chain)]
+    steps = [links[0], *(f"{link}:{before}+{link[-1]}={total}" for link, before, total in
+                         zip(links[1:], sums[:-1], sums[1:], strict=True))]
+    return Instance("\n".join([f"Mod {PRIME}:", *lines, f"{chain[-1]}?"]), steps, str(sums[-1]),
+                    str(numbers), str(numbers[-1]))
 
 
 def deduce(rng: random.Random, depth: int) -> Instance:
