@@ -102,7 +102,7 @@ def data(sources: tuple[str, ...], tokenizer_path: Path, out: Path, validation_e
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="JSON lines to write, for fira tune --chat and fira eval --task.")
 def tasks(specs: tuple[str, ...], out: Path | None, **options: Any) -> None:
-    """Write questions that need steps, with thoughts that answer them step by step."""
+    """Write questions that need steps, with these steps as thoughts."""
     from fira.eval.tasks.write import list_tasks, write_tasks
     from fira.runlog import console
 
