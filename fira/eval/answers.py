@@ -46,9 +46,8 @@ def answer(loaded: Loaded, rows: Sequence[Row], asking: Asking, progress: Callab
     if samples > 1 and not temperature:
         raise ValueError(f"{samples} samples at temperature 0 are all equal; give a temperature "
                          "above 0, or one sample")
-    limit = limit_thought(model, think, most, window)
-    prompts = [prompt_ids(tokenizer, row.messages, True, direct=bool(model.think) and limit is None)
-               for row in rows]
+    direct, limit = limit_thought(model, think, most, window)
+    prompts = [prompt_ids(tokenizer, row.messages, True, direct=direct) for row in rows]
     read = [number for number, ids in enumerate(prompts) if len(ids) <= window]
     params = SamplingParams(ANSWER_TOKENS + (limit or 0), temperature, max_thinking_tokens=limit,
                             stop_ids=(tokenizer.special(TURN_END),))
