@@ -87,7 +87,7 @@ def suite_view(name: str, suite: dict[str, Any], columns: tuple[str, ...] = ON_P
     missing = suite.get("missing")
     notes = [f"experts: load relative to that on {text}" for text in sorted(usual)]
     if drawn := [task["answers"] for task in suite["tasks"].values() if "answers" in task]:
-        columns = (*columns, *ANSWERED)
+        columns = (*columns, *ANSWERED[2 * (drawn[0]["samples"] == 1):])
         notes.append(f"k = {drawn[0]['samples']} answers to each row at temperature "
                      f"{drawn[0]['temperature']:g}; mean tokens of thought + answer")
     notes += [f"without {', '.join(missing)}, which are not there"] if missing else []
