@@ -52,9 +52,11 @@ class Llama:
         return self._post("/tokenize", {"content": text, "add_special": False,
                                         "parse_special": special})["tokens"]
 
-    def apply_template(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] = ()) -> str:
+    def apply_template(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] = (),
+                       **options: Any) -> str:
         """What the file's own template makes of a conversation that goes on with an answer."""
-        given = {"messages": list(messages), **({"tools": list(tools)} if tools else {})}
+        given = {"messages": list(messages), **({"tools": list(tools)} if tools else {}),
+                 "chat_template_kwargs": options}
         return self._post("/apply-template", given)["prompt"]
 
     def _post(self, path: str, body: Any) -> Any:

@@ -31,6 +31,11 @@ from fira.cli.command import (
 @click.option("--task", "files", multiple=True, type=click.Path(dir_okay=False),
               help="JSON lines with a task of your own (docs/evaluation.md), or questions "
                    "that are made, like runsum:1-8 (docs/reasoning.md); may be repeated.")
+@click.option("--samples", type=click.IntRange(1), default=1, show_default=True,
+              help="Answers to each row of messages, for pass@k and maj@k.")
+@click.option("--temperature", type=click.FloatRange(0), show_default="1 if there are several",
+              help="Temperature of these answers; a single one is greedy.")
+@thinking_options
 @click.option("--letters", is_flag=True, help="Let the model choose the letter of an option.")
 @click.option("--general", multiple=True, metavar="SOURCE", show_default="the run's held-out text",
               help="Text to whose load of the experts that on the tasks is compared.")
@@ -89,6 +94,7 @@ def evaluate(run: Path, texts: tuple[str, ...], context: int | None, routing: bo
 def _measure_tasks(run: Path, file: Path | None, shown: bool, against: Path | None,
                    leak: Path | None, resume: bool, **options: Any) -> dict[str, Any]:
     from fira.data.shards import read_manifest
+    from fira.eval.answers import Asking
     from fira.eval.compare import add_comparison
     from fira.eval.leak import add_leaks
     from fira.eval.measure import measure
@@ -97,6 +103,7 @@ def _measure_tasks(run: Path, file: Path | None, shown: bool, against: Path | No
 
     if leak:
         read_manifest(leak)  # refuses another folder before the long work
+    options["asking"] = Asking(**{name: options.pop(name) for name in Asking._fields})
     other = (None if against is None else
              measure(against, **options | {"adapter": None}) if against.is_dir()
              else read_json(against, "give a run, or a file that fira eval --json wrote"))

@@ -14,19 +14,15 @@ import numpy as np
 from rich.console import Console
 
 from fira.convert.files import Loaded
-from fira.data.chat import prompt_ids
-from fira.data.tokenizer import TURN_END
+from fira.eval.answers import Asking, answer
 from fira.eval.experts import GeneralLoad, general_load, over_used
 from fira.eval.score import Loads, Window, encode_rows, score
-from fira.eval.statistics import wilson
+from fira.eval.statistics import mean, wilson
 from fira.eval.suites import open_suite, open_task
 from fira.eval.task import Row, Task
 from fira.eval.tasks.generate import is_spec, open_tasks, task_names
 from fira.files import read_json, sha256, write_text
-from fira.infer.cache import DecodeStep
-from fira.infer.engine import Engine
 from fira.infer.load import load
-from fira.infer.request import SamplingParams
 from fira.model import build
 from fira.model.files import ADAPTER, WEIGHTS
 from fira.model.generate import window_length
@@ -35,19 +31,19 @@ from fira.runtime import keep_large_blocks, versions
 
 RULE = ("after end-of-text, context and continuation are encoded together; the likeliest "
         "continuation, also per byte without white space at its ends; a tie is shared; a gold text "
-        "is right if each of its tokens is the likeliest; chat answers are greedy")
+        "is right if each of its tokens is the likeliest; an answer follows its thought")
 FLOOR_ROWS = 200  # that the random-weight model scores, evenly spread over the task
 TIE = 1e-6  # relative; nats that are closer are the same
-ANSWER_TOKENS = 256
-GENERATED = 200  # questions of a spec, equally many of each depth
+GREEDY = Asking()
 Values = list["float | None"]  # one for each row; None for a row that was left out
+GENERATED = 200  # questions of a spec, equally many of each depth
 
 
 def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: str = ".",
             target: Path | None = None, limit: int | None = None, resume: bool = False,
             letters: bool = False, general: Sequence[str] = (), device: str = "auto",
             screen: Console | None = None, adapter: Path | None = None,
-            as_chat: bool = False) -> dict[str, Any]:
+            as_chat: bool = False, asking: Asking = GREEDY) -> dict[str, Any]:
     """Results of a run's newest step on suites and on task files ("own"), and its experts' load on
     them relative to that on the text of the sources `general`; see `general_load`.
 
@@ -60,6 +56,10 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
         raise ValueError("--resume continues the file of --json FILE; give both")
     old = read_json(target, "leave out --resume") if resume and target else {}
     chosen = _open_tasks(suites, files, data, limit, letters)
+    every = [task for tasks, _ in chosen.values() for task in tasks]
+    if asking != GREEDY and not any(task.rows[0].messages for task in every):
+        raise ValueError("--think, --max-thinking, --samples and --temperature are for tasks whose "
+                         "rows are messages, and no task here has any; leave them out")
     for name, (_, missing) in chosen.items():
         if missing:
             screen.print(f"suite {name}: no rows of {', '.join(missing)}", soft_wrap=True)
@@ -70,8 +70,9 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
     result = {"run": str(loaded.folder), "model_sha256": sha256(weights), "versions": versions()}
     found = old["suites"] if old.get("model_sha256") == result["model_sha256"] else {}
     for suite, (tasks, missing) in chosen.items():
-        if found.get(suite, {}).get("protocol") != _protocol(tasks):
-            found[suite] = {"protocol": _protocol(tasks), "tasks": {}}
+        protocol = _protocol(tasks, asking)
+        if found.get(suite, {}).get("protocol") != protocol:
+            found[suite] = {"protocol": protocol, "tasks": {}}
         found[suite]["missing"] = missing
     todo = [(found[suite]["tasks"], task) for suite, (tasks, _) in chosen.items() for task in tasks
             if task.name not in found[suite]["tasks"]]
@@ -84,7 +85,7 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
 
         for number in range(len(todo)):
             results, task = todo[number]
-            results[task.name] = judge(loaded, task, random, usual, show)
+            results[task.name] = judge(loaded, task, random, usual, show, asking)
             if target:
                 write_text(target, json.dumps({**result, "suites": found}) + "\n")
     return {**result, "suites": found}
@@ -108,17 +109,18 @@ def _is_made(file: str) -> bool:
     return is_spec(file) and not Path(file).exists()
 
 
-def _protocol(tasks: list[Task]) -> dict[str, Any]:
-    """The rule, each task's form, and a hash of the exact requests of all."""
-    return {"rule": RULE, "tasks": {task.name: task.protocol for task in tasks},
+def _protocol(tasks: list[Task], asking: Asking) -> dict[str, Any]:
+    """The rule, how answers are asked for, each task's form, and a hash of the exact requests."""
+    return {"rule": RULE, "answers": asking._asdict(),
+            "tasks": {task.name: task.protocol for task in tasks},
             "sha256": hashlib.sha256("".join(task.sha256 for task in tasks).encode()).hexdigest()}
 
 
 def judge(loaded: Loaded, task: Task, random: Any, usual: GeneralLoad | None,
-          progress: Callable[[float], None]) -> dict[str, Any]:
+          progress: Callable[[float], None], asking: Asking) -> dict[str, Any]:
     """The result of a task; its lists have None for a row that was left out. `random` is a model of
     the same shape with random weights."""
-    found, loads_LE = (_generate(loaded, task.rows, progress) if task.rows[0].messages
+    found, loads_LE = (answer(loaded, task.rows, asking, progress) if task.rows[0].messages
                        else _compare(loaded, task, random, progress))
     n, accuracy = sum(value is not None for value in found["correct"]), mean(found["correct"])
     floors = {"majority": majority(task.rows), **found.pop("floors"),
@@ -162,43 +164,6 @@ def _sums(costs: list[list[np.ndarray]]) -> list[list[float]]:
     return [[float(cost_P2[:, 0].sum()) for cost_P2 in options] for options in costs]
 
 
-def _generate(loaded: Loaded, rows: Sequence[Row], progress: Callable[[float], None]
-              ) -> tuple[dict[str, Any], np.ndarray]:
-    if not loaded.model.chat:
-        raise ValueError("the rows are chat messages, but the model was not trained on chat "
-                         "turns; use a tuned model, or rows with a context")
-    prompts = [prompt_ids(loaded.tokenizer, row.messages, tuned=True) for row in rows]
-    read = [number for number, ids in enumerate(prompts) if len(ids) <= window_length(loaded.model)]
-    events, loads = generate_answers(loaded.model, loaded.tokenizer, [prompts[number] for number in
-                                     read], (loaded.tokenizer.special(TURN_END),), ANSWER_TOKENS,
-                                     progress)
-    texts = {number: "".join(event.text for event in found)
-             for number, found in zip(read, events, strict=True)}
-    right = [row.score(texts[number]) if number in texts else None
-             for number, row in enumerate(rows)]
-    return {"correct": right, "accuracy_per_byte": None, "item_bits": [None] * len(rows),
-            "floors": {}, "cut": [], "unsplit": [], "rows": len(rows),
-            "left_out": [number for number, value in enumerate(right) if value is None]
-            }, loads
-
-
-def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]],
-                     ends: tuple[int, ...], longest: int, progress: Callable[[float], None],
-                     decode_step: DecodeStep | None = None
-                     ) -> tuple[list[list[Any]], np.ndarray]:
-    """The events of a greedy answer to each prompt, and the rows of every expert, [L, E]."""
-    engine = Engine(model, tokenizer, max_waiting=len(prompts), decode_step=decode_step)
-    events: list[list[Any]] = [[] for _ in prompts]
-    for ids, heard in zip(prompts, events, strict=True):
-        engine.add(ids, SamplingParams(longest, 0.0, stop_ids=ends), heard.append)
-    while engine.step():
-        progress(engine.stats["finished"] / len(prompts))
-    engine.close()
-    if error := next((found[-1].error for found in events if found[-1].error), None):
-        raise ValueError(error)
-    return events, np.array(engine.loads)
-
-
 def size(continuation: str) -> int:
     """Bytes of a continuation without white space at its ends."""
     return max(1, len(continuation.strip().encode()))
@@ -233,9 +198,3 @@ def unigram(rows: Sequence[Sequence[Window]], vocab_size: int) -> list[list[floa
     nats_V = -np.log(counts_V / counts_V.sum())
     return [[float(nats_V[tokens[known + 1:]].sum()) for tokens, known in options]
             for options in rows]
-
-
-def mean(values: Values) -> float | None:
-    """Of the values that are not None; None if all are."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None

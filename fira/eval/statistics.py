@@ -47,6 +47,12 @@ def student(freedom: int) -> float:
         / (scale * freedom ** order) for order, (scale, factors) in enumerate(EXPANSION, start=1))
 
 
+def mean(values: Values) -> float | None:
+    """Of the values that are not None; None if all are."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
 def wilson(scores: Values) -> tuple[float, float]:
     """The interval of a rate that inverts the score test (Wilson 1927); 0 to 1 without items.
 

@@ -15,13 +15,15 @@ from fira.data.chat import prompt_ids
 from fira.data.conversations import Row
 from fira.data.packs import Packs, Windows, in_order
 from fira.data.tokenizer import TURN_END
+from fira.eval.answers import ANSWER_TOKENS, generate_answers
 from fira.eval.compare import FORMS, add_comparison
-from fira.eval.measure import ANSWER_TOKENS, generate_answers, mean, measure
+from fira.eval.measure import mean, measure
 from fira.eval.score import Window, score
 from fira.eval.statistics import Z, wilson
 from fira.files import write_json
 from fira.infer.decode import open_step
 from fira.infer.load import load
+from fira.infer.request import SamplingParams
 from fira.model.generate import window_length
 from fira.model.router import routers
 from fira.model.usage import read_use
@@ -147,7 +149,7 @@ def compare_answers(models: Sequence[Any], tokenizer: Any, rows: Sequence[Row],
     described, texts = list[dict[str, Any]](), list[list[str]]()
     for number, model in enumerate(models):
         events, _ = generate_answers(
-            model, tokenizer, prompts, ends, longest,
+            model, tokenizer, prompts, SamplingParams(longest, 0.0, stop_ids=ends),
             lambda share, begun=number: progress((begun + share) / 2),  # type: ignore[misc]
             open_step(model, "float32", lambda text: None))
         found = [([token.id for token in tokens[:len(tokens) - (end.reason == "stop")]],

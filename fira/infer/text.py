@@ -72,8 +72,8 @@ class Conversation:
                  think: str | None = None) -> None:
         """Raises ValueError if params.max_new_tokens leave no room for a message, and as
         `limit_thought`."""
-        limit = limit_thought(model, think, params.max_thinking_tokens, params.max_new_tokens)
-        self.direct = bool(model.think) and limit is None
+        self.direct, limit = limit_thought(model, think, params.max_thinking_tokens,
+                                           params.max_new_tokens)
         self.engine = Engine(model, tokenizer, slots=1, slide=True, decode_step=decode_step)
         self.tokenizer, self.tuned = tokenizer, tuned
         ends = (tokenizer.special(TURN_END),) if tuned else ()

@@ -8,18 +8,20 @@ from fira.data.chat import can_think
 from fira.data.tokenizer import THINK, THINK_END
 
 
-def limit_thought(model: Any, think: str | None, limit: int | None, longest: int) -> int | None:
-    """`max_thinking_tokens` of an answer of at most `longest` tokens; None: it has no thought.
+def limit_thought(model: Any, think: str | None, limit: int | None,
+                  longest: int) -> tuple[bool, int | None]:
+    """Whether an answer of at most `longest` tokens begins with an empty thought, and
+    `max_thinking_tokens`, None if it has no other.
 
-    `think` on or off or as the model was tuned. Raises ValueError if it cannot think.
+    `think` is on, off, or None: as the model was tuned. Raises ValueError if it cannot think.
     """
-    thinks = bool(model.think)
+    thinks = bool(getattr(model, "think", False))
     if not thinks and (think == "on" or limit):
         raise ValueError("this model was not tuned to think; leave out --think on and "
                          "--max-thinking, or tune it on answers with reasoning_content")
     if not thinks or think == "off" or limit == 0:
-        return None
-    return longest if limit is None else limit
+        return thinks, None
+    return False, longest if limit is None else limit
 
 
 class Thought:

@@ -23,7 +23,12 @@ CELLS: dict[str, Callable[[dict[str, Any]], str]] = {
     "": lambda task: "at chance" * task["at_chance"],
     "experts": lambda task: " ".join(
         f"{one['layer']}.{one['expert']} x{one['ratio']:.1f}"
-        for one in (task["experts"] or {"over_used": []})["over_used"])}
+        for one in (task["experts"] or {"over_used": []})["over_used"]),
+    **{key: lambda task, key=key: _percent(*task.get("answers", {}).get(key, ()))  # type: ignore
+       for key in ("pass@k", "maj@k", "cut off")},
+    "tokens": lambda task: " + ".join(
+        f"{mean:.0f}" for mean in task.get("answers", {}).get("tokens", ()))}
+ANSWERED = ("pass@k", "maj@k", "cut off", "tokens")  # of a suite with generated answers
 ON_SCREEN = ("n", "bits/byte", "right", "95%", "per byte", "floors", "", "experts")
 ON_PAGE = ("n", "bits/byte", "right", "95%", "centred", "floors", "")
 SPECIAL_ROWS = {  # what is said of rows that are not read as they are: the list of their numbers
@@ -81,6 +86,10 @@ def suite_view(name: str, suite: dict[str, Any], columns: tuple[str, ...] = ON_P
              for task in suite["tasks"].values() if task["experts"] and "experts" in columns}
     missing = suite.get("missing")
     notes = [f"experts: load relative to that on {text}" for text in sorted(usual)]
+    if drawn := [task["answers"] for task in suite["tasks"].values() if "answers" in task]:
+        columns = (*columns, *ANSWERED[2 * (drawn[0]["samples"] == 1):])
+        notes.append(f"k = {drawn[0]['samples']} answers to each row at temperature "
+                     f"{drawn[0]['temperature']:g}; mean tokens of thought + answer")
     notes += [f"without {', '.join(missing)}, which are not there"] if missing else []
     table = Table("task", box=None, padding=(0, 1, 0, 0))
     for title in columns:

@@ -50,7 +50,8 @@ class OwnAnswers:
             [draw_seed(self.seed, int(number), place) for number, some in zip(
                 numbers, prompts, strict=True) for place in range(len(some))],
             SamplingParams(min(self.longest, max(rooms)))))
-        found = [Packs([type(row)(*(field[:len(ids) + room] for field in row))
+        found = [Packs([row._replace(ids=row.ids[:len(ids) + room],
+                                     trained=row.trained[:len(ids) + room])
                         for ids, row in zip(some, (next(answers).row for _ in some), strict=True)],
                        self.length).read(np.zeros(1, int))
                  for some, room in zip(prompts, rooms, strict=True)]

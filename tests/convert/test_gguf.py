@@ -34,6 +34,9 @@ def files(run, dense_run, untied_run, chat_run, tmp_path_factory):
         export_run(run, folder / f"{name}.gguf", name, Console(quiet=True))
     for name, other in {"dense": dense_run, "untied": untied_run, "chat": chat_run}.items():
         export_run(other, folder / f"{name}.gguf", "f32", Console(quiet=True))
+    model, tokenizer, _ = load(chat_run, "cpu")
+    model.think = True
+    write_model(model, tokenizer, folder / "thinks.gguf", "f32")
     return folder
 
 
@@ -143,10 +146,11 @@ def test_the_file_of_a_model_tuned_for_chat_brings_its_template(files, loaded):
 @pytest.mark.parametrize("record", KINDS, ids=["tools", "thoughts"])
 def test_turns_of_all_kinds_have_the_same_ids_in_llamacpp(files, loaded, record):
     messages, tools = read_conversation(record)
-    llama = Llama(files / "chat.gguf")
-    theirs = llama.apply_template(record["messages"][:-1], tools)
-    assert llama.tokenize(theirs, special=True) == render(loaded.tokenizer, messages[:-1], True,
-                                                          tools)
+    llama = Llama(files / "thinks.gguf")
+    for think in (True, False):
+        theirs = llama.apply_template(record["messages"][:-1], tools, enable_thinking=think)
+        assert llama.tokenize(theirs, special=True) == render(
+            loaded.tokenizer, messages[:-1], True, tools, direct=not think)
 
 
 def test_the_command_says_how_to_run_the_file_and_writes_a_modelfile(run, files, fira, tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fira.convert.hf import check_router
-from fira.files import MANIFEST
+from fira.data.chat import render
+from fira.files import MANIFEST, write_manifest
 from fira.infer.load import load
 from fira.model import build, load_pretrained
 from fira.model.files import CONFIG, INDEX, WEIGHTS, knows_chat
@@ -105,6 +107,27 @@ def test_the_template_beside_the_tokenizer_or_the_option_decides_about_chat(
     assert fira("export", "hf", tmp_path / "again", tmp_path / "out").code == 0
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert ("<|im_start|>" in settings["chat_template"]) == chat
+
+
+def test_a_model_that_thinks_says_so_by_its_template_here_and_elsewhere(chat_run, fira, tmp_path):
+    run = shutil.copytree(chat_run, tmp_path / "run")
+    for path in run.glob("step-*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"think": True}))
+        write_manifest(path.parent)
+    old = json.dumps("{% if tools %}<|im_start|>system\n of an older version")
+    for path in run.glob("step-*/tokenizer_config.json"):
+        path.write_text(re.sub(r'"chat_template": ".*"', lambda _: f'"chat_template": {old}',
+                               path.read_text()))
+        write_manifest(path.parent)
+    assert fira("export", "hf", run, tmp_path / "hf").code == 0
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ask = [{"role": "user", "content": "Größe?"}]
+    assert auto.apply_chat_template(ask, add_generation_prompt=True, enable_thinking=False,
+                                    return_dict=True)["input_ids"] == render(
+        load(run, "cpu").tokenizer, ask, direct=True)
+    answer = fira("import", "hf", tmp_path / "hf", tmp_path / "again")
+    assert "and thinks, because that has enable_thinking" in " ".join(answer.err.split())
+    assert load(tmp_path / "again", "cpu").model.think is True
 
 
 def test_exported_and_imported_files_have_the_permissions_that_the_umask_leaves(run, fira,

@@ -1,6 +1,7 @@
 """Chat keeps what fits, says what it drops, and survives Ctrl-C."""
 from __future__ import annotations
 
+import copy
 import io
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from fira.infer import text as module
 from fira.infer.chat import UNTUNED, chat, talk
 from fira.infer.request import SamplingParams
 from fira.infer.text import Conversation
+from fira.runlog import console
 
 
 def conversation(model, tokenizer, tuned=True, system=None, max_new_tokens=16) -> Conversation:
@@ -77,6 +79,25 @@ def test_an_untuned_model_reads_plain_text(model, tokenizer) -> None:
     assert talker.prompt(talker.messages) == expected
     continued = prompt_ids(tokenizer, talker.messages[:2], tuned=False, continue_final=True)
     assert continued == expected[:1] + tokenizer.encode("The state")
+
+
+def test_thoughts_are_shown_apart_and_leave_the_history(model, tokenizer, monkeypatch,
+                                                        capsys) -> None:
+    think = tokenizer.special("<think>")
+    model = copy.copy(model)
+    model.think = True
+    for limits, thinks in (({"max_thinking_tokens": 4}, True), ({"max_thinking_tokens": 0}, False)):
+        params = SamplingParams(max_new_tokens=12, temperature=0, ignore_end=True, **limits)
+        talker = Conversation(model, tokenizer, True, params)
+        assert talker.prompt([]) == render(tokenizer, [], direct=not thinks)
+        monkeypatch.setattr(talker, "prompt", lambda _, ids=[7, think][:1 + thinks]: ids)
+        say(monkeypatch, "The state\n")
+        talk(talker, console(stderr=False), console())
+        out, notes = capsys.readouterr()
+        assert bool(notes.strip()) == thinks and talker.messages[1]["content"] == out[:-1]
+    model.think = None
+    with pytest.raises(ValueError, match="not tuned to think; leave out --think on and --max-th"):
+        Conversation(model, tokenizer, True, params, think="on")
 
 
 def test_a_pipe_gets_answers_alone(step_folder: Path, monkeypatch, capsys) -> None:

@@ -180,6 +180,32 @@ def test_a_cut_stream_is_told_and_thoughts_are_folded_and_not_sent_back(page, en
     assert "Yes." in read and "Well" not in read
 
 
+def test_a_model_that_thinks_is_asked_with_limits_and_its_thought_is_folded(page, engine, served):
+    page.click("#settings-open")
+    assert not page.locator("[name=reasoning_effort]").is_visible()
+    page.click("#settings >> text=Cancel")
+    served.thinks, engine.thought, engine.pause = True, ["Well", " then."], 0.1
+    opened(page, page.url)
+    page.click("#settings-open")
+    page.select_option("[name=reasoning_effort]", "low")
+    page.fill("[name=max_tokens]", "16")
+    page.click("#settings >> text=Save")
+    ask(page, "Hello")
+    page.wait_for_selector(".thoughts summary")
+    assert not page.locator(".thoughts p").is_visible()
+    assert finished(page).startswith("Größe")
+    page.click("text=Thoughts")
+    assert page.locator(".thoughts p").inner_text() == "Well then."
+    settings(page, max_thinking_tokens="99")
+    reply_to(page, "Again")
+    page.click("text=Continue")
+    finished(page)
+    asked = [(params.max_thinking_tokens, tokenizer_text) for ids, params in engine.asked
+             for tokenizer_text in [served.tokenizer.decode(ids)]]
+    assert [limit for limit, _ in asked] == [4, 16, None]
+    assert ["Well then." in text for _, text in asked] == [False, False, True]
+
+
 def test_an_error_after_a_long_paste_is_in_view_and_a_conversation_opens_at_its_end(page):
     ask(page, "word\n" * 600)
     for _ in range(2):

@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from fira.infer.load import load
+
 SHORT = ("train.sequence_length=48", "train.batch_tokens=192", "train.micro_batch=2", "--device",
          "cpu")
 
@@ -73,6 +75,28 @@ def test_nothing_to_train_on_is_refused_with_what_to_do(trained_run, tmp_path, r
         more = write(tmp_path, "b.jsonl", [talk("Who?", "Me. " * 12)])
         fixed = fira(*words, "--chat", more, setting)
         assert "1 to train on" in fixed.out, fixed.err
+
+
+def test_a_chat_model_learns_to_think_from_rows_with_thoughts(trained_run, tmp_path, fira):
+    """The tokens around thoughts are new to it, and both rows of a question are held out together.
+    """
+    plain, thinks = tmp_path / "plain", tmp_path / "thinks"
+    rows = [talk(f"Why {n}?") for n in range(30)]
+    for row in rows:
+        row["messages"][1]["reasoning_content"] = "Hm."
+    words = ("--no-card", *SHORT, "train.steps=2", "--chat")
+    asked = write(tmp_path, "plain.jsonl", [talk(f"Who {n}?") for n in range(9)])
+    assert fira("tune", trained_run, "--method", "full", *words, asked, "--run", plain).code == 0
+    assert load(plain, "cpu").model.think is False
+    words = ("tune", plain, *words, write(tmp_path, "thinks.jsonl", rows), "data.direct=true")
+    assert "56 to train on, 4 held out" in fira(*words, "--dry-run").out
+    assert fira(*words, "--run", thinks).code == 0
+    assert json.loads((thinks / "config.json").read_text())["data"]["rows with thoughts"] == 56
+    (before, tokenizer, _), (after, *_) = load(plain, "cpu"), load(thinks, "cpu")
+    assert after.think is True
+    ids = [tokenizer.special(name) for name in ("<think>", "</think>", "<tool_call>")]
+    moved = (after.head_weights()[0] - before.head_weights()[0]).norm(dim=-1)[ids]
+    assert moved[0] > 1e-5 < moved[1] and (moved[0] != moved[1]) and moved[2] == 0
 
 
 def test_a_tuning_is_not_resumed_with_other_data(trained_run, chats, tmp_path, fira, refused):
