@@ -20,7 +20,7 @@ from fira.infer.engine import Engine
 from fira.infer.request import End, SamplingParams, Token
 from fira.parallel.pipeline import autocast
 
-SLOTS = 64  # answers that are written at a time
+SLOTS = 128  # answers that are written at a time
 
 
 class Rollout(NamedTuple):

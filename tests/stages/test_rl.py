@@ -105,3 +105,54 @@ def test_two_ranks_equal_one_in_samples_rewards_and_weights(made, tmp_path):
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
     torch.testing.assert_close(*(load_pretrained(run).state_dict() for run in runs), rtol=1e-3,
                                atol=1e-4)
+
+
+REWARDS = """
+def half(prompts, completions, answer, **columns):
+    return [0.5 * (one == right) for one, right in zip(completions, answer, strict=True)]
+
+def any_text(prompts, completions, **columns):
+    assert [message["role"] for message in prompts[0]] == ["user"], prompts
+    return [float(bool(one)) for one in completions]
+
+def short(completions, **columns):
+    return [1.0]
+
+def nan(completions, answer, **columns):
+    return [float("nan") if one not in ("", *answer) else bool(one) for one in completions]
+
+def fails(completions, answer, **columns):
+    return [{"": 0.0, right: 1.0}[one] for one, right in zip(completions, answer, strict=True)]
+
+def number(completions, **columns):
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("changes, given, code, words", [
+    ({}, "half", 1, "tasks.jsonl:2: the answer 'peace' gets the reward 0.5 and not 1"),
+    ({}, "any_text", 1, "before training, pass@1 is 100.0% and pass@16 100.0%: these tasks are "
+                        "solved; give harder ones"),
+    ({}, "short", 1, "rewards.py:short returned [1.0] for 2 completions of"),
+    ({}, "number", 1, "rewards.py:number returned 1.0 for 2 completions of"),
+    ({}, "nan", 1, "rewards.py:nan returned nan for"),
+    ({}, "fails", 1, "rewards.py:fails failed on"),
+    ({}, "missing", 1, "rewards.py has no function 'missing'; define it there"),
+    ({}, "broken.py:one", 1, "broken.py cannot be imported: ModuleNotFoundError"),
+    ({}, "rewards.py", 1, "--reward rewards.py is not FILE.py:FUNCTION with a file that exists"),
+    ({"answer": "never so"}, None, 1, "pass@1 is 0.0% and pass@16 0.0%: the model hardly ever"),
+    ({"answer": ""}, None, 1, "tasks.jsonl:1: the rule that the checker accepts the answer"),
+    ({}, "--max-new=60", 2, "tokens and 5 fit beside an answer of rl.max_new=60; give a smaller"),
+    ({}, "--tasks=none.jsonl", 1, "none.jsonl"),
+    ({}, "parallel.shard=2", 2, "parallel.shard")])
+def test_what_cannot_be_learned_from_is_refused_with_one_line(changes, given, code, words, made,
+                                                              refused, tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "broken.py").write_text("import no_such_module\n")
+    tasks = write(tmp_path / "tasks.jsonl", 40, **changes)
+    name = given if ":" in given or given.endswith(".py") else f"{tmp_path}/rewards.py:{given}" \
+        if given else None
+    words_given = [given] if given and "=" in given else ["--reward", name] if given else []
+    assert words in refused("rl", made[0], "--tasks", tasks, "--max-new", 6, "--run",
+                            tmp_path / "run", *SETTINGS, *words_given, code=code)
+    assert not list(tmp_path.glob("run/step-*"))
