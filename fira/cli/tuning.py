@@ -14,6 +14,7 @@ from fira.cli.command import (
     example,
     settings_argument,
     suite_options,
+    thinking_options,
 )
 from fira.cli.training import run_training
 
@@ -177,13 +178,15 @@ def distill(teacher: Path | None, settings: tuple[str, ...], student: str | None
 
 
 @click.command(epilog=example(
-    "fira rl out/chat --tasks sums.jsonl --max-new 64 --run out/rl train.steps=200"))
+    "fira rl out/chat --tasks runsum:1-8 --max-new 64 --run out/rl train.steps=200"))
 @click.argument("source", required=False, metavar="RUN", type=EXISTING)
 @settings_argument
-@click.option("--tasks", multiple=True, metavar="FILES",
-              help="Rows with messages and answers, as for fira eval --task; several after commas.")
-@click.option("--held-out", multiple=True, metavar="FILES",
-              help="Rows to evaluate on, instead of a twentieth of the others.")
+@click.option("--tasks", multiple=True, metavar="SPEC|FILE,...",
+              help="Tasks that fira tasks lists, such as runsum:1-8, or files of rows with "
+                   "messages and answers.")
+@click.option("--held-out", multiple=True, metavar="SPEC|FILE,...",
+              show_default="split test of the tasks, or a twentieth of the rows",
+              help="Rows to evaluate on.")
 @click.option("--reward", metavar="FILE.py:FUNCTION", show_default="the rows' checkers",
               help="What an answer is worth: called with lists prompts, completions and each of "
                    "the rows' columns; returns a list of numbers.")
@@ -197,6 +200,7 @@ def distill(teacher: Path | None, settings: tuple[str, ...], student: str | None
               show_default=True, help="How far a token's probability ratio may leave 1.")
 @click.option("--kl", type=click.FloatRange(0), default=0.0, show_default=True,
               help="Weight of the divergence from RUN, which holds the model near it.")
+@thinking_options
 @click.option("--replay", is_flag=True, help="Train each token with the experts that it had when "
                                              "it was sampled.")
 @click.option("--method", type=click.Choice(["full", "lora"]), default="full", show_default=True,
@@ -217,10 +221,10 @@ def rl(source: Path | None, settings: tuple[str, ...], run: Path, device: str, r
     from fira.stages.rl import rl as run_rl
 
     if not resume and not (source and tasks):
-        raise click.UsageError("give RUN and --tasks FILES; only --resume --run FOLDER needs none")
-    sections = {"tune": {"method": method}, "rl": options, "data": {
-        "tasks": [name for given in tasks for name in given.split(",")],
-        "held_out": held_out, "reward": reward}}
+        raise click.UsageError("give RUN and --tasks SPEC; only --resume --run FOLDER needs none")
+    names = {key: [name for given in values for name in given.split(",")]
+             for key, values in (("tasks", tasks), ("held_out", held_out))}
+    sections = {"tune": {"method": method}, "rl": options, "data": {**names, "reward": reward}}
     run_training(lambda: run_rl(source, sections, settings, run, device, resume, console()), run)
 
 

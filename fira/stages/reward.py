@@ -77,10 +77,10 @@ def open_reward(name: str | None) -> Reward:
 
 
 def check_reward(reward: Reward, questions: Sequence[Question]) -> None:
-    """Raises ValueError unless every gold answer gets 1 and every empty one 0. A gold answer that
-    is a regular expression is no text to be scored."""
+    """Raises ValueError unless every gold answer gets 1 and every empty one 0. Where gold is a
+    regular expression or a key, there is no such text."""
     for question in questions:
-        gold = [] if question.row.checker == "regex" else [question.row.answers[0]]
+        gold = [] if question.row.checker in ("regex", "gym") else [question.row.answers[0]]
         for text, value in zip(["", *gold], reward(question, ["", *gold]), strict=True):
             if value != bool(text):
                 raise ValueError(f"{question.where}: the answer {text!r} gets the reward {value:g} "

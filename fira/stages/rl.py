@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +25,14 @@ from fira.data.records import records
 from fira.data.sources import RECORDS, inputs
 from fira.data.tokenizer import Tokenizer
 from fira.eval.task import make_row
+from fira.eval.tasks.generate import is_spec, open_tasks
 from fira.files import read_json
 from fira.infer.load import load
 from fira.infer.request import SamplingParams
+from fira.infer.thought import limit_thought
 from fira.loss.policy import PolicyBatch, policy_loss
 from fira.loss.preference import log_probabilities
-from fira.model.files import CONFIG, knows_chat
+from fira.model.files import CONFIG, knows_chat, read_config
 from fira.model.router import routers
 from fira.parallel.layout import Layout, read, to_device
 from fira.runlog import console
@@ -40,6 +43,7 @@ from fira.stages.start import tune
 from fira.stages.tune import HELD_OUT, Files, TuneOptions, adapt
 from fira.train.loop import LoopState, Recipe, Score
 
+MADE = 2000  # questions of a spec to train on
 TRIES = 4  # prompts of a place in the batch until one has answers of different rewards
 DRY = 5  # steps in a row without any such prompt end the run
 FIRST = 32  # prompts, each with FIRST answers, by which a model is judged before it is trained
@@ -48,8 +52,10 @@ EASIEST, HARDEST = 0.95, 0.05  # pass@1 above and pass@16 below which there is l
 
 class RlData(Config):
     start: Folder = Field(description="step folder of the model that is trained")
-    tasks: Files = Field(description="files or folders of rows with messages and answers")
-    held_out: Files = Field([], description="rows to evaluate on; without them a twentieth")
+    tasks: Files = Field(description="specs such as runsum:1-8, or files of rows with messages and "
+                         "answers")
+    held_out: Files = Field([], description="the same to evaluate on; without them the split test "
+                            "of the specs, or a twentieth of the rows")
     reward: str | None = Field(None, description="FILE.py:FUNCTION; null: the rows' checkers")
 
     @property
@@ -63,6 +69,9 @@ class RlOptions(Config):
     clip: float | None = Field(0.2, gt=0, lt=1, description="how far p / p_sampled may leave 1")
     kl: float = Field(0.0, ge=0, description="weight of the divergence from the start")
     max_new: int = Field(128, ge=1, description="tokens of an answer at most")
+    think: Literal["on", "off"] | None = Field(None, description="whether thoughts come before "
+                                               "answers; null: as the model was tuned")
+    max_thinking_tokens: int | None = Field(None, ge=0, description="tokens that close a thought")
     replay: bool = Field(False, description="train with the experts that were chosen in rollouts")
 
 
@@ -90,28 +99,50 @@ def open_data(config: RlConfig) -> Opened:
         raise ValueError(f"{data.start} was not trained on chat turns, so it answers no question; "
                          "tune it first with fira tune --chat")
     reward = open_reward(data.reward)
-    train, held_out = _questions(config, data.tasks), _questions(config, data.held_out)
+    train, held_out = (_questions(config, names, split) for names, split in (
+        (data.tasks, "train"), (data.held_out or filter(_is_made, data.tasks), "test")))
     if not held_out:
         held_out, train = train[::HELD_OUT], [one for number, one in enumerate(train)
                                               if number % HELD_OUT]
-    if not train:
-        raise ConfigError(f"{', '.join(data.tasks)} leave no row to train on; give two or more")
-    check_reward(reward, [*train, *held_out])
-    about = {"sources": [Path(name).name for name in data.tasks], "rows": len(train),
-             "rows held out": len(held_out)}
-    return Opened(Path(data.start), Data(train, held_out, reward), about,
-                  [f"{len(train):,} prompts to train on, {len(held_out):,} held out"])
+    seen = {tuple(one.ids) for one in held_out}
+    kept = [one for one in train if tuple(one.ids) not in seen]
+    if not kept:
+        raise ConfigError(f"{', '.join(data.tasks)}: no row is left to train on that is not held "
+                          "out; give more tasks, or others with --held-out")
+    check_reward(reward, [*kept, *held_out])
+    about = {"sources": [Path(name).name for name in data.tasks], "rows": len(kept),
+             "rows held out": len(held_out), "rows equal to held-out rows": len(train) - len(kept)}
+    return Opened(Path(data.start), Data(kept, held_out, reward), about, [
+        ", ".join(f"{value:,} {name}" for name, value in about.items() if isinstance(value, int))])
 
 
-def _questions(config: RlConfig, sources: Sequence[str]) -> list[Question]:
+def _is_made(name: str) -> bool:
+    return is_spec(name) and not Path(name).exists()
+
+
+def _records(name: str, split: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, or of a spec: MADE to train on, a tenth of them to evaluate on."""
+    if not _is_made(name):
+        yield from records(inputs([name], RECORDS))
+        return
+    test = split == "test"
+    for task in open_tasks(name, MADE // 10 if test else MADE, split, 0 if test else 1):
+        for row in task.rows:
+            yield str(row.group), {"messages": list(row.messages), "answer": row.answers[0],
+                                   "checker": row.checker, "group": row.group}
+
+
+def _questions(config: RlConfig, names: Iterable[str], split: str) -> list[Question]:
     tokenizer, found = Tokenizer.load(config.data.start), list[Question]()
     room = config.train.sequence_length + 1 - config.rl.max_new
-    for where, record in records(inputs(sources, RECORDS)) if sources else ():
+    direct = config.rl.think == "off" and bool(read_config(
+        Path(config.data.start) / CONFIG)[1]["think"])
+    for where, record in (one for name in names for one in _records(name, split)):
         row = make_row(record, where)
         if not row.messages:
             raise ValueError(f"{where}: a prompt for rl is a list of chat messages; write the row "
                              'as {"messages": [...], "answer": ...}')
-        ids = prompt_ids(tokenizer, row.messages, tuned=True)
+        ids = prompt_ids(tokenizer, row.messages, tuned=True, direct=direct)
         if len(ids) > room:
             raise ConfigError(
                 f"{where}: the prompt has {len(ids)} tokens and {room} fit beside an answer of "
@@ -127,6 +158,9 @@ class Rollouts:
     def __init__(self, config: RlConfig, data: Data, tokenizer: Tokenizer, layout: Layout) -> None:
         self.config, self.data, self.tokenizer, self.layout = config, data, tokenizer, layout
         self.reference: Any = None
+        rl = config.rl
+        limit = limit_thought(layout.model, rl.think, rl.max_thinking_tokens, rl.max_new)
+        self.params = SamplingParams(rl.max_new, experts=rl.replay, max_thinking_tokens=limit)
         digest = hashlib.sha256(repr([one.columns for one in data.train]).encode())
         self.key = digest.hexdigest()[:16]
 
@@ -140,7 +174,7 @@ class Rollouts:
             self.layout.model, self.tokenizer,
             [question.ids for question, own in zip(questions, seeds, strict=True) for _ in own],
             [seed for own in seeds for seed in own],
-            SamplingParams(self.config.rl.max_new, temperature))
+            replace(self.params, temperature=temperature))
         rewards = [self.data.reward(question, [one.text for one in answers[first:first + size]])
                    for first, question, size in zip(range(0, len(answers), len(seeds[0])),
                                                     questions, map(len, seeds), strict=True)]

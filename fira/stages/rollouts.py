@@ -20,15 +20,16 @@ from fira.infer.engine import Engine
 from fira.infer.request import End, SamplingParams, Token
 from fira.parallel.pipeline import autocast
 
-SLOTS = 64  # answers that are written at a time
+SLOTS = 128  # answers that are written at a time
 
 
 class Rollout(NamedTuple):
     """A prompt of P tokens and an answer of A; `row` has the ids of both, and trains the answer.
 
     logs_A: each token's log-probability when it was sampled; experts_LSK: the experts of the last S
-    of the tokens that were read, which are all but the last one; None for a dense model. `text` has
-    thoughts between <think> and </think>.
+    of the tokens that were read, which are all but the last one, if the params ask for experts. A
+    thought stands in `text` between <think> and </think>. Tokens that close a thought at its limit
+    were not the model's choice and are not trained on.
     """
 
     row: Row
@@ -51,7 +52,7 @@ def write_answers(model: Any, tokenizer: Tokenizer, prompts: Sequence[Sequence[i
     nothing of older weights. Raises ValueError, one line, for weights that are damaged.
     """
     known = {name: tokenizer.added[name] for name in (THINK, THINK_END) if name in tokenizer.added}
-    params = replace(params, stop_ids=(tokenizer.special(TURN_END),), logprobs=0, experts=True,
+    params = replace(params, stop_ids=(tokenizer.special(TURN_END),), logprobs=0,
                      named={number: name.encode() for name, number in known.items()})
     longest = max(map(len, prompts)) + params.max_new_tokens
     training, found = model.training, list[list[Token | End]]()
@@ -78,10 +79,14 @@ def _rollout(prompt: Sequence[int], events: Sequence[Token | End]) -> Rollout:
         raise ValueError(end.error)
     ids = np.array([*prompt, *(token.id for token in tokens)], np.int32)
     experts = None if end.experts_LSK is None else end.experts_LSK.cpu().numpy().astype(np.int16)
-    return Rollout(Row(ids, np.arange(len(ids)) >= len(prompt)),
+    trained = np.array([*[False] * len(prompt), *(not token.forced for token in tokens)])
+    thought = "".join(token.text for token in tokens if token.thought)
+    said = "".join(event.text for event in events if not getattr(event, "thought", False))
+    return Rollout(Row(ids, trained),
                    np.array([token.score.logprob for token in tokens if token.score], np.float32),
                    experts,
-                   "".join(event.text for event in events), end.reason == "length")
+                   f"{THINK}{thought}{THINK_END}{said}" if thought else said,
+                   end.reason == "length")
 
 
 def pack_rollouts(rollouts: Sequence[Rollout], advantages: Sequence[float], length: int,

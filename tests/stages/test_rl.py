@@ -27,13 +27,14 @@ def write(path, count, start=0, wrong=False, **changes):
     """Rows whose answer is the word asked for; if `wrong`, half of them have the next word."""
     path.write_text("".join(json.dumps({
         "messages": [{"role": "user", "content": f"Say {n} {WORDS[n % 5]}"},
-                     {"role": "assistant", "content": WORDS[(n + (n // 5 % 2 if wrong else 0)) % 5]}],
+                     {"role": "assistant", "content": WORDS[(n + wrong * (n // 5 % 2)) % 5]}],
         "answer": WORDS[n % 5]} | changes) + "\n" for n in range(start, start + count)))
     return path
 
 
 def rl_run(rank, start, files, run, *settings, resume=False, options=()):
-    sections = {"tune": {"method": "full"}, "rl": {"prompts": 8, "group": 8, "max_new": 6, **dict(options)},
+    sections = {"tune": {"method": "full"},
+                "rl": {"prompts": 8, "group": 8, "max_new": 6} | dict(options),
                 "data": {"tasks": [str(files[0])], "held_out": [str(files[1])], "reward": None}}
     own = () if resume else (*SETTINGS, "train.steps=14", "train.save_every=4", "optim.lr=5e-3")
     rl(None if resume else start, sections, [*own, *settings], run, "cpu", resume,
@@ -60,9 +61,8 @@ def rows(run, kind):
 
 
 def test_rewards_rise_in_a_few_steps(made):
-    steps, (*_, last) = rows(made[2], "step"), rows(made[2], "validation")
+    steps = rows(made[2], "step")
     first, end = (sum(row["reward"] for row in some) / 3 for some in (steps[:3], steps[-3:]))
-    print([round(row["reward"], 2) for row in steps], rows(made[2], "validation"))
     assert first < 0.7 and end > first + 0.25
     assert max(row["gap_max"] for row in steps) < 1e-4
 
@@ -81,12 +81,13 @@ def test_a_run_killed_after_a_rollout_ends_as_if_it_had_not_been(made, tmp_path)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL and (run / "step-000004").is_dir()
     config = (run / "config.json").read_text()
-    (run / "config.json").write_text(config.replace(str(files[0]), str(files[1])))
+    other = write(tmp_path / "other.jsonl", 12, start=80), files[1]
+    (run / "config.json").write_text(config.replace(str(files[0]), str(other[0])))
     with pytest.raises(ValueError, match="begun with other tasks"):
-        rl_run(0, start, files[1:] * 2, run, resume=True)
+        rl_run(0, start, other, run, resume=True)
     (run / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"was begun with --tasks .*train.jsonl; leave --tasks"):
-        rl_run(0, start, files[1:] * 2, run, resume=True)
+        rl_run(0, start, other, run, resume=True)
     rl_run(0, start, files, run, resume=True)
     for kind in ("step", "validation"):
         assert rows(run, kind) == rows(calm, kind)
@@ -105,3 +106,52 @@ def test_two_ranks_equal_one_in_samples_rewards_and_weights(made, tmp_path):
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
     torch.testing.assert_close(*(load_pretrained(run).state_dict() for run in runs), rtol=1e-3,
                                atol=1e-4)
+
+
+REWARDS = """
+def half(prompts, completions, answer, **columns):
+    return [0.5 * (one == right) for one, right in zip(completions, answer, strict=True)]
+
+def any_text(prompts, completions, **columns):
+    assert [message["role"] for message in prompts[0]] == ["user"], prompts
+    return [float(bool(one)) for one in completions]
+
+def short(completions, **columns):
+    return [1.0]
+
+def nan(completions, answer, **columns):
+    return [float("nan") if one not in ("", *answer) else bool(one) for one in completions]
+
+def fails(completions, answer, **columns):
+    return [{"": 0.0, right: 1.0}[one] for one, right in zip(completions, answer, strict=True)]
+
+def number(completions, **columns):
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("changes, given, code, words", [
+    ({}, "half", 1, "tasks.jsonl:2: the answer 'peace' gets the reward 0.5 and not 1"),
+    ({}, "any_text", 1, "and pass@16 100.0%: these tasks are solved; give harder"),
+    ({}, "short", 1, "rewards.py:short returned [1.0] for 2 completions of"),
+    ({}, "number", 1, "rewards.py:number returned 1.0 for 2 completions of"),
+    ({}, "nan", 1, "rewards.py:nan returned nan for"),
+    ({}, "fails", 1, "rewards.py:fails failed on"),
+    ({}, "missing", 1, "rewards.py has no function 'missing'; define it there"),
+    ({}, "broken.py:one", 1, "broken.py cannot be imported: ModuleNotFoundError"),
+    ({}, "rewards.py", 1, "rewards.py is not FILE.py:FUNCTION with a file that exists"),
+    ({"answer": "never so"}, None, 1, "pass@1 is 0.0% and pass@16 0.0%: the model hardly ever"),
+    ({"answer": ""}, None, 1, "tasks.jsonl:2: the answer '' gets the reward 1 and not 0, which"),
+    ({}, "--max-new=60", 2, "tokens and 5 fit beside an answer of rl.max_new=60; give a smaller"),
+    ({}, "--tasks=none.jsonl", 1, "none.jsonl"),
+    ({}, "parallel.shard=2", 2, "parallel.shard")])
+def test_what_cannot_be_learned_from_is_refused_with_one_line(changes, given, code, words, made,
+                                                              refused, tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "broken.py").write_text("import no_such_module\n")
+    tasks = write(tmp_path / "tasks.jsonl", 40, **changes)
+    given = [] if given is None else [given] if "=" in given else [
+        "--reward", tmp_path / (given if "." in given else f"rewards.py:{given}")]
+    assert words in refused("rl", made[0], "--tasks", tasks, "--max-new", 6, "--run",
+                            tmp_path / "run", *SETTINGS, *given, code=code)
+    assert not list(tmp_path.glob("run/step-*"))
