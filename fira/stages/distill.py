@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from fira.data.conversations import Row, read_conversation
 from fira.data.packs import PackedBatches, Packs, Part
 from fira.data.records import records
 from fira.data.sources import RECORDS, inputs
-from fira.data.tokenizer import THINK_END, Tokenizer
+from fira.data.tokenizer import THINK, THINK_END, Tokenizer
 from fira.eval.task import make_row
 from fira.infer.load import load
 from fira.infer.request import SamplingParams
@@ -43,13 +44,14 @@ from fira.stages.config import Opened, RunConfig, Stage, open_start
 from fira.stages.rollouts import SLOTS, Rollout, draw_seed, write_answers
 from fira.stages.run import train_run
 from fira.stages.start import record_of
+from fira.stages.tune import TuneData, TuneOptions
 from fira.train.loop import LoopState, Recipe
 from fira.train.optim import product_dtype
 
 ANSWERS = "answers.jsonl"  # the teacher's, in the run folder
 
 
-class DistillData(tune.TuneData, DataConfig):
+class DistillData(TuneData, DataConfig):
     start: Folder = Field(description="step folder of the run that the student starts from, or of "
                           "the teacher")
 
@@ -131,7 +133,11 @@ def open_teacher(folder: Path, mesh: Mesh) -> Callable[[Any], tuple[Any, ...]]:
 def recipe(config: DistillConfig, data: Any, tokenizer: Tokenizer, layout: Layout) -> Recipe:
     """That of pre-training or of tuning, with the loss of distillation, unless the cross-entropy is
     all of it."""
-    options, made = config.distill, _parent(config).recipe(config, data, tokenizer, layout)
+    options, parent, settings = config.distill, _parent(config), SimpleNamespace(**dict(config))
+    if parent is tune:
+        think = tokenizer.added.get(THINK)
+        settings.tune = TuneOptions(thoughts=any(think in row.ids for row in data.train.rows))
+    made = parent.recipe(settings, data, tokenizer, layout)
     if own := options.on_policy:
         target, *others = made.batches.parts
         answers = OwnAnswers(data.train, layout.model, tokenizer, config.train.seed)
@@ -164,8 +170,8 @@ class OwnAnswers:
         room = max(len(row.ids) - len(ids) for row, ids in zip(rows, prompts, strict=True))
         answers = write_answers(self.model, self.tokenizer, prompts, [
             draw_seed(self.seed, one) for _, one in numbered], SamplingParams(room))
-        cut = [Row(*(field[:len(row.ids)] for field in answer.row))
-               for row, answer in zip(rows, answers, strict=True)]
+        cut = [Row(own.row.ids[:len(row.ids)], own.row.trained[:len(row.ids)])
+               for row, own in zip(rows, answers, strict=True)]
         found = [Packs([row for row, (own, _) in zip(cut, numbered, strict=True) if own == number],
                        self.length).read(np.zeros(1, int)) for number in numbers]
         ids, targets, positions = map(np.concatenate, zip(*found, strict=True))
