@@ -151,14 +151,15 @@ def _show_comparison(run: Path | None) -> None:
                    "them by cross-entropy alone.")
 @click.option("--keep-right", is_flag=True,
               help="With --sequence: leave out answers that the row's checker finds wrong.")
-@click.option("--max-new", type=click.IntRange(1), show_default="256",
-              help="Tokens of an answer that a model writes, at most.")
+@click.option("--max-new", type=click.IntRange(1), default=256, show_default=True,
+              help="With --sequence: tokens of an answer, at most.")
 @click.option("--run", "--run-folder", "run", type=NEW_FOLDER, required=True,
               help="Folder of the new run.")
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of --run.")
 @device_option
 def distill(teacher: Path | None, settings: tuple[str, ...], student: str | None, run: Path,
-            resume: bool, device: str, sequence: bool, keep_right: bool, **given: Any) -> None:
+            resume: bool, device: str, sequence: bool, keep_right: bool, max_new: int,
+            **given: Any) -> None:
     """Train a student to predict what TEACHER predicts.
 
     TEACHER is a run folder, whose newest checkpoint is used, or one of its step-N folders. The
@@ -174,7 +175,7 @@ def distill(teacher: Path | None, settings: tuple[str, ...], student: str | None
     if sequence and not (given["chat"] or resume) or keep_right and not sequence:
         raise click.UsageError("--sequence needs --chat FILES, and --keep-right needs --sequence")
     run_training(lambda: run_distill(teacher, student, given, settings, run, device, resume,
-                                     console(), sequence, keep_right), run)
+                                     console(), sequence, keep_right, max_new), run)
 
 
 @click.command(epilog=example(

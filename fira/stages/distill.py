@@ -5,44 +5,55 @@ conversations, packed). The loss differs, and answers may be the teacher's or th
 """
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from rich.console import Console
-from torch import Tensor
 
 from fira.checkpoint import read_weights
-from fira.config import Config, ConfigError, load_preset, preset_names
+from fira.config import Config, ConfigError, load_preset
 from fira.convert.quantize import quantize
 from fira.data.batches import DataConfig, Folder
-from fira.data.packs import PackedBatches, Part
-from fira.data.tokenizer import Tokenizer
+from fira.data.chat import prompt_ids
+from fira.data.conversations import Row, read_conversation
+from fira.data.packs import PackedBatches, Packs, Part
+from fira.data.records import records
+from fira.data.sources import RECORDS, inputs
+from fira.data.tokenizer import THINK, THINK_END, Tokenizer
+from fira.eval.task import make_row
+from fira.infer.load import load
 from fira.infer.request import SamplingParams
-from fira.loss.distill import distillation_loss, forward, jensen_shannon, reverse
+from fira.loss.distill import UNKNOWN, distillation_loss, forward, jensen_shannon, reverse
+from fira.loss.head import IGNORED
 from fira.model import build_meta
 from fira.model.files import CONFIG, read_config
+from fira.model.generate import window_length
 from fira.parallel.layout import Layout, read
 from fira.parallel.mesh import Mesh
+from fira.runlog import ProgressLine
+from fira.runtime import launch
 from fira.stages import pretrain, tune
-from fira.stages.answers import OwnAnswers, write_teacher_answers
 from fira.stages.config import Opened, RunConfig, Stage, open_start
+from fira.stages.rollouts import SLOTS, Rollout, draw_seed, write_answers
 from fira.stages.run import train_run
 from fira.stages.start import record_of
+from fira.stages.tune import TuneData, TuneOptions
 from fira.train.loop import LoopState, Recipe
 from fira.train.optim import product_dtype
 
 ANSWERS = "answers.jsonl"  # the teacher's, in the run folder
 
 
-class DistillData(tune.TuneData, DataConfig):
-    start: Folder = Field(description="step folder of the model that the student starts as, or "
-                                      "of the teacher")
+class DistillData(TuneData, DataConfig):
+    start: Folder = Field(description="step folder of the run that the student starts from, or of "
+                          "the teacher")
 
 
 class DistillOptions(Config):
@@ -55,7 +66,6 @@ class DistillOptions(Config):
                       "divergence has the rest")
     on_policy: float = Field(0.0, ge=0, le=1, description="share of the conversations' sequences "
                              "with answers that the student writes itself")
-    max_new: int = Field(256, ge=1, description="tokens of an answer that a model writes, at most")
 
 
 class DistillConfig(RunConfig):
@@ -69,31 +79,32 @@ class DistillConfig(RunConfig):
         data, ranks, own = self.data, self.parallel, self.distill.on_policy
         if bool(data.folder or data.mix) == bool(data.text or data.chat):
             raise ConfigError("give --data FOLDER, or else --text FILES or --chat FILES")
-        if ranks.pipeline > 1 or own and ranks.shard * ranks.expert > 1:
-            raise ConfigError("on every rank the teacher reads, and with --on-policy the student "
-                              "writes, with all blocks; set parallel.pipeline=1, and with "
-                              "--on-policy also parallel.shard=1 and parallel.expert=1")
         if own and not data.chat:
             raise ConfigError(f"--on-policy {own:g} needs prompts to answer; give --chat FILES")
+        if ranks.pipeline > 1 or own and ranks.shard * ranks.expert > 1:
+            raise ConfigError("the teacher reads with all blocks on a rank, and the student writes "
+                              "with all weights; set parallel.pipeline=1, and with --on-policy "
+                              "also parallel.shard=1 and parallel.expert=1")
 
 
 def open_data(config: DistillConfig) -> Opened:
-    """The text or the rows. Raises ConfigError if the teacher cannot read, or score, what the
-    student does."""
+    """The text or the rows. Raises ConfigError if the teacher cannot read or score them."""
     folder = Path(config.distill.teacher)
     teacher = read_config(folder / CONFIG)[0]
-    rows, length = config.model.vocab_size, config.train.sequence_length
-    if teacher.vocab_size < rows:
-        raise ConfigError(f"model.vocab_size={rows} is more than the {teacher.vocab_size} tokens "
-                          "that the teacher knows; choose another student, or for a new one "
-                          f"model.vocab_size={teacher.vocab_size}")
-    if teacher.context < length:
-        raise ConfigError(f"train.sequence_length={length} is longer than the {teacher.context} "
-                          "tokens that the teacher reads; set "
-                          f"train.sequence_length={teacher.context}")
+    for name, value, most in (("model.vocab_size", config.model.vocab_size, teacher.vocab_size),
+                              ("train.sequence_length", config.train.sequence_length,
+                               teacher.context)):
+        if value > most:
+            raise ConfigError(f"{name}={value} is more than the {most} tokens of the teacher; set "
+                              f"{name}={most}, or choose another student")
     opened = _parent(config).open_data(config)
-    _check_tokenizer(folder, opened.folder, f"prepare the text with --tokenizer {folder}")
-    return opened._replace(about={**opened.about, "teacher": str(folder)})
+    wanted = Tokenizer.load(folder).hash[:12]
+    for other in (Path(config.data.start), opened.folder):
+        if (found := Tokenizer.load(other).hash[:12]) != wanted:
+            raise ConfigError(f"the teacher has tokenizer {wanted}, but {other} has {found}; give "
+                              "a student that has the teacher's, and data prepared with "
+                              f"--tokenizer {folder}")
+    return opened
 
 
 def _parent(config: DistillConfig) -> Any:
@@ -101,52 +112,128 @@ def _parent(config: DistillConfig) -> Any:
     return tune if config.data.text or config.data.chat else pretrain
 
 
-def _check_tokenizer(teacher: Path, other: Path, remedy: str) -> None:
-    """Raises ConfigError, with both hashes, if the ids of one mean other text in the other."""
-    one, two = (Tokenizer.load(folder).hash for folder in (teacher, other))
-    if one != two:
-        raise ConfigError(f"the teacher {teacher} has tokenizer {one[:12]}, but {other} has "
-                          f"{two[:12]}; {remedy}")
-
-
-def open_teacher(folder: Path, mesh: Mesh) -> Callable[[Any], tuple[Tensor, Tensor, Tensor | None]]:
+def open_teacher(folder: Path, mesh: Mesh) -> Callable[[Any], tuple[Any, ...]]:
     """The model in a step folder, divided between the ranks like any other, as a function from
     batches to its features and head. It multiplies in bfloat16 where that is faster."""
     spec, notes = read_config(folder / CONFIG)
-    model, kind = build_meta(spec), notes["quantization"]
+    model, kind, dtype = build_meta(spec), notes["quantization"], product_dtype(mesh.device)
     layout = Layout(mesh, quantize(model, kind) if kind else model, seed=0)
     read_weights(folder, layout)
     layout.model.eval().requires_grad_(False)
-    dtype = product_dtype(mesh.device)
 
     @torch.no_grad()
-    def teach(batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        with (contextlib.nullcontext() if dtype == torch.float32 else
-              torch.autocast(mesh.device.type, dtype)):
+    def teach(batch: Any) -> tuple[Any, ...]:
+        with torch.autocast(mesh.device.type, dtype, enabled=dtype != torch.float32):
             teacher = read(layout.model, batch)
-            y_BTD, (weight_VD, bias_V) = teacher.features(batch.tokens_BT), teacher.head_weights()
-        return y_BTD.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+            found = teacher.features(batch.tokens_BT), *teacher.head_weights()
+        return tuple(None if one is None else one.to(dtype) for one in found)
     return teach
 
 
 def recipe(config: DistillConfig, data: Any, tokenizer: Tokenizer, layout: Layout) -> Recipe:
-    """That of pre-training or of tuning; unless the cross-entropy is all of the loss, it becomes
-    that of distillation."""
-    options, made = config.distill, _parent(config).recipe(config, data, tokenizer, layout)
+    """That of pre-training or of tuning, with the loss of distillation, unless the cross-entropy is
+    all of it."""
+    options, parent, settings = config.distill, _parent(config), SimpleNamespace(**dict(config))
+    if parent is tune:
+        think = tokenizer.added.get(THINK)
+        settings.tune = TuneOptions(thoughts=any(think in row.ids for row in data.train.rows))
+    made = parent.recipe(settings, data, tokenizer, layout)
     if own := options.on_policy:
         target, *others = made.batches.parts
-        written = OwnAnswers(data.train, layout.model, tokenizer, options.max_new,
-                             config.train.seed)
+        answers = OwnAnswers(data.train, layout.model, tokenizer, config.train.seed)
         made = made._replace(batches=PackedBatches([
             target._replace(share=target.share * (1 - own)),
-            Part("own answers", written, target.share * own), *others], config.train, layout.rows))
+            Part("own answers", answers, target.share * own), *others], config.train, layout.rows))
     if options.ce == 1:
         return made
-    divergence = {"forward": forward, "reverse": reverse,
-                  "jsd": jensen_shannon(options.beta)}[options.loss]
+    divergence = {"forward": forward, "reverse": reverse, "jsd": jensen_shannon(options.beta)}
     return made._replace(loss_fn=distillation_loss(
-        open_teacher(Path(options.teacher), layout.mesh), divergence, options.temperature,
-        options.ce))
+        open_teacher(Path(options.teacher), layout.mesh), divergence[options.loss],
+        options.temperature, options.ce))
+
+
+class OwnAnswers:
+    """The sequences of `packs`, whose rows' first answers `model` writes anew when they are read,
+    with at most as many tokens as the row has left. Their targets are UNKNOWN."""
+
+    def __init__(self, packs: Packs, model: Any, tokenizer: Tokenizer, seed: int) -> None:
+        self.packs, self.model, self.tokenizer, self.seed = packs, model, tokenizer, seed
+        self.length, self.key = packs.length, f"own-{packs.key}"
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def read(self, numbers: np.ndarray) -> list[np.ndarray]:
+        numbered = [(int(number), one) for number in numbers for one in self.packs.packs[number]]
+        rows = [self.packs.rows[one] for _, one in numbered]
+        prompts = [row.ids[:row.trained.argmax()].tolist() for row in rows]
+        room = max(len(row.ids) - len(ids) for row, ids in zip(rows, prompts, strict=True))
+        answers = write_answers(self.model, self.tokenizer, prompts, [
+            draw_seed(self.seed, one) for _, one in numbered], SamplingParams(room))
+        cut = [Row(own.row.ids[:len(row.ids)], own.row.trained[:len(row.ids)])
+               for row, own in zip(rows, answers, strict=True)]
+        found = [Packs([row for row, (own, _) in zip(cut, numbered, strict=True) if own == number],
+                       self.length).read(np.zeros(1, int)) for number in numbers]
+        ids, targets, positions = map(np.concatenate, zip(*found, strict=True))
+        return [ids, np.where(targets == IGNORED, IGNORED, UNKNOWN), positions]
+
+
+def write_teacher_answers(teacher: Path, sources: Sequence[str], path: Path, params: SamplingParams,
+                          keep_right: bool, device: str, screen: Console) -> None:
+    """Write the teacher's answer to the prompt of every conversation of `sources` that it can read
+    into the file `path`, as conversations, or continue there.
+
+    A prompt is what stands before the last answer. An answer that is empty or did not end, or, with
+    `keep_right`, one that the row's checker finds wrong, is marked as not to be trained on. Raises
+    ValueError, one line, for a teacher without chat, and for a file with other answers.
+    """
+    model, tokenizer, folder = load(teacher, device)
+    if not model.chat:
+        raise ValueError(f"{folder} was not trained on chat turns, so it answers no question; "
+                         "distil on text with --text, or tune it first with fira tune --chat")
+    rows, prompts = list[dict[str, Any]](), list[list[int]]()
+    for where, record in records(inputs(sources, RECORDS)):
+        messages, tools = read_conversation(record)
+        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        ids = prompt_ids(tokenizer, before, True, tools)
+        if len(ids) + params.max_new_tokens <= window_length(model):
+            prompts.append(ids)
+            rows.append({"teacher": str(folder), "temperature": params.temperature, "where": where,
+                         **({"answer": record["answer"], "checker": record.get("checker", "exact")}
+                            if keep_right and "answer" in record else {}),
+                         "messages": before, "tools": tools})
+    done, begun = _written(path, rows), time.monotonic()
+    with open(path, "ab") as file, ProgressLine("answers", screen) as shown:
+        for first in range(done, len(rows), SLOTS):
+            some = slice(first, first + SLOTS)
+            found = write_answers(model, tokenizer, prompts[some], [
+                draw_seed(number) for number in range(len(rows))[some]], params)
+            file.writelines(map(_line, rows[some], found))
+            file.flush()
+            shown.update((first + len(found)) / len(rows), f"{first + len(found):,} answers",
+                         time.monotonic() - begun)
+
+
+def _written(path: Path, rows: Sequence[dict[str, Any]]) -> int:
+    """How many of `rows` have their answers in the file already; half of a line is cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    for line, row in zip(lines, rows, strict=False):
+        if {**(old := json.loads(line)), "messages": old["messages"][:-1]} != row:
+            raise ValueError(f"{path} holds answers to other prompts, or of another teacher; "
+                             "delete it, or choose another --run folder")
+    with open(path, "ab") as file:
+        file.truncate(sum(len(line) + 1 for line in lines))
+    return len(lines)
+
+
+def _line(row: dict[str, Any], answer: Rollout) -> bytes:
+    """The conversation as a line of JSON."""
+    said = answer.text.rpartition(THINK_END)[2].strip()
+    right = bool(said) and not answer.truncated and (
+        "answer" not in row or make_row(row, row["where"]).score(said) == 1)
+    message = {"role": "assistant", "content": answer.text if said else "-", "train": right}
+    return (json.dumps({**row, "messages": [*row["messages"], message]}) + "\n").encode()
 
 
 DISTILL = Stage("distill", DistillConfig, open_data, recipe)
@@ -154,7 +241,7 @@ DISTILL = Stage("distill", DistillConfig, open_data, recipe)
 
 def distill(teacher: Path | None, student: str | None, given: dict[str, Any],
             settings: Iterable[str], run: Path, device: str, resume: bool, screen: Console,
-            sequence: bool = False, keep_right: bool = False) -> LoopState:
+            sequence: bool = False, keep_right: bool = False, max_new: int = 256) -> LoopState:
     """`fira distill`: see `fira.stages.run.train_run`.
 
     `student` is a preset or a run, `given` are settings of data and distill; None and () are left
@@ -162,36 +249,31 @@ def distill(teacher: Path | None, student: str | None, given: dict[str, Any],
     was trained. With `sequence` the teacher answers the prompts of `given["chat"]`, and the loss is
     the cross-entropy of its answers.
     """
-    stage, preset, source = DISTILL, None, None
+    stage, preset, source, start = DISTILL, None, None, None
     values = {f"{'distill' if key in DistillOptions.model_fields else 'data'}.{key}": value
               for key, value in given.items() if value not in (None, ())}
     if teacher is not None:
-        values["distill.teacher"] = str(open_start(teacher, quantized=True).folder)
-    if teacher is not None and student is not None and not (run / CONFIG).exists():
-        preset, source, base = student, *_open_student(student, teacher, values)
-        stage = stage._replace(preset={**base, "data": {}, "distill": {}})
+        start = open_start(teacher, quantized=True)
+        values["distill.teacher"] = str(start.folder)
     if sequence:
-        params = SamplingParams(given.get("max_new") or 256, given.get("temperature") or 1.0)
-        if preset:
-            write_teacher_answers(Path(values["distill.teacher"]), given["chat"], run / ANSWERS,
-                                  params, keep_right, device, screen)
         values |= {"data.chat": [str(run / ANSWERS)], "distill.ce": 1.0}
+    if start and student is not None and teacher is not None and not (run / CONFIG).exists():
+        preset = student
+        if Path(student).is_dir():
+            source, own = Path(student), open_start(Path(student)).folder
+            base = record_of(source, own) or record_of(teacher, start.folder)
+            base = {key: base[key] for key in ("optim", "schedule", "train") if key in base}
+        else:
+            base, own = load_preset(student), start.folder
+            values["model.vocab_size"] = start.spec.vocab_size
+        values["data.start"] = str(own)
+        stage = stage._replace(preset={**base, "data": {}, "distill": {}})
+        if sequence and launch().world > 1:
+            raise ConfigError("--sequence is begun by one process, as it writes one file; give the "
+                              "same command without a launcher, and later --resume on many ranks")
+        if sequence:
+            params = SamplingParams(max_new, given.get("temperature") or 1.0)
+            write_teacher_answers(teacher, given["chat"], run / ANSWERS, params, keep_right, device,
+                                  screen)
     settings = [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *settings]
     return train_run(stage, preset, settings, run, device, resume, screen, source)
-
-
-def _open_student(student: str, teacher: Path, values: dict[str, Any]
-                  ) -> tuple[Path | None, dict[str, Any]]:
-    """The run that the student starts from, if it is no preset, and what it is trained with."""
-    folder = Path(values["distill.teacher"])
-    values["data.start"] = str(folder)
-    if student in preset_names() or student.endswith(".toml") or not (
-            os.sep in student or Path(student).is_dir()):
-        values["model.vocab_size"] = read_config(folder / CONFIG)[0].vocab_size
-        return None, load_preset(student)
-    start = open_start(Path(student)).folder
-    values["data.start"] = str(start)
-    _check_tokenizer(folder, start, "choose a student with the same one")
-    record = record_of(Path(student), start) or record_of(teacher, folder)
-    return Path(student), {key: record[key] for key in ("optim", "schedule", "train")
-                           if key in record}

@@ -92,13 +92,13 @@ def test_a_killed_distillation_continues_to_the_bit(trained_run, preset, data_fo
 
 @pytest.mark.parametrize("words, code, rule", [
     (["--student", "smal"], 2, "did you mean small?"),
-    (["--student", "{other}/run", "--data", "{data}"], 2, "choose a student with the same one"),
-    (["--student", "{preset}", "--data", "{other}/other"], 2, "prepare the text with --tokenizer"),
+    (["--student", "{other}/run", "--data", "{data}"], 2, "give a student that has the teacher's"),
+    (["--student", "{preset}", "--data", "{other}/other"], 2, "data prepared with --tokenizer"),
     (["--student", "{preset}", "--data", "{data}", "model.vocab_size=704"], 2,
-     "for a new one model.vocab_size=6"),
+     "is more than the 6"),
     (["--student", "{preset}", "--data", "{data}", "train.sequence_length=128",
       "train.micro_batch=2", "model.context=128"], 2,
-     "than the 64 tokens that the teacher reads; set train.sequence_length=64"),
+     "more than the 64 tokens of the teacher; set train.sequence_length=64"),
     (["--student", "{preset}", "--data", "{data}", "--text", "sotu"], 2, "give --data FOLDER, or"),
     (["--student", "{preset}"], 2, "give --data FOLDER, or else --text FILES or --chat FILES"),
     (["--student", "{preset}", "--data", "{data}", "--on-policy", "0.5"], 2, "give --chat FILES"),
