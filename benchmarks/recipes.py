@@ -1,12 +1,13 @@
 """The recipes of docs/recipes.md in full: tune a run on a domain, and score it beside its floors.
 
-    python benchmarks/recipes.py medical --base out/small --data DATA --general DATA/text.jsonl
+    python benchmarks/recipes.py medical --base out/small --data DATA -- --method full
 
 DATA holds chat/, domains/ and eval/ with files NAME.train.jsonl.xz and NAME.dev.jsonl.xz of
-conversations, each with its `task` or `source`. Answers to held-out prompts are generated greedily.
-A label is right or wrong; other answers get ROUGE-L. Floors, for the same prompts: the commonest
-answer of the training rows, the prompt itself (copy), and the answer of the training row whose
-prompt is the most alike (nearest; cosine of TF-IDF over words).
+conversations, each with its `task` or `source`. Answers to held-out prompts are generated greedily,
+by the base (before) and by the tuned run (after). A label is right or wrong; other answers get
+ROUGE-L. Floors, for the same prompts: the commonest answer of the training rows, the prompt itself
+(copy), and the answer of the training row whose prompt is the most alike (nearest; cosine of TF-IDF
+over words).
 """
 from __future__ import annotations
 
@@ -14,20 +15,23 @@ import json
 import math
 import re
 import statistics
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from record import append, machine, new_parser
+from record import append, new_parser
 
 from fira.cli import fira
 from fira.data.records import records
 from fira.data.sources import inputs
 from fira.eval.measure import measure
 from fira.eval.task import Row, make_row
-from fira.runlog import console
+from fira.files import read_json
+from fira.runlog import TUNING, console
 
+HELD_OUT = 2000  # rows at most, evenly spread over the tasks
 Record = dict[str, Any]
 
 
@@ -42,7 +46,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "chat": Recipe(("chat/chitchat", "chat/instruct", "chat/taskdialog"), "source", {
         "chitchat": "rouge", "wordnet": "rouge", "wiki_offline": "rouge", "recipes": "rouge",
-        "taskdialog": "rouge"}),
+        "sgd": "rouge"}),
     "medical": Recipe(("domains/medical/messages",), "task", {
         "abstract_qa": "exact", "conclusion": "rouge", "dialogue_to_section": "rouge",
         "medical_qa": "rouge"}),
@@ -132,6 +136,55 @@ def floors(train: list[Record], rows: list[Record], checker: str) -> dict[str, f
     return {name: statistics.mean(found) for name, found in scores.items()}
 
 
+def run_recipe(name: str, base: Path, data: Path, folder: Path, limit: int,
+               options: Sequence[str] = ()) -> dict[str, Any]:
+    """Tune `base` into folder/run, unless that is there, and score it on `limit` held-out rows of
+    each task. Raises ValueError for a task without rows."""
+    recipe = RECIPES[name]
+    train, dev = (list(read_rows(data, recipe, split)) for split in ("train", "dev"))
+    tasks = {task: [[row for row in rows if row[recipe.key] == task] for rows in (train, dev)]
+             for task in recipe.tasks}
+    for task, both in tasks.items():
+        if not all(both):
+            raise ValueError(f"{data} has no rows of the task {task} to train on or to hold out; "
+                             f"look at {recipe.key} in {', '.join(recipe.files)}")
+    files = {task: write(folder / f"{task}.jsonl", rows[:limit], recipe.tasks[task])
+             for task, (_, rows) in tasks.items()}
+    run, seconds, begun = folder / "run", None, time.monotonic()
+    if not run.exists():
+        fira(["tune", str(base), "--chat", write(folder / "train.jsonl", train), "--held-out",
+              write(folder / "dev.jsonl", dev[::-(-len(dev) // HELD_OUT)]), "--run", str(run),
+              *options], standalone_mode=False)
+        seconds = time.monotonic() - begun
+    before, after = (measure(one, [], list(files.values()), screen=console(), as_chat=True)[
+        "suites"]["own"]["tasks"] for one in (base, run))
+    scores = {}
+    for task, file in files.items():
+        old, new = (found[Path(file).name] for found in (before, after))
+        own, rows = tasks[task][0], [row for number, row in enumerate(tasks[task][1][:limit])
+                                     if number not in new["left_out"]]
+        scores[task] = {"rows": new["n"], "before": old["accuracy"], "after": new["accuracy"],
+                        "interval": new["interval"], **(
+                            floors(own, rows, recipe.tasks[task]) if rows else {})}
+    return {"recipe": name, "base": base.name, "rows": len(train), "seconds": seconds,
+            "options": list(options), "tasks": scores,
+            "tuning": read_json(run / TUNING, "tune again into another folder")["measures"]}
+
+
+def show(found: dict[str, Any]) -> None:
+    checkers = RECIPES[found["recipe"]].tasks
+    print(f"\n{'task':22}{'checker':>8}{'rows':>6}{'before':>8}{'after':>8}{'95%':>15}"
+          f"{'majority':>10}{'copy':>7}{'nearest':>9}")
+    for task, row in found["tasks"].items():
+        if not row["rows"]:
+            print(f"{task:22} every prompt is longer than the model reads")
+            continue
+        low, high = row["interval"]
+        print(f"{task:22}{checkers[task]:>8}{row['rows']:6}{row['before'] or 0:8.3f}"
+              f"{row['after']:8.3f}{f'{low:.3f} - {high:.3f}':>15}{row['majority']:10.3f}"
+              f"{row['copy']:7.3f}{row['nearest']:9.3f}")
+
+
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("recipe", choices=list(RECIPES))
@@ -141,35 +194,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/recipes"))
     parser.add_argument("options", nargs="*", help="more of fira tune, after --")
     a = parser.parse_intermixed_args()
-    recipe, folder = RECIPES[a.recipe], a.out / a.recipe
-    train, dev = (list(read_rows(a.data, recipe, split)) for split in ("train", "dev"))
-    by_task = {task: [row for row in dev if row[recipe.key] == task][:a.rows]
-               for task in recipe.tasks}
-    files = {task: write(folder / f"{task}.jsonl", rows, recipe.tasks[task])
-             for task, rows in by_task.items() if rows}
-    if not (folder / "run").exists():
-        fira(["tune", str(a.base), "--chat", write(folder / "train.jsonl", train), "--held-out",
-              write(folder / "dev.jsonl", dev[:2000]), "--run", str(folder / "run"), *a.options],
-             standalone_mode=False)
-    found = measure(folder / "run", [], list(files.values()), screen=console())
-    results = {}
-    print(f"\n{'task':22}{'checker':>8}{'rows':>6}{'tuned':>8}{'95%':>14}"
-          f"{'majority':>10}{'copy':>7}{'nearest':>9}")
-    for task, file in files.items():
-        own = [row for row in train if row[recipe.key] == task]
-        row = found["suites"]["own"]["tasks"][Path(file).name]
-        if not row["n"]:
-            print(f"{task:22} every prompt is longer than the model reads")
-            continue
-        low, high = row["interval"]
-        scores = floors(own, by_task[task], recipe.tasks[task])
-        results[task] = {"rows": row["n"], "score": row["accuracy"], "interval": row["interval"],
-                         **scores}
-        print(f"{task:22}{recipe.tasks[task]:>8}{row['n']:6}{row['accuracy']:8.3f}"
-              f"{f'{low:.3f} - {high:.3f}':>14}{scores['majority']:10.3f}{scores['copy']:7.3f}"
-              f"{scores['nearest']:9.3f}")
-    append(a.json, {"recipe": a.recipe, "base": a.base.name, "tasks": results,
-                    "machine": machine()})
+    found = run_recipe(a.recipe, a.base, a.data, a.out / a.recipe, a.rows, a.options)
+    show(found)
+    append(a.json, found)
 
 
 if __name__ == "__main__":

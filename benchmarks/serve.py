@@ -1,8 +1,9 @@
-"""Tests `fira serve`: many streams and hostile connections with a tiny model, the cost of grammars.
+"""Tests `fira serve`: many streams, hostile connections, the cost of grammars, answers that end.
 
     python benchmarks/serve.py load --streams 200 --seconds 60
     python benchmarks/serve.py attack --streams 4 --seconds 60
     python benchmarks/serve.py constraint RUN
+    python benchmarks/serve.py stop RUN --rows chats.dev.jsonl
 
 load keeps `streams` requests streaming for `seconds`. Every greedy completion is compared with
 `generate`. None may be lost, wrong or cut; memory may not grow by a tenth after the first quarter.
@@ -11,6 +12,10 @@ attack is the same while the connections of ATTACKS are opened again and again.
 
 constraint compares the tokens per processor second of RUN with and without a JSON schema and free
 text under a grammar, alternating, medians of seven.
+
+stop gives the first prompt of each conversation to the engine of `fira chat`, to `fira serve`, and,
+in an exported form, to transformers and llama.cpp. At least STOPPED of the greedy answers must end
+by themselves within half of the window, in each of them.
 """
 from __future__ import annotations
 
@@ -25,24 +30,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 from record import append, new_parser
 
+from fira.convert import gguf, hf
+from fira.convert.files import load_run
+from fira.data.records import records
+from fira.data.sources import inputs
 from fira.data.text import texts
 from fira.data.tokenizer import train_tokenizer
 from fira.files import write_manifest
-from fira.infer.request import Release
+from fira.infer.decode import open_step
+from fira.infer.request import Release, SamplingParams
+from fira.infer.text import Conversation
 from fira.model import build, load_pretrained
 from fira.model.files import save_weights
-from fira.model.generate import generate
+from fira.model.generate import generate, window_length
 from fira.model.spec import FIRA2Spec
+from fira.runlog import console
 
 PROMPTS, TOKENS = 32, 32
 CONTEXT = 128  # of the model
+STOPPED = 0.95
+Message = dict[str, str]
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LARGE = b'{"prompt": [' + b"0," * 2**21 + b"0]}"
 LONG = json.dumps({"prompt": ["The"] * 4, "n": 4, "max_tokens": 100, "logprobs": 20}).encode()
@@ -215,17 +229,82 @@ def compare_constraints(run: Path) -> dict[str, Any]:
     return {"faults": [], **{name: round(statistics.median(all)) for name, all in speeds.items()}}
 
 
+def compare_stops(run: Path, rows: str, limit: int) -> dict[str, Any]:
+    """The share of answers that end by themselves, by program, and the programs below STOPPED."""
+    model, tokenizer, _ = load_run(run)
+    longest = window_length(model) // 2
+    talk = Conversation(model, tokenizer, True, SamplingParams(longest, 0.0),
+                        decode_step=open_step(model, "float32", print))
+    prompts = list[list[Message]]()
+    for _, record in records(inputs([rows])):
+        roles = [message["role"] for message in record["messages"]]
+        prompt = record["messages"][:roles.index("assistant")]
+        if len(prompts) < limit and 0 < len(talk.prompt(prompt)) <= talk.budget:
+            prompts.append(prompt)
+    with tempfile.TemporaryDirectory() as folder:
+        ask = {"fira chat": lambda prompt: [
+            *talk.engine.stream(talk.prompt(prompt), talk.params)][-1].reason == "stop"}
+        server = Server(run)
+        ask["fira serve"] = lambda prompt: httpx.post(
+            f"{server.address}/v1/chat/completions", timeout=600, json={
+                "messages": prompt, "temperature": 0, "max_tokens": longest}
+            ).raise_for_status().json()["choices"][0]["finish_reason"] == "stop"
+        ask["transformers"] = transformers_stops(run, Path(folder) / "hf", longest)
+        ask["llama.cpp"] = llama_stops(run, Path(folder) / "run.gguf", longest)
+        shares = {name: statistics.mean(map(stops, prompts))
+                  for name, stops in ask.items() if stops}
+        server.stop()
+    below = [name for name, share in shares.items() if share < STOPPED]
+    return {"run": run.name, "prompts": len(prompts), "longest": longest, **shares, "faults": below}
+
+
+def transformers_stops(run: Path, folder: Path, longest: int) -> Callable[[list[Message]], bool]:
+    import transformers
+
+    hf.export_run(run, folder, None, console())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ends = theirs.generation_config.eos_token_id  # as exported: one id or several
+
+    def stops(prompt: list[Message]) -> bool:
+        given = tokenizer.apply_chat_template(prompt, add_generation_prompt=True,
+                                              return_tensors="pt", return_dict=True)
+        made = theirs.generate(**given, do_sample=False, max_new_tokens=longest)
+        return int(made[0, -1]) in (ends if isinstance(ends, list) else [ends])
+
+    return stops
+
+
+def llama_stops(run: Path, file: Path, longest: int) -> Callable[[list[Message]], bool] | None:
+    """None without the package xllamacpp."""
+    try:
+        import xllamacpp
+    except ImportError:
+        return None
+    gguf.export_run(run, file, "f16", console())
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_parallel, params.verbosity = str(file), 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    llama = xllamacpp.Server(params)
+    return lambda prompt: llama.handle_chat_completions({
+        "messages": prompt, "temperature": 0, "max_tokens": longest})["choices"][0][
+            "finish_reason"] == "stop"
+
+
 def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("test", choices=["load", "attack", "constraint"])
-    parser.add_argument("run", type=Path, nargs="?", help="for constraint")
+    parser.add_argument("test", choices=["load", "attack", "constraint", "stop"])
+    parser.add_argument("run", type=Path, nargs="?", help="for constraint and stop")
+    parser.add_argument("--rows", help="for stop: a file of held-out conversations")
+    parser.add_argument("--limit", type=int, default=200, help="for stop: conversations at most")
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--seconds", type=int, default=60)
     options = parser.parse_args()
-    if options.test == "constraint":
-        if not options.run:
-            parser.error("constraint needs a run")
-        result = compare_constraints(options.run)
+    if options.test in ("constraint", "stop"):
+        if not options.run or (options.test == "stop" and not options.rows):
+            parser.error("constraint needs a run; stop needs a run and --rows FILE")
+        result = (compare_constraints(options.run) if options.test == "constraint" else
+                  compare_stops(options.run, options.rows, options.limit))
     else:
         attacks = ATTACKS if options.test == "attack" else ()
         with serving(CONTEXT) as (server, expected):
