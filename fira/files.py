@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
+LARGE = 1 << 24  # bytes of a file that takes longer to hash than two changes of it lie apart
 MOST_JSON = 1 << 24  # bytes of a JSON file; the index of the largest models has about a third
 
 
@@ -140,9 +141,9 @@ def remove(path: Path) -> None:
 
 
 def write_manifest(folder: Path, known: dict[str, str | None] | None = None) -> None:
-    """Write the size and SHA-256, if it is not `known`, of every file of `folder` into
-    manifest.json; fsync all of it."""
-    files = {path.name: {"bytes": path.stat().st_size,
+    """Write the size, SHA-256, if it is not `known`, and time of the last change of every file of
+    `folder` into manifest.json; fsync all of it."""
+    files = {path.name: {"bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns,
                          "sha256": (known or {}).get(path.name) or sha256(path)}
              for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
@@ -150,23 +151,25 @@ def write_manifest(folder: Path, known: dict[str, str | None] | None = None) -> 
 
 
 def find_damage(folder: Path, names: tuple[str, ...] | None = None,
-                required: Iterable[str] = ()) -> str | None:
+                required: Iterable[str] = (), only_changed: bool = False) -> str | None:
     """What is wrong with `folder` by its manifest (or only with files `names`); None if nothing.
     A manifest that does not list the `required` files is damaged itself."""
-    return next((f"{name} {reason}" for name, ok, reason in check_files(folder, names, required)
-                 if not ok), None)
+    return next((f"{name} {reason}" for name, ok, reason
+                 in check_files(folder, names, required, only_changed) if not ok), None)
 
 
-def check_files(folder: Path, names: tuple[str, ...] | None = None, required: Iterable[str] = ()
-                ) -> Iterator[tuple[str, bool, str]]:
+def check_files(folder: Path, names: tuple[str, ...] | None = None, required: Iterable[str] = (),
+                only_changed: bool = False) -> Iterator[tuple[str, bool, str]]:
     """(file, whether it is as it was written, what is wrong) of each file in a folder's manifest.
 
     With `names`, only of these, also of those that are in the folder but not in the manifest. Reads
-    each file when its turn comes, and raises OSError if that fails.
+    each file when its turn comes, and raises OSError if that fails; with `only_changed`, only
+    small ones and those that were changed after the manifest was written.
     """
     try:
         content = read_json(folder / MANIFEST, "")["files"]
-        listed = {name: (one["bytes"], one["sha256"]) for name, one in content.items()}
+        listed = {name: (one["bytes"], one["sha256"], one.get("modified") if only_changed else None)
+                  for name, one in content.items()}
     except (KeyError, TypeError, AttributeError, ValueError):
         yield MANIFEST, False, "is missing or unreadable"
         return
@@ -175,19 +178,22 @@ def check_files(folder: Path, names: tuple[str, ...] | None = None, required: It
     for name in listed if names is None else names:
         if name in listed or (folder / name).exists():
             try:
-                reason = _fault(inside(folder, name), *listed.get(name, ("the manifest's", "")))
+                due = listed.get(name, ("the manifest's", "", None))
+                reason = _fault(inside(folder, name), *due)
             except ValueError as error:
                 reason = f"cannot be checked ({error})"
             yield name, not reason, reason
 
 
-def _fault(path: Path, due: Any, digest: Any) -> str:
-    """What is wrong with a file of `due` bytes and this SHA-256 by its manifest; "" if nothing."""
+def _fault(path: Path, due: Any, digest: Any, modified: Any) -> str:
+    """What is wrong with a file of `due` bytes and this SHA-256 by its manifest; "" if nothing. A
+    large one that was last `modified` then is not read."""
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != due:
         return f"has {size} bytes, not {due!s:.40}"
-    return "" if sha256(path) == digest else "was altered"
+    same = size >= LARGE and path.stat().st_mtime_ns == modified
+    return "" if same or sha256(path) == digest else "was altered"
 
 
 def free_name(path: Path) -> Path:

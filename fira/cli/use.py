@@ -264,6 +264,10 @@ def chat(run: Path, system: str | None, device: str, precision: str, adapter: Pa
               help="Number of responses that are generated at the same time.")
 @click.option("--queue", type=click.IntRange(1), default=256, show_default=True,
               help="Number of requests that may wait for a slot; further ones get status 429.")
+@click.option("--context", type=click.IntRange(1), show_default="the longest trained on",
+              help="Tokens that a prompt and its response may have together.")
+@click.option("--cache", type=click.Choice(["float32", "float16"]), show_default="the model's",
+              help="Precision of the keys and values that a response keeps.")
 @click.option("--pause", type=click.IntRange(1), default=100, show_default=True,
               help="Milliseconds that an answer's next token may wait for other prompts.")
 @precision_option

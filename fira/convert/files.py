@@ -48,8 +48,7 @@ def load_run(run: str | Path, read: Callable[[Path], Any] = load_pretrained) -> 
 def find_whole(run: str | Path) -> Path:
     """The step folder that `run` names; its model and tokenizer are there and undamaged.
 
-    All that is read anyway is hashed, weights too, at about a gigabyte a second. Raises ValueError,
-    one line, if there is none.
+    Raises ValueError, one line, if there is none.
     """
     folder = find_model(run)
     check_damage(folder, (CONFIG, *FILES, WEIGHTS, ADAPTER))

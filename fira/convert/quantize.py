@@ -36,6 +36,7 @@ from fira.model.files import CONFIG, NOTES, assemble, read_config, read_into
 from fira.model.moe import ExpertLinear
 
 GROUP = 32  # int4 weights that share a scale
+BLOCK = 1024  # rows of a head that are dequantized at once
 KINDS = ("int8", "int4")
 
 
@@ -54,6 +55,15 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     steps = torch.where(scale == 0, 0, groups / scale).round().clamp(-8, 7) + 8
     low, high = steps.to(torch.uint8).chunk(2, dim=-1)
     return (low | high << 4).flatten(-2), scale.squeeze(-1)
+
+
+def _shapes(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(numbers, scale) on meta, where arithmetic would import torch's compiler, in 2 seconds."""
+    *rows, width = weight.shape
+    if kind == "int4":
+        return (weight.new_empty(*rows, width // 2, dtype=torch.uint8),
+                weight.new_empty(*rows, width // GROUP))
+    return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(rows)
 
 
 def dequantize(numbers: Tensor, scale: Tensor) -> Tensor:
@@ -114,7 +124,9 @@ class Quantized(nn.Module):
 
     def __init__(self, like: Any, kind: str) -> None:
         super().__init__()
-        numbers, scale = (quantize_int4 if kind == "int4" else quantize_int8)(like.weight.detach())
+        weight = like.weight.detach()
+        numbers, scale = (_shapes(weight, kind) if weight.is_meta else
+                          (quantize_int4 if kind == "int4" else quantize_int8)(weight))
         self.kind = kind
         self.register_buffer("numbers", numbers)
         self.register_buffer("scale", scale)
@@ -124,6 +136,14 @@ class Quantized(nn.Module):
     def weight(self) -> Tensor:
         """The dequantized weight, for code that reads the weight of a plain module."""
         return dequantize(self.numbers, self.scale)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x W^T + bias without the whole W, which as float32 takes four times the stored bytes."""
+        out = x.new_empty(*x.shape[:-1], len(self.scale))
+        for start in range(0, len(self.scale), BLOCK):
+            rows = slice(start, start + BLOCK)
+            out[..., rows] = x @ dequantize(self.numbers[rows], self.scale[rows]).to(x.dtype).mT
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 class QuantizedLinear(Quantized):
@@ -182,15 +202,17 @@ def quantize(model: Any, kind: str) -> Any:
     return model
 
 
-def load_model(folder: Path, base: Path | None = None, merged: bool = True) -> Any:
+def load_model(folder: Path, base: Path | None = None, merged: bool = True,
+               mapped: bool = False) -> Any:
     """The model in a step folder, plain or quantized, in eval mode.
 
     An adapter is merged into the weights of its base (of those in the step folder `base`, if that
-    is given), or stays beside them if they are quantized or not `merged`.
+    is given), or stays beside them if they are quantized or not `merged`. `mapped`: see
+    `read_tensors`.
     """
     spec, notes = read_config(folder / CONFIG)
     kind, model = notes["quantization"], build_meta(spec)
-    model = read_into(quantize(model, kind) if kind else model, folder, notes, base)
+    model = read_into(quantize(model, kind) if kind else model, folder, notes, base, mapped)
     return merge(model) if merged and not kind else model
 
 

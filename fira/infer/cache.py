@@ -1,16 +1,20 @@
 """The engine's key-value cache: S slots, one request each, and the flat batch that reads them.
 
 Memory layout, which a compiled decode step reads and writes by address: `keys` and `values` are
-contiguous tensors [L, S, G, T, C] in the model's dtype, with rotated keys, T = capacity. Row t of a
-slot belongs to position t. `tokens[slot]` are the tokens whose rows are there, so its length is
-where the next one goes. They stay after a request has ended, until another request takes the slot:
-a prompt with the same beginning reuses those rows instead of reading the tokens again.
+contiguous tensors [L, S, G, T, C], with rotated keys, T = capacity, in the model's dtype or in
+another, to which what is written is rounded. On a CPU the system gives them memory, page by page,
+when they are first written to. Row t of a slot belongs to position t. `tokens[slot]` are the tokens
+whose rows are there, so its length is where the next one goes. They stay after a request has ended,
+until another request takes the slot: a prompt with the same beginning reuses those rows instead of
+reading the tokens again.
 
 A batch is one flat row of tokens [1, N]: the next tokens of every slot one after the other, as many
 of each as there are. There is no padding; only attention distinguishes the requests.
 """
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,11 +44,12 @@ class SlotCache:
     many first tokens of each slot were read in whole blocks, each by itself.
     """
 
-    def __init__(self, model: Any, slots: int, capacity: int) -> None:
-        spec = model.spec
+    def __init__(self, model: Any, slots: int, capacity: int,
+                 dtype: torch.dtype | None = None) -> None:
+        """Raises ValueError if the machine has not so much memory."""
+        spec, like = model.spec, model.norm.weight
         shape = (spec.num_layers, slots, spec.n_kv_head, capacity, spec.head_dim)
-        self.keys = model.token_embedding.weight.new_zeros(shape, requires_grad=False)
-        self.values = torch.zeros_like(self.keys)
+        self.keys, self.values = (_zeros(shape, dtype or like.dtype, like.device) for _ in "kv")
         self.tokens: list[list[int]] = [[] for _ in range(slots)]
         self.repeated = [0] * slots
         self.idle = list(range(slots))
@@ -151,22 +156,36 @@ class SlotLayer(NamedTuple):
             own, stop = slice(slot, slot + 1), start + size
             self.keys_SGTC[own, :, start:stop] = k
             self.values_SGTC[own, :, start:stop] = v
-            outputs.append(attention(q, self.keys_SGTC[own, :, :stop],
-                                     self.values_SGTC[own, :, :stop]))
+            outputs.append(attention(q, self.keys_SGTC[own, :, :stop].to(q.dtype),
+                                     self.values_SGTC[own, :, :stop].to(q.dtype)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _attend_at_once(self, q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor) -> Tensor:
         """Parts of one token: one masked attention over the slots in use, without a copy."""
         batch, (H, _, C) = self.batch, q_1HNC.shape[1:]
         S, G = batch.rows, self.keys_SGTC.shape[1]
-        self.keys_SGTC[batch.slots_N, :, batch.starts_N] = k_1GNC[0].transpose(0, 1)
-        self.values_SGTC[batch.slots_N, :, batch.starts_N] = v_1GNC[0].transpose(0, 1)
+        for rows_SGTC, new_1GNC in ((self.keys_SGTC, k_1GNC), (self.values_SGTC, v_1GNC)):
+            rows_SGTC[batch.slots_N, :, batch.starts_N] = new_1GNC[0].transpose(0, 1).to(
+                rows_SGTC.dtype)
         q_SHC = q_1HNC.new_zeros(S, H, C)
         q_SHC[batch.slots_N] = q_1HNC[0].transpose(0, 1)
         y_SGRC = F.scaled_dot_product_attention(
-            q_SHC.view(S, G, H // G, C), self.keys_SGTC[:S, :, :batch.longest],
-            self.values_SGTC[:S, :, :batch.longest], attn_mask=batch.seen_S11T)
+            q_SHC.view(S, G, H // G, C), self.keys_SGTC[:S, :, :batch.longest].to(q_SHC.dtype),
+            self.values_SGTC[:S, :, :batch.longest].to(q_SHC.dtype), attn_mask=batch.seen_S11T)
         return y_SGRC.reshape(S, H, C)[batch.slots_N].transpose(0, 1)[None]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. torch's would be written, and so take memory and time before they are needed."""
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        if device.type == "cpu":
+            memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+            return torch.frombuffer(memory, dtype=dtype).view(shape)
+        return torch.zeros(shape, dtype=dtype, device=device)
+    except (OSError, torch.OutOfMemoryError):
+        raise ValueError(f"a cache of {2 * size / 1e9:.1f} GB is more than this machine has free; "
+                         "give fewer --slots, a smaller --context or --cache float16") from None
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -57,12 +57,13 @@ class Engine:
 
     def __init__(self, model: Any, tokenizer: Any, *, slots: int = 8, capacity: int | None = None,
                  max_waiting: int = 64, prefill_tokens: int = 512, pause: int | None = 100,
-                 slide: bool = False, decode_step: DecodeStep | None = None) -> None:
-        """Raises ValueError on a number out of range."""
-        context = model.spec.context
+                 slide: bool = False, decode_step: DecodeStep | None = None,
+                 cache_dtype: torch.dtype | None = None) -> None:
+        """`cache_dtype`: see `SlotCache`. Raises ValueError on a number out of range."""
         self.capacity = window_length(model) if capacity is None else capacity
-        for name, value, most in (("slots", slots, None), ("prefill_tokens", prefill_tokens, None),
-                                  ("pause", pause, None), ("capacity", self.capacity, context)):
+        for name, value, most in (("slots", slots, 0), ("prefill_tokens", prefill_tokens, 0),
+                                  ("pause", pause, 0),
+                                  ("capacity", self.capacity, model.spec.context)):
             if value is not None and (value < 1 or most and value > most):
                 raise ValueError(f"{name}={value} must be at least 1"
                                  + (f" and at most the model's context={most}" if most else ""))
@@ -70,13 +71,12 @@ class Engine:
         self.max_waiting, self.slide = max_waiting, slide
         self.prefill_tokens, self.pause = prefill_tokens, pause
         self.tokenizer, self.token_bytes = tokenizer, tokenizer.token_bytes()
-        self.cache = SlotCache(model, slots, self.capacity)
+        self.cache = SlotCache(model, slots, self.capacity, cache_dtype)
         self.device = self.cache.keys.device
         self.decode_step: Any = decode_step
         self._watch = Watch(model)
         self._requests: dict[int, Request] = {}  # running or waiting, oldest first
-        self._ids = itertools.count(1)
-        self._closed = False
+        self._ids, self._closed = itertools.count(1), False
         self._changed = threading.Condition()  # guards what is above
         self._stepping = threading.Lock()  # held by whoever steps; guards what is below
         self._running: list[Request] = []  # oldest first

@@ -95,14 +95,16 @@ def read_model(folder: str | Path, classes: Mapping[str, type[nn.Module]]) -> An
     return merge(read_into(model, folder, notes))
 
 
-def read_into(model: Any, folder: Path, notes: dict[str, Any], base: Path | None = None) -> Any:
+def read_into(model: Any, folder: Path, notes: dict[str, Any], base: Path | None = None,
+              mapped: bool = False) -> Any:
     """`model` of `build_meta` with the weights of a step folder; an adapter is attached to those of
     its base, which is in the step folder `base` if that is given, else where it was."""
     if (below := notes.pop("base")) is None:
         if base:
             raise ValueError(f"{folder} holds a whole model, not an adapter for {base}; "
                              f"use it by itself, without --adapter")
-        return assemble(model, read_tensors(folder / WEIGHTS, model.state_dict()), notes)
+        return assemble(model, read_tensors(folder / WEIGHTS, model.state_dict(), mapped=mapped),
+                        notes)
     weights = find_base(folder, below if base is None else {**below, "path": str(base)})
     with _opened(folder / ADAPTER) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -120,7 +122,7 @@ def read_into(model: Any, folder: Path, notes: dict[str, Any], base: Path | None
                          f"{error}; use the version of FIRA that made it, or its base "
                          f"{below['path']}") from None
     own = read_tensors(folder / ADAPTER, {name: wanted.pop(name) for name in tensors})
-    return assemble(model, read_tensors(weights, wanted, more=True) | own, notes)
+    return assemble(model, read_tensors(weights, wanted, True, mapped) | own, notes)
 
 
 def assemble(model: Any, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> Any:
@@ -197,22 +199,28 @@ def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
 
 def check_damage(folder: Path, names: tuple[str, ...] | None = None) -> None:
     """Raise ValueError, one line, if a file (of `names`, or any) is not as the folder's manifest
-    says. A folder without a manifest has nothing to compare with."""
-    if (folder / MANIFEST).exists() and (damage := find_damage(folder, names)):
+    says. A folder without a manifest has nothing to compare with. Large files are read only if they
+    were changed since: hashing takes longer than loading. `fira check` reads all."""
+    if (folder / MANIFEST).exists() and (damage := find_damage(folder, names, only_changed=True)):
         raise ValueError(f"{folder} is damaged: {damage}; copy it again or use another step; if "
                          f"you changed it, delete its {MANIFEST} and give this very folder")
 
 
-def read_tensors(path: Path, wanted: dict[str, torch.Tensor],
-                 more: bool = False) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, wanted: dict[str, torch.Tensor], more: bool = False,
+                 mapped: bool = False) -> dict[str, torch.Tensor]:
     """The `wanted` tensors, copied out of the file so that it may change while the model lives.
+
+    `mapped` ones are not copied: the system reads a page of the file when it is first used and may
+    drop it again. A page that is written to is copied, so the file stays as it is; nobody may
+    overwrite it in place meanwhile (FIRA does not: it replaces files by a rename).
 
     Raises ValueError, one line, if the file is damaged, lacks one, has one of another shape, or has
     others and not `more`.
     """
     with _opened(path) as file:
         _check_names(path, file, wanted, more)
-        return {name: file.get_tensor(name).clone() for name in wanted}
+        tensors = {name: file.get_tensor(name) for name in wanted}
+        return tensors if mapped else {name: one.clone() for name, one in tensors.items()}
 
 
 def find_base(folder: Path, base: dict[str, str]) -> Path:

@@ -189,6 +189,9 @@ class Transformer(nn.Module):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The head, for callers that need only some positions of `features`."""
+        head = getattr(self, self.after[-1])
+        if hasattr(head, "multiply") and not hasattr(head, "lora"):  # its weight is quantized
+            return head.multiply(x_BTD)
         return F.linear(x_BTD, *self.head_weights())
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KeyValueCache:

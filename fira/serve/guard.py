@@ -108,15 +108,18 @@ async def read_body(request: Request) -> bytes:
 
 async def _read(request: Request) -> bytes:
     body, size = bytearray(), 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= MAX_BODY:
-            body += part
-        elif size > MAX_DISCARDED:
-            break
-    if size > MAX_BODY:
-        raise APIError(413, f"the body is larger than {MAX_BODY} bytes; send less")
-    return bytes(body)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size <= MAX_BODY:
+                body += part
+            elif size > MAX_DISCARDED:
+                break
+        if size > MAX_BODY:
+            raise APIError(413, f"the body is larger than {MAX_BODY} bytes; send less")
+        return bytes(body)
+    finally:  # an error and asyncio's task refer to each other, which keeps this frame for long
+        body.clear()
 
 
 def parse(schema: type[BaseModel], body: bytes, tokens: int = MAX_BODY,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.text import Text
 
 from fira.infer.chat import UNTUNED
@@ -14,7 +15,6 @@ from fira.infer.decode import open_step
 from fira.infer.engine import Engine
 from fira.infer.load import load
 from fira.model.files import CONFIG, find_model, knows_chat
-from fira.model.generate import window_length
 from fira.runlog import console
 from fira.serve.api import ServedModel
 from fira.serve.connection import SIGNALS, HTTPServer
@@ -27,7 +27,8 @@ SEND_BUFFER = 128 * 1024  # bytes that the system holds for a client that does n
 
 def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, slots: int,
           queue: int, pause: int, device: str, precision: str, cors: Sequence[str] = (),
-          adapter: Path | None = None) -> None:
+          adapter: Path | None = None, context: int | None = None,
+          cache: str | None = None) -> None:
     """Serve until a signal. Raises ValueError or OSError, one line, if the server cannot start."""
     accepted, origins = Keys.load(keys) if keys else None, check_origins(cors)
     folder = find_model(adapter or run)
@@ -43,7 +44,7 @@ def serve(run: Path, host: str, port: int, keys: Path | None, name: str | None, 
 
     def load_service() -> Service:
         model, engine = open_service(run, name, slots, queue, pause, device, precision,
-                                     adapter)
+                                     adapter, context, cache)
         notes.print(f"serving {model.name}: chat page at {address}, API at {address}/v1",
                     soft_wrap=True)
         if not model.chat_tuned:
@@ -90,14 +91,16 @@ def run_until_signal(load_service: Callable[[], Service], keys: Keys | None, loo
 
 
 def open_service(run: Path, name: str, slots: int, queue: int, pause: int, device: str,
-                 precision: str, adapter: Path | None = None) -> Service:
+                 precision: str, adapter: Path | None = None, context: int | None = None,
+                 cache: str | None = None) -> Service:
     """Load the model of a run and start an engine for it."""
     model, tokenizer, folder = load(run, device, adapter)
-    engine = Engine(model, tokenizer, slots=slots, max_waiting=queue, pause=pause)
+    engine = Engine(model, tokenizer, slots=slots, capacity=context, max_waiting=queue,
+                    pause=pause, cache_dtype=getattr(torch, cache) if cache else None)
     engine.decode_step = open_step(model, precision, console().print)
     engine.start()
     created = int((folder / CONFIG).stat().st_mtime)
-    return ServedModel(name, tokenizer, window_length(model), model.spec.vocab_size,
+    return ServedModel(name, tokenizer, engine.capacity, model.spec.vocab_size,
                        knows_chat(folder), created, architecture(model), model.spec.d_model,
                        bool(model.think)), engine
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fira.convert.quantize import Quantized, load_model, quantize
 from fira.infer import decode
-from fira.infer.cache import Part, SlotCache
+from fira.infer.cache import Part, SlotBatch, SlotCache
 from fira.infer.decode import find_obstacle, open_step
 from fira.infer.engine import Engine
 from fira.infer.request import SamplingParams, Token
@@ -53,17 +53,18 @@ def make(name):
     return model
 
 
-def compare(model, step, reference, rows=2, length=20):
-    """Both read the same tokens one by one; `reference` is (tokens_B1, cache) -> logits_BV."""
+def compare(model, step, reference, rows=2, length=20, dtype=None, atol=1e-4):
+    """Both read the same tokens one by one; `reference` is (tokens_B1, cache) -> logits_BV. The
+    step's cache has the type `dtype`."""
     tokens_BT = torch.randint(96, (rows, length), generator=torch.Generator().manual_seed(0))
-    cache, slots = model.new_cache(rows), SlotCache(model, rows + 2, 24)
+    cache, slots = model.new_cache(rows), SlotCache(model, rows + 2, 24, dtype)
     with torch.inference_mode():
         for place, token_B in enumerate(tokens_BT.T):
             expected_BV = reference(token_B[:, None], cache)
             logits_BV, _ = step(model, slots, token_B,
                                 [Part(slot, place, 1) for slot in range(2, rows + 2)])
-            torch.testing.assert_close(logits_BV, expected_BV, rtol=0, atol=1e-4)
-            assert torch.equal(logits_BV.argmax(-1), expected_BV.argmax(-1))
+            torch.testing.assert_close(logits_BV, expected_BV, rtol=0, atol=atol)
+            assert dtype or torch.equal(logits_BV.argmax(-1), expected_BV.argmax(-1))
 
 
 def last_logits(model):
@@ -81,6 +82,26 @@ def first_logits(model, step, tokens=(3,)):
 def test_step_equals_the_model_over_a_whole_sequence(name, rows):
     model = make(name)
     compare(model, FusedStep(model), last_logits(model), rows, length=24)
+
+
+@pytest.mark.parametrize("step", [FusedStep, lambda model: plain_step])
+@pytest.mark.parametrize("name", ["fira2", "fira"])
+def test_a_cache_in_16_bits_rounds_what_it_holds_and_nothing_else(name, step):
+    model = make(name)
+    compare(model, step(model), last_logits(model), length=24, dtype=torch.float16, atol=2e-2)
+    caches = [SlotCache(model, 1, 24, dtype) for dtype in (None, torch.float16)]
+    for cache in caches:
+        step(model)(model, cache, torch.tensor([5, 6, 7]), [Part(0, 0, 3)])
+    wide, half = caches
+    first = 0  # the first layer's rows depend on no others
+    assert torch.equal(half.keys[first], wide.keys[first].half())
+    assert torch.equal(half.values[first], wide.values[first].half())
+
+
+@torch.inference_mode()
+def plain_step(model, cache, tokens_N, parts):
+    batch = SlotBatch(cache, parts)
+    return model.logits(model.features(tokens_N[None], batch)[0, batch.lasts_P]), None
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])

@@ -1,6 +1,9 @@
 """The engine's tokens are those of one request computed alone, token by token."""
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -90,6 +93,21 @@ def test_attention_in_one_masked_call_equals_part_by_part(either):
         logits.append(cache.keys)
     torch.testing.assert_close(logits[0], logits[2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits[1], logits[3], rtol=1e-5, atol=1e-5)
+
+
+def test_the_cache_takes_memory_as_it_fills(either):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    before, cache = resident(), SlotCache(either, 8, 2**16)
+    assert cache.keys.nbytes + cache.values.nbytes > 2**27 > 16 * (resident() - before)
+    cache.values[:, :2] = 1
+    assert cache.values.nbytes / 4 <= resident() - before < cache.values.nbytes / 2
+    assert not cache.keys.any() and not cache.values[:, 2:].any()
+
+
+def test_a_cache_that_no_machine_holds_is_one_line(model):
+    with pytest.raises(ValueError, match="a cache of .* GB is more .* --cache float16"):
+        SlotCache(model, 2**40, 64)
 
 
 def test_reusing_a_prefix_changes_nothing_but_work(either, tokenizer):

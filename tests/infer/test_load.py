@@ -1,6 +1,7 @@
 """A step folder with an adapter opens as the model that was trained, over its base's weights."""
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fira import files
 from fira.checkpoint import Checkpoints, read_weights
 from fira.convert.files import load_run
 from fira.files import write_manifest
@@ -122,3 +124,38 @@ def test_an_adapter_is_applied_to_the_run_that_is_named(adapted, step_folder, te
         line = refused(verb, moved, "--adapter", adapted[0], *more)
         assert re.search(r"moved/model.safetensors has checksum \w{12}, but the adapter", line)
     assert "whole model, not an adapter" in refused("generate", moved, "--adapter", moved, "hi")
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_weights_are_used_where_they_lie_in_the_file(kind, step_folder, fira, tmp_path) -> None:
+    folder = step_folder
+    if kind:
+        assert fira("export", kind, step_folder.parent, tmp_path / kind).code == 0
+        folder = tmp_path / kind / step_folder.name
+    before, model = (folder / WEIGHTS).read_bytes(), load(folder, "cpu").model
+    places = [[int(end, 16) for end in line.split()[0].split("-")]
+              for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    stored = {name: one for name, one in model.state_dict().items() if one.numel()}
+    assert all(any(start <= one.data_ptr() and one.data_ptr() + one.nbytes <= end
+                   for start, end in places) for one in stored.values())
+    with torch.inference_mode():
+        for one in stored.values():
+            one.add_(1)  # a page that is written to is copied
+    assert (folder / WEIGHTS).read_bytes() == before
+
+
+def test_a_large_file_is_hashed_again_only_if_it_was_changed_since(step_folder, monkeypatch,
+                                                                  fira, refused) -> None:
+    monkeypatch.setattr(files, "LARGE", 1000)
+    weights, before = step_folder / WEIGHTS, (step_folder / WEIGHTS).stat()
+    hashed: list[str] = []
+    sha256 = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    load(step_folder, "cpu")
+    assert WEIGHTS not in hashed and "config.json" in hashed
+    altered = bytearray(weights.read_bytes())
+    altered[-9] ^= 1
+    weights.write_bytes(altered)
+    assert "model.safetensors was altered" in refused("generate", step_folder, "hi")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # `fira check` reads all
+    assert fira("check", step_folder).code == 1 and fira("generate", step_folder, "hi").code == 0

@@ -129,7 +129,11 @@ def test_what_cannot_be_done_is_refused_before_any_text(model, tokenizer) -> Non
         complete(model, tokenizer, "", SamplingParams())
 
 
-def test_what_generates_text_does_not_import_what_trains(run) -> None:
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_what_generates_text_does_not_import_what_trains(kind, run, fira, tmp_path) -> None:
+    if kind:
+        assert fira("export", kind, run, tmp_path / kind).code == 0
+        run = tmp_path / kind
     modules = "fira.cli.use, fira.infer.load, fira.infer.text, fira.infer.decode, fira.runlog"
     heavy = ("fira.parallel", "fira.checkpoint", "fira.train", "numba", "matplotlib", "starlette",
              "torch.distributed.fsdp", "torch.distributed.pipelining", "torch._dynamo", "sympy")

@@ -4,14 +4,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import socket
 import time
+import tracemalloc
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from fira.serve import connection
 from fira.serve.connection import HTTPServer
+from fira.serve.guard import read_body
 from tests.serve.test_server import until
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -50,6 +54,30 @@ def impatient(monkeypatch):
     for name in ("HEAD_SECONDS", "BODY_SECONDS", "READ_SECONDS"):
         monkeypatch.setattr(connection, name, 0.2)
     monkeypatch.setattr(connection, "CHECK_SECONDS", 0.05)
+
+
+def test_the_body_of_a_client_that_leaves_is_freed_at_once():
+    class Leaving:
+        headers = {"content-type": "application/json"}
+
+        async def stream(self):
+            for _ in range(64):
+                yield bytes(2**14)
+            raise ClientDisconnect
+
+    async def leave():
+        for _ in range(8):
+            with contextlib.suppress(ClientDisconnect):
+                await read_body(Leaving())
+
+    gc.disable()  # it would free what refers to itself, some time later
+    tracemalloc.start()
+    try:
+        asyncio.run(leave())
+        assert tracemalloc.get_traced_memory()[0] < 2**20  # of 8 MB
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 @pytest.mark.parametrize("sent", [

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
-from fira.serve.process import listen
+from fira.serve.process import listen, open_service
 from tests.serve.test_connection import HEAD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +82,16 @@ def test_a_second_signal_ends_it_at_once(serve):
             process.child.wait(1)
         process.child.send_signal(signal.SIGINT)
         assert process.child.wait(10) == -signal.SIGINT
+
+
+def test_slots_have_the_context_and_the_precision_that_are_asked_for(trained_run, refused):
+    model, engine = open_service(trained_run, "run", 2, 4, 100, "cpu", "float32", context=16,
+                                 cache="float16")
+    engine.close()
+    assert model.window == engine.capacity == engine.cache.keys.shape[3] == 16
+    assert engine.cache.values.dtype == torch.float16
+    assert "capacity=1000000 must be at least 1 and at most the model's context" in refused(
+        "serve", trained_run, "--context", 1000000, "--port", 0)
 
 
 def test_an_address_that_cannot_be_used_is_one_line(trained_run, refused):

@@ -21,6 +21,7 @@ from numba.extending import intrinsic
 FLOAT32, INT8, INT4 = 0, 1, 2  # a matrix's precision
 HALF = 16  # an int4 group is 32 weights in 16 bytes, with one scale (fira.convert.quantize)
 YIELD_AFTER = 2000  # reads of a barrier, about 1 us, before the processor is offered to others
+INTEGERS = ir.IntType(64).as_pointer()
 YIELD = types.ExternalFunction("sched_yield", types.int32())
 # Sums may be reordered and fused; infinities and NaN keep their meaning.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy",
@@ -39,11 +40,25 @@ def compile_and_store(function: Any) -> Any:
         return compiled(function)
 
 
-@intrinsic
-def pointer(context: Any, address: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-    return types.voidptr(types.int64), build
+def instruction(result: Any, given: Any, build: Any) -> Any:
+    """A function of one number for compiled code; build(builder, number) makes its instructions."""
+    def describe(context: Any, number: Any) -> Any:
+        return result(given), lambda _, builder, signature, numbers: build(builder, numbers[0])
+    return intrinsic(describe)
+
+
+pointer = instruction(types.voidptr, types.int64, lambda builder, address: builder.inttoptr(
+    address, ir.IntType(8).as_pointer()))
+# Add one and return the value before; what this thread wrote becomes visible.
+count_arrival = instruction(types.int64, types.int64, lambda builder, address: builder.atomic_rmw(
+    "add", builder.inttoptr(address, INTEGERS), ir.Constant(ir.IntType(64), 1), "acq_rel"))
+read_arrivals = instruction(types.int64, types.int64, lambda builder, address: builder.load_atomic(
+    builder.inttoptr(address, INTEGERS), "acquire", 8))
+# float16, which numba knows as uint16 only, to float32 and back
+widen = instruction(types.float32, types.uint16, lambda builder, bits: builder.fpext(
+    builder.bitcast(bits, ir.HalfType()), ir.FloatType()))
+narrow = instruction(types.uint16, types.float32, lambda builder, number: builder.bitcast(
+    builder.fptrunc(number, ir.HalfType()), ir.IntType(16)))
 
 
 @intrinsic
@@ -53,23 +68,6 @@ def stack_memory(context: Any) -> Any:
         memory = cgutils.alloca_once(builder, ir.ArrayType(ir.FloatType(), HALF))
         return builder.bitcast(memory, ir.IntType(8).as_pointer())
     return types.voidptr(), build
-
-
-@intrinsic
-def count_arrival(context: Any, counter: Any) -> Any:
-    """Add one and return the value before; what this thread wrote becomes visible."""
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "acq_rel")
-    return types.int64(types.int64), build
-
-
-@intrinsic
-def read_arrivals(context: Any, counter: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.load_atomic(place, "acquire", 8)
-    return types.int64(types.int64), build
 
 
 @compiled
@@ -192,7 +190,13 @@ def write_cache(rank, ranks, model, layer, positions, slots, qkv):
         if h >= H:
             cache = layer.keys if h < H + G else layer.values
             place = slots[s] * model.slot_stride + (h - H) % G * model.group_stride
-            floats(cache + 4 * (place + positions[s] * C), C)[:] = head
+            place += positions[s] * C
+            if not model.half_cache:
+                floats(cache + 4 * place, C)[:] = head
+                continue
+            halves = carray(pointer(cache + 2 * place), C, np.uint16)
+            for i in range(C):
+                halves[i] = narrow(head[i])
 
 
 @compiled
@@ -209,21 +213,32 @@ def softmax(scores):
 
 
 @compiled
-def attend(rank, ranks, model, layer, positions, slots, qkv, scores, out):
+def cached(model, rows, place, buffer):
+    """A row of the cache as float32; a float16 one is converted into `buffer`."""
+    if not model.half_cache:
+        return floats(rows + 4 * place, len(buffer))
+    halves = carray(pointer(rows + 2 * place), len(buffer), np.uint16)
+    for i in range(len(buffer)):
+        buffer[i] = widen(halves[i])
+    return buffer
+
+
+@compiled
+def attend(rank, ranks, model, layer, positions, slots, qkv, scores, buffer, out):
     """Attention of this rank's heads, of every token to the positions so far of its slot."""
     C, H, G = model.head_width, model.heads, model.kv_heads
     for index in share(len(qkv) * H, rank, ranks):
         s, h = index // H, index % H
         T = positions[s] + 1
-        place = 4 * (slots[s] * model.slot_stride + h * G // H * model.group_stride)
+        place = slots[s] * model.slot_stride + h * G // H * model.group_stride
         query, y = qkv[s, h * C:(h + 1) * C], out[s, h * C:(h + 1) * C]
         for t in range(T):
-            key = floats(layer.keys + place + 4 * t * C, C)
+            key = cached(model, layer.keys, place + t * C, buffer)
             scores[t] = inner(key, query) / np.sqrt(np.float32(C))
         softmax(scores[:T])
         y[:] = np.float32(0)
         for t in range(T):
-            value = floats(layer.values + place + 4 * t * C, C)
+            value = cached(model, layer.values, place + t * C, buffer)
             for i in range(C):
                 y[i] += scores[t] * value[i]
 
@@ -305,6 +320,7 @@ def decode_step(rank, ranks, models, layers, scratch, counter, positions, slots,
     x, qkv, mixed = view(scratch.x), view(scratch.qkv), view(scratch.mixed)
     hidden, normed = view(scratch.hidden), view(scratch.normed[rank])
     scores, probs = view(scratch.scores[rank]), view(scratch.probs[rank])
+    buffer = view(scratch.buffer[rank])
     weights, chosen = view(scratch.weights[rank]), view(scratch.chosen[rank])
     order, starts = view(scratch.order[rank]), view(scratch.starts[rank])
     for index in range(len(layers)):
@@ -314,7 +330,7 @@ def decode_step(rank, ranks, models, layers, scratch, counter, positions, slots,
         barrier(counter, ranks)
         write_cache(rank, ranks, model, layer, positions, slots, qkv)
         barrier(counter, ranks)
-        attend(rank, ranks, model, layer, positions, slots, qkv, scores, mixed)
+        attend(rank, ranks, model, layer, positions, slots, qkv, scores, buffer, mixed)
         barrier(counter, ranks)
         multiply(rank, ranks, layer.output, mixed, x, True)
         barrier(counter, ranks)

@@ -34,13 +34,14 @@ LAYER = np.dtype([(name, MATRIX) for name in PARTS]
                  + [(name, np.int64) for name in (
                      "selection_bias", "renormalize", "keys", "values")])
 MODEL = np.dtype([(name, np.int64) for name in (
-    "heads", "kv_heads", "head_width", "cosines", "sines", "slot_stride", "group_stride")] + [
+    "heads", "kv_heads", "head_width", "cosines", "sines", "slot_stride", "group_stride",
+    "half_cache")] + [
     ("norm", MATRIX), ("head", MATRIX), ("epsilon", np.float64)])
 # The step reads a prompt of 16 tokens in 0.25 (d_model=128) to 0.8 (fira-334m) of the time that the
 # model's own forward takes on one thread, and one of 64 tokens in the same time or more.
 PROMPT_TOKENS = 16
 Scratch = collections.namedtuple(
-    "Scratch", "x qkv mixed hidden normed scores probs weights chosen order starts")
+    "Scratch", "x qkv mixed hidden normed scores buffer probs weights chosen order starts")
 
 
 def new_scratch(spec: Any, S: int, ranks: int) -> Scratch:
@@ -57,6 +58,7 @@ def new_scratch(spec: Any, S: int, ranks: int) -> Scratch:
         hidden=floats((pairs, spec.d_ff)),
         normed=floats((ranks, S, spec.d_model)),
         scores=floats((ranks, spec.context)),  # of one attention head
+        buffer=floats((ranks, C)),  # a key or a value
         probs=floats((ranks, spec.num_experts)),  # of one token
         weights=floats((ranks, pairs)),
         chosen=integers((ranks, pairs)),  # the expert of each pair, token by token
@@ -116,8 +118,9 @@ class FusedStep:
     def _bind(self, cache: SlotCache) -> None:
         """Enter the addresses of the cache's rows into the table."""
         layer_stride, *strides = cache.keys.stride()[:3]
-        offsets = 4 * layer_stride * np.arange(self.spec.num_layers)
+        offsets = cache.keys.itemsize * layer_stride * np.arange(self.spec.num_layers)
         self.table.model["slot_stride"], self.table.model["group_stride"] = strides
+        self.table.model["half_cache"] = cache.keys.dtype == torch.float16
         self.table.layers["keys"] = cache.keys.data_ptr() + offsets
         self.table.layers["values"] = cache.values.data_ptr() + offsets
 
@@ -125,7 +128,8 @@ class FusedStep:
                cache: SlotCache) -> None:
         """Stop before compiled code would read or write outside of its memory."""
         for rows in (cache.keys, cache.values):
-            assert rows.dtype == torch.float32 and rows.is_contiguous(), (rows.dtype, rows.shape)
+            assert rows.dtype in (torch.float32, torch.float16), rows.dtype
+            assert rows.is_contiguous(), rows.shape
         assert len(tokens) == len(positions), (tokens, positions)
         _, num_slots, _, capacity, _ = cache.keys.shape
         for numbers, limit in ((tokens, self.spec.vocab_size), (slots, num_slots),
@@ -155,7 +159,7 @@ class AddressTable:
             for block in model.blocks], LAYER)
         self.model = np.array([(
             spec.n_head, spec.n_kv_head, spec.head_dim, self._address(_find(model, "rotary.cos")),
-            self._address(_find(model, "rotary.sin")), 0, 0, self._matrix(model.norm),
+            self._address(_find(model, "rotary.sin")), 0, 0, 0, self._matrix(model.norm),
             self._matrix(getattr(model, "head", model.token_embedding)), model.norm.eps)], MODEL)
 
     def _address(self, tensor: Tensor | None) -> int:
