@@ -159,7 +159,7 @@ class Rollouts:
         self.config, self.data, self.tokenizer, self.layout = config, data, tokenizer, layout
         self.reference: Any = None
         rl = config.rl
-        limit = limit_thought(layout.model, rl.think, rl.max_thinking_tokens, rl.max_new)
+        _, limit = limit_thought(layout.model, rl.think, rl.max_thinking_tokens, rl.max_new)
         self.params = SamplingParams(rl.max_new, experts=rl.replay, max_thinking_tokens=limit)
         digest = hashlib.sha256(repr([one.columns for one in data.train]).encode())
         self.key = digest.hexdigest()[:16]

@@ -21,7 +21,8 @@ FORMS = {  # file, task: a prompt and its answer, made by hand, of a number and 
         "medical_qa": ("Why {1} {0}?", "Because of {1}.")},
     "domains/legal/messages": {
         "clause_category": ("The {1} ends in year {0}.", "Term"),
-        "clause_yes_no": ("Is {1} {0} free?", "Yes"), "statute_heading": ("Section {0}: {1}", "{1}")},
+        "clause_yes_no": ("Is {1} {0} free?", "Yes"),
+        "statute_heading": ("Section {0}: {1}", "{1}")},
     "domains/technical/messages": {
         "command": ("List {1} {0}", "ls {1}"), "command_purpose": ("ls {1} {0}", "List {1}"),
         "api_question": ("What is {1}.{0}?", "{1}.{0}()"),
