@@ -59,8 +59,8 @@ class Engine:
                  slide: bool = False, decode_step: DecodeStep | None = None,
                  cache_dtype: torch.dtype | None = None) -> None:
         """`cache_dtype`: see `SlotCache`. Raises ValueError on a number out of range."""
-        context, self.capacity = model.spec.context, (
-            window_length(model) if capacity is None else capacity)
+        context = model.spec.context
+        self.capacity = window_length(model) if capacity is None else capacity
         for name, value, most in (("slots", slots, 0), ("prefill_tokens", prefill_tokens, 0),
                                   ("pause", pause, 0), ("capacity", self.capacity, context)):
             if value < 1 or (most and value > most):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -37,10 +38,10 @@ from fira.model.files import CONFIG, knows_chat, read_config
 from fira.model.router import routers
 from fira.parallel.layout import Layout, read, to_device
 from fira.runlog import console
-from fira.stages.config import Opened, RunConfig, Stage
+from fira.stages.config import Opened, RunConfig, Stage, open_start
 from fira.stages.reward import Question, Reward, check_reward, open_reward
 from fira.stages.rollouts import Rollout, draw_seed, pack_rollouts, write_answers
-from fira.stages.start import tune
+from fira.stages.start import settings_for, tune
 from fira.stages.tune import HELD_OUT, Files, TuneOptions, adapt
 from fira.train.loop import LoopState, Recipe, Score
 
@@ -136,9 +137,10 @@ def _records(name: str, split: str) -> Iterator[tuple[str, Any]]:
 
 def _questions(config: RlConfig, names: Iterable[str], split: str) -> list[Question]:
     tokenizer, found = Tokenizer.load(config.data.start), list[Question]()
-    room = config.train.sequence_length + 1 - config.rl.max_new
-    direct = config.rl.think == "off" and bool(read_config(
-        Path(config.data.start) / CONFIG)[1]["think"])
+    rl = config.rl
+    room = config.train.sequence_length + 1 - rl.max_new
+    direct, _ = limit_thought(SimpleNamespace(**read_config(Path(config.data.start) / CONFIG)[1]),
+                              rl.think, rl.max_thinking_tokens, rl.max_new)
     for where, record in (one for name in names for one in _records(name, split)):
         row = make_row(record, where)
         if not row.messages:
@@ -148,7 +150,7 @@ def _questions(config: RlConfig, names: Iterable[str], split: str) -> list[Quest
         if len(ids) > room:
             raise ConfigError(
                 f"{where}: the prompt has {len(ids)} tokens and {room} fit beside an answer of "
-                f"rl.max_new={config.rl.max_new}; give a smaller --max-new, or a larger "
+                f"rl.max_new={rl.max_new}; give a smaller --max-new, or a larger "
                 f"train.sequence_length, up to model.context={config.model.context}")
         found.append(Question(row, ids, record, where))
     return found
@@ -161,7 +163,7 @@ class Rollouts:
         self.config, self.data, self.tokenizer, self.layout = config, data, tokenizer, layout
         self.reference: Any = None
         rl = config.rl
-        limit = limit_thought(layout.model, rl.think, rl.max_thinking_tokens, rl.max_new)
+        _, limit = limit_thought(layout.model, rl.think, rl.max_thinking_tokens, rl.max_new)
         self.params = SamplingParams(rl.max_new, experts=rl.replay, max_thinking_tokens=limit)
         digest = hashlib.sha256(repr([one.columns for one in data.train]).encode())
         self.key = digest.hexdigest()[:16]
@@ -208,8 +210,8 @@ class Rollouts:
         if dry == DRY:
             raise ValueError(f"in {DRY} steps up to {step + 1} no prompt had answers of different "
                              f"rewards (mean reward {reward / count:.3g}), so there is nothing to "
-                             "learn from these tasks; give harder ones if it is near 1, else "
-                             "easier ones")
+                             "learn: give harder tasks if it is near 1; if it has fallen, train "
+                             "again from the start with a lower optim.lr")
         row = {"reward": reward / count, "signal": useful / groups, "truncated": cut / count,
                "answer_tokens": tokens / count}
         return self._pack(answers, advantages), {self.key: step + 1, "dry": dry}, row
@@ -284,6 +286,7 @@ RL = Stage("rl", RlConfig, open_data, recipe, adapt,
            {"optim": {}, "train": {"steps": 1}}, 0.0, quantized=True)
 # What rl sets unless it is told otherwise.
 SETTINGS = "schedule.kind=constant", "train.save_every=10", "train.patience=5"
+SLOWER = 10  # times than a tuning of the same run, whose rates broke a model within five steps
 
 
 def rl(source: Path | None, sections: dict[str, dict[str, Any]], settings: Iterable[str], run: Path,
@@ -293,7 +296,11 @@ def rl(source: Path | None, sections: dict[str, dict[str, Any]], settings: Itera
     settings = list(settings)
     if not (run / CONFIG).exists():
         lengths = {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}
-        settings = [*SETTINGS, *([] if lengths else ["train.steps=100"]), *settings]
+        usual = (one.partition("=") for one in ([] if source is None else settings_for(
+            source, open_start(source, True).folder, sections["tune"]["method"], settings)))
+        settings = [*SETTINGS, *([] if lengths else ["train.steps=100"]),
+                    *(f"{key}={float(rate) / SLOWER}" for key, _, rate in usual
+                      if key.endswith("lr")), *settings]
     elif asked := sections["data"]["tasks"]:
         begun = read_json(run / CONFIG, "restore it")["config"]["data"].get("tasks")
         if begun != RlData(start=".", tasks=asked).tasks:
