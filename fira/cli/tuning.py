@@ -202,8 +202,6 @@ def distill(teacher: Path | None, settings: tuple[str, ...], student: str | None
 @click.option("--kl", type=click.FloatRange(0), default=0.0, show_default=True,
               help="Weight of the divergence from RUN, which holds the model near it.")
 @thinking_options
-@click.option("--replay", is_flag=True, help="Train each token with the experts that it had when "
-                                             "it was sampled.")
 @click.option("--method", type=click.Choice(["full", "lora"]), default="full", show_default=True,
               help="What is trained: every weight, or low-rank adapters.")
 @click.option("--run", "--run-folder", "run", type=NEW_FOLDER, required=True,

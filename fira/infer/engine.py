@@ -1,9 +1,9 @@
 """Many requests, one model: continuous batching over a key-value cache with slots.
 
 One step reads the newest token of every request that is generating, and at most `prefill_tokens`
-tokens of prompts that are not read yet, fewer if the others would wait for more than `pause` ms.
-Without a `pause`, what is read together does not depend on the clock: all repeats to the bit.
-Requests join and leave between steps. A prompt that begins like what a slot holds reuses its rows.
+tokens of prompts that are not read yet, fewer if the others would wait for more than `pause` ms; if
+that is infinite, the clock decides nothing and all repeats to the bit. Requests join and leave
+between steps. A prompt that begins like what a slot holds reuses its rows.
 
 A row's last bits depend on which rows are multiplied together. So the prompt of a request with a
 seed is read in blocks, each by itself; the compiled step computes every row by itself.
@@ -45,8 +45,7 @@ from fira.model.router import Watch, routers
 
 log = logging.getLogger(__name__)
 LEAST = 64  # prompt tokens of a step, however long they take: fewer take hardly less time
-COUNTED = ("finished", "cancelled", "failed", "prompt_tokens", "cached_tokens", "generated_tokens",
-           "steps")
+COUNTED = "finished cancelled failed prompt_tokens cached_tokens generated_tokens steps".split()
 
 
 class Engine:
@@ -56,15 +55,15 @@ class Engine:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, slots: int = 8, capacity: int | None = None,
-                 max_waiting: int = 64, prefill_tokens: int = 512, pause: int | None = 100,
+                 max_waiting: int = 64, prefill_tokens: int = 512, pause: float = 100,
                  slide: bool = False, decode_step: DecodeStep | None = None,
                  cache_dtype: torch.dtype | None = None) -> None:
         """`cache_dtype`: see `SlotCache`. Raises ValueError on a number out of range."""
+        context = model.spec.context
         self.capacity = window_length(model) if capacity is None else capacity
         for name, value, most in (("slots", slots, 0), ("prefill_tokens", prefill_tokens, 0),
-                                  ("pause", pause, 0),
-                                  ("capacity", self.capacity, model.spec.context)):
-            if value is not None and (value < 1 or most and value > most):
+                                  ("pause", pause, 0), ("capacity", self.capacity, context)):
+            if value < 1 or (most and value > most):
                 raise ValueError(f"{name}={value} must be at least 1"
                                  + (f" and at most the model's context={most}" if most else ""))
         self.model = model.eval()
@@ -82,7 +81,7 @@ class Engine:
         self._running: list[Request] = []  # oldest first
         self._thread: threading.Thread | None = None
         self._loads = np.zeros((len(routers(model)), model.spec.num_experts), np.int64)
-        self._token_ms = (pause or 1) / LEAST  # of reading a prompt; the latest part counts half
+        self._token_ms = min(pause, 1e9) / LEAST  # of reading a prompt; the latest counts half
         self._counts = dict.fromkeys(COUNTED, 0)
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener) -> int:
@@ -127,9 +126,8 @@ class Engine:
                 groups = self._choose_prompts(answering=bool(chosen))
                 short = [group for group in groups if compiled and self._are_short(group)]
                 self._read(sum(short, chosen), compiled)
-                for group in groups:
-                    if group not in short:
-                        self._read(group, False)
+                for group in (one for one in groups if one not in short):
+                    self._read(group, False)
                 return True
             except BaseException as error:
                 self._fail(error)
@@ -218,8 +216,7 @@ class Engine:
         """The requests whose prompts are read now, and how many tokens of each, in groups."""
         reading = [request for request in self._running if request.reading]
         ready = [request for request in reading if self._take_slot(request, reading)]
-        fitting = (max(LEAST, round(self.pause / self._token_ms)) if answering and self.pause
-                   else 2**30)
+        fitting = max(LEAST, int(min(2**30, self.pause / self._token_ms))) if answering else 2**30
         sizes = split_budget(min(self.prefill_tokens, fitting), [one.unread for one in ready])
         return group_prompts(list(zip(ready, sizes, strict=True)))
 
@@ -242,10 +239,6 @@ class Engine:
         else:
             logits_PV, experts_LNK = self._read_plain(tokens_N, parts, chosen)
         self._count(experts_LNK)
-        if experts_LNK is not None:
-            for (request, _), read_LSK in zip(chosen, experts_LNK.split(
-                    [part.size for part in parts], dim=1), strict=True):
-                request.routed += [read_LSK] if request.params.experts else []
         if not compiled and len(tokens_N) >= LEAST:
             self._token_ms += 500 * (time.monotonic() - began) / len(tokens_N) - self._token_ms / 2
         for (request, size), part, ids in zip(chosen, parts, tokens, strict=True):
@@ -259,9 +252,10 @@ class Engine:
         try:
             for number, (request, size) in enumerate(chosen):
                 end += size
+                if request.params.experts and experts_LNK is not None:
+                    request.routed.append(experts_LNK[:, end - size:end])
                 if not request.unread:
-                    self._advance(request, logits_PV[number],
-                                  None if experts_LNK is None else experts_LNK[:, end - 1])
+                    self._advance(request, logits_PV[number])
         finally:
             torch.set_num_threads(threads)
 
@@ -288,13 +282,13 @@ class Engine:
             request.cached = request.read
         return True
 
-    def _advance(self, request: Request, logits_V: Tensor, experts_LK: Tensor | None) -> None:
+    def _advance(self, request: Request, logits_V: Tensor) -> None:
         """Choose the next token from these logits and tell the listener."""
         if request.params.max_new_tokens == 0:
             self._finish(request, "length")
             return
         try:
-            token = request.add_token(logits_V, experts_LK)
+            token = request.add_token(logits_V)
         except ValueError as error:
             beyond = isinstance(error, GrammarError)
             self._finish(request, "grammar" if beyond else "error", str(error))

@@ -143,7 +143,7 @@ class Request:
         scored, embedded = params.prompt_logprobs is not None, params.embed_from is not None
         self.scores_prompt = scored or embedded  # such a prompt is read in full
         self.prompt_scores = [TokenScore(prompt[0], None)] if scored else []
-        self.routed: list[Tensor] = []
+        self.routed: list[Tensor] = []  # the experts of the tokens read, [L, size, K] of each part
         self.repeats = params.seed is not None and params.temperature > 0
         self.hidden_D: Any = None  # sum of the last hidden states to embed
         self.ends = {*params.stop_ids} | (set() if params.ignore_end else {tokenizer.end_of_text})
@@ -179,7 +179,7 @@ class Request:
             logits_NV = model.logits(x_ND[start:start + len(tokens)])
             self.prompt_scores += score_tokens(logits_NV, tokens, self.params.prompt_logprobs)
 
-    def add_token(self, logits_V: Tensor, experts_LK: Tensor | None) -> Token:
+    def add_token(self, logits_V: Tensor) -> Token:
         """Choose the next token. Raises ValueError if no logit is finite, or GrammarError."""
         params, thought = self.params, self.thought
         forced = thought.forced() if thought else None
@@ -192,9 +192,7 @@ class Request:
         self.window.append(token)
         text = ("" if ends else thought.text(token) if thought and thinks else
                 self.text.push(token))
-        experts = None
-        if params.experts and experts_LK is not None:
-            experts = tuple(map(tuple, experts_LK.tolist()))
+        experts = tuple(map(tuple, self.routed[-1][:, -1].tolist())) if self.routed else None
         score = (None if params.logprobs is None else
                  score_tokens(logits_V[None], [token], params.logprobs)[0])
         return Token(token, text, score, experts, thinks, forced is not None)

@@ -178,9 +178,8 @@ class Router(nn.Module):
         logits_NE = fast.linear_fp32(x_ND, self.weight, self.bias)
         probs_NE = logits_NE.softmax(dim=-1)
         experts_NK, threshold_N = self._choose(probs_NE.detach())
-        if self.replay_NK is not None:
-            experts_NK = torch.where(self.replay_NK < 0, experts_NK, self.replay_NK)
-            threshold_N = None
+        if (given_NK := self.replay_NK) is not None:
+            experts_NK, threshold_N = torch.where(given_NK < 0, experts_NK, given_NK), None
         weights_NK = probs_NE.gather(1, experts_NK)
         if self.renormalize:
             weights_NK = weights_NK / weights_NK.sum(dim=1, keepdim=True)
@@ -194,10 +193,8 @@ class Router(nn.Module):
         return weights_NK, experts_NK
 
     def _choose(self, probs_NE: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Experts by probability plus bias, and each token's threshold between chosen and others.
-
-        The threshold lies halfway between the K-th and the next score; there is none for K = E.
-        """
+        """Experts by probability plus bias, and each token's threshold between chosen and others,
+        halfway between the K-th and the next score; there is none for K = E."""
         if self.selection_bias_E is not None:
             probs_NE = probs_NE + self.selection_bias_E.float()
         if self.top_k == self.num_experts:
@@ -337,11 +334,9 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
 @contextlib.contextmanager
 def replay(module: nn.Module, experts_per_layer: Sequence[Tensor | None],
            counted: bool = False) -> Iterator[None]:
-    """Let the routers of `module` take these choices; nothing is counted meanwhile, unless asked.
-
-    The weights are those of the given experts, with their gradients. Where a choice is negative the
-    router makes its own. The sequence is read when the block is entered, so it may be a `Watch`'s
-    that is yet to be filled.
+    """Let the routers of `module` take these choices, or their own where one is negative; nothing
+    is counted meanwhile, unless asked. The weights are those of the given experts, with their
+    gradients. The sequence is read when the block is entered: it may be that of a new `Watch`.
     """
     found = routers(module)
     before = [(router.replay_NK, router.counted) for router in found]

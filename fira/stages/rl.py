@@ -7,15 +7,16 @@ by other prompts. On many ranks each has its part of the prompts.
 from __future__ import annotations
 
 import hashlib
-import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from rich.console import Console
 
 from fira.config import Config, ConfigError
@@ -24,6 +25,7 @@ from fira.data.chat import prompt_ids
 from fira.data.records import records
 from fira.data.sources import RECORDS, inputs
 from fira.data.tokenizer import Tokenizer
+from fira.eval.statistics import pass_at
 from fira.eval.task import make_row
 from fira.eval.tasks.generate import is_spec, open_tasks
 from fira.files import read_json
@@ -36,10 +38,10 @@ from fira.model.files import CONFIG, knows_chat, read_config
 from fira.model.router import routers
 from fira.parallel.layout import Layout, read, to_device
 from fira.runlog import console
-from fira.stages.config import Opened, RunConfig, Stage
+from fira.stages.config import Opened, RunConfig, Stage, open_start
 from fira.stages.reward import Question, Reward, check_reward, open_reward
 from fira.stages.rollouts import Rollout, draw_seed, pack_rollouts, write_answers
-from fira.stages.start import tune
+from fira.stages.start import settings_for, tune
 from fira.stages.tune import HELD_OUT, Files, TuneOptions, adapt
 from fira.train.loop import LoopState, Recipe, Score
 
@@ -56,7 +58,8 @@ class RlData(Config):
                          "answers")
     held_out: Files = Field([], description="the same to evaluate on; without them the split test "
                             "of the specs, or a twentieth of the rows")
-    reward: str | None = Field(None, description="FILE.py:FUNCTION; null: the rows' checkers")
+    reward: Annotated[str, AfterValidator(os.path.abspath)] | None = Field(
+        None, description="FILE.py:FUNCTION; null: the rows' checkers")
 
     @property
     def chat(self) -> Files:
@@ -134,9 +137,10 @@ def _records(name: str, split: str) -> Iterator[tuple[str, Any]]:
 
 def _questions(config: RlConfig, names: Iterable[str], split: str) -> list[Question]:
     tokenizer, found = Tokenizer.load(config.data.start), list[Question]()
-    room = config.train.sequence_length + 1 - config.rl.max_new
-    direct = config.rl.think == "off" and bool(read_config(
-        Path(config.data.start) / CONFIG)[1]["think"])
+    rl = config.rl
+    room = config.train.sequence_length + 1 - rl.max_new
+    direct, _ = limit_thought(SimpleNamespace(**read_config(Path(config.data.start) / CONFIG)[1]),
+                              rl.think, rl.max_thinking_tokens, rl.max_new)
     for where, record in (one for name in names for one in _records(name, split)):
         row = make_row(record, where)
         if not row.messages:
@@ -146,7 +150,7 @@ def _questions(config: RlConfig, names: Iterable[str], split: str) -> list[Quest
         if len(ids) > room:
             raise ConfigError(
                 f"{where}: the prompt has {len(ids)} tokens and {room} fit beside an answer of "
-                f"rl.max_new={config.rl.max_new}; give a smaller --max-new, or a larger "
+                f"rl.max_new={rl.max_new}; give a smaller --max-new, or a larger "
                 f"train.sequence_length, up to model.context={config.model.context}")
         found.append(Question(row, ids, record, where))
     return found
@@ -164,35 +168,31 @@ class Rollouts:
         digest = hashlib.sha256(repr([one.columns for one in data.train]).encode())
         self.key = digest.hexdigest()[:16]
 
-    def answer(self, questions: Sequence[Question], seeds: Sequence[Sequence[int]],
+    def answer(self, numbers: Sequence[int], questions: Sequence[Question], size: int,
                temperature: float = 1.0) -> tuple[list[Rollout], np.ndarray]:
-        """As many answers to each question as it has seeds, and their rewards [questions, seeds].
-        An answer that was cut off is worth nothing."""
-        if not questions:
-            return [], np.zeros((0, 1))
+        """`size` answers to each question, with seeds made of its number, and their rewards
+        [questions, size]. An answer that was cut off is worth nothing."""
         answers = write_answers(
-            self.layout.model, self.tokenizer,
-            [question.ids for question, own in zip(questions, seeds, strict=True) for _ in own],
-            [seed for own in seeds for seed in own],
-            replace(self.params, temperature=temperature))
-        rewards = [self.data.reward(question, [one.text for one in answers[first:first + size]])
-                   for first, question, size in zip(range(0, len(answers), len(seeds[0])),
-                                                    questions, map(len, seeds), strict=True)]
-        cut = np.array([one.truncated for one in answers]).reshape(len(questions), -1)
-        return answers, np.where(cut, np.minimum(0.0, rewards), rewards)
+            self.layout.model, self.tokenizer, [one.ids for one in questions for _ in range(size)],
+            [draw_seed(self.config.train.seed, number, place) for number in numbers
+             for place in range(size)], replace(self.params, temperature=temperature))
+        rewards_PG = np.zeros((len(questions), size))
+        for question, rewards_G, first in zip(questions, rewards_PG, range(0, len(answers), size),
+                                              strict=True):
+            some = answers[first:first + size]
+            rewards_G[:] = self.data.reward(question, [one.text for one in some])
+            np.minimum(rewards_G, 0.0, out=rewards_G, where=[one.truncated for one in some])
+        return answers, rewards_PG
 
     def batch(self, state: Any, fraction: float) -> tuple[list[Any], dict[str, Any], Any]:
         """This rank's micro-batches; the checksum of the prompts and the number of steps without a
         group to learn from; metrics over all ranks."""
-        rl, seed, step = self.config.rl, self.config.train.seed, state.step
+        rl, step = self.config.rl, state.step
         missing = list(range(rl.prompts))[self.layout.rows(rl.prompts)]
         answers, advantages, sums = list[Rollout](), list[float](), np.zeros(6)
         for attempt in range(TRIES):
-            places = [(step * TRIES + attempt) * rl.prompts + place for place in missing]
-            questions = [self.data.train[self._at(place)] for place in places]
-            found, rewards_PG = self.answer(questions, [
-                [draw_seed(seed, place, number) for number in range(rl.group)]
-                for place in places])
+            numbers = [(step * TRIES + attempt) * rl.prompts + place for place in missing]
+            found, rewards_PG = self.answer(numbers, list(map(self._draw, numbers)), rl.group)
             useful_P = np.ptp(rewards_PG, axis=1) > 0
             kept_P = useful_P | (attempt == TRIES - 1)
             for index in np.flatnonzero(kept_P):
@@ -200,7 +200,7 @@ class Rollouts:
                 advantages += (rewards_PG[index] - rewards_PG[index].mean()).tolist()
             sums += (rewards_PG.sum(), sum(len(one.logs_A) for one in found),
                      sum(one.truncated for one in found), rewards_PG.size, useful_P.sum(),
-                     len(places))
+                     len(numbers))
             missing = [place for place, kept in zip(missing, kept_P, strict=True) if not kept]
             if not missing:
                 break
@@ -210,16 +210,17 @@ class Rollouts:
         if dry == DRY:
             raise ValueError(f"in {DRY} steps up to {step + 1} no prompt had answers of different "
                              f"rewards (mean reward {reward / count:.3g}), so there is nothing to "
-                             "learn from these tasks; give harder ones if it is near 1, else "
-                             "easier ones")
+                             "learn: give harder tasks if it is near 1; if it has fallen, train "
+                             "again from the start with a lower optim.lr")
         row = {"reward": reward / count, "signal": useful / groups, "truncated": cut / count,
                "answer_tokens": tokens / count}
         return self._pack(answers, advantages), {self.key: step + 1, "dry": dry}, row
 
-    def _at(self, place: int) -> int:
-        epoch, place = divmod(place, len(self.data.train))
-        return int(permute(np.array([place]), len(self.data.train), self.config.train.seed,
-                           epoch)[0])
+    def _draw(self, number: int) -> Question:
+        """The prompt at a place in the order of all epochs."""
+        size = len(self.data.train)
+        epoch, place = divmod(number, size)
+        return self.data.train[permute(np.array([place]), size, self.config.train.seed, epoch)[0]]
 
     def _pack(self, answers: list[Rollout], advantages: list[float]) -> list[PolicyBatch]:
         train, spec = self.config.train, self.config.model
@@ -252,49 +253,40 @@ def recipe(config: RlConfig, data: Data, tokenizer: Tokenizer, layout: Layout) -
                           f"{layout.mesh.batch_ranks} ranks; try a multiple of it")
     rollouts = Rollouts(config, data, tokenizer, layout)
     name = "reward" if config.data.reward else "accuracy"
-
     own = slice(layout.mesh.batch_rank, None, layout.mesh.batch_ranks)
 
     def probe() -> tuple[dict[str, float], Score]:
         questions = data.held_out[own]
-        answers, rewards = rollouts.answer(questions, [[0]] * len(questions), temperature=0.0)
+        answers, rewards_P1 = rollouts.answer(range(len(questions)), questions, 1, temperature=0.0)
         total, cut, count = layout.sum(torch.tensor([
-            rewards.sum(), sum(one.truncated for one in answers), len(answers)])).tolist()
+            rewards_P1.sum(), sum(one.truncated for one in answers), len(answers)])).tolist()
         return {name: total / count, "truncated": cut / count}, Score(name, total / count, False)
 
     def begin(run: Path, fresh: bool) -> None:
         if not fresh:
             return
-        numbers = range(FIRST)[own][:len(data.train)]
-        _, rewards = rollouts.answer([data.train[number % len(data.train)] for number in numbers], [
-            [draw_seed(config.train.seed, number, answer, 1) for answer in range(FIRST)]
-            for number in numbers])
-        once, often = (layout.sum(torch.tensor([
-            sum(_pass_at(k, FIRST, int((row > 0).sum())) for row in rewards), len(rewards)]))
-            for k in (1, 16))
-        told = (f"before training, pass@1 is {once[0] / once[1]:.1%} and pass@16 "
-                f"{often[0] / often[1]:.1%}")
-        if once[0] / once[1] > EASIEST or often[0] / often[1] < HARDEST:
-            raise ValueError(f"{told}: " + (
-                "these tasks are solved; give harder ones" if once[0] / once[1] > EASIEST else
-                "the model hardly ever solves these tasks; tune it on rows with answers first, or "
-                "give easier ones"))
+        questions = data.train[:FIRST][own]
+        _, rewards_PG = rollouts.answer(range(FIRST)[own][:len(questions)], questions, FIRST)
+        once, often, count = layout.sum(torch.tensor([*(
+            sum(pass_at(k, FIRST, right) for right in (rewards_PG > 0).sum(axis=1).tolist())
+            for k in (1, 16)), len(questions)])).tolist()
+        told = f"before training, pass@1 is {once / count:.1%} and pass@16 {often / count:.1%}"
+        if once / count > EASIEST:
+            raise ValueError(f"{told}: these tasks are solved; give harder ones")
+        if often / count < HARDEST:
+            raise ValueError(f"{told}: the model hardly ever solves these tasks; tune it on rows "
+                             "with answers first, or give easier ones")
         if layout.mesh.rank == 0:
             console().print(told, soft_wrap=True)
 
     return Recipe(rollouts, policy_loss(config.rl.clip, config.rl.kl), probe, begin)
 
 
-def _pass_at(k: int, answers: int, right: int) -> float:
-    """The chance that one of k answers is right, if `right` of so many are (Chen et al. 2021,
-    2107.03374, equation 1)."""
-    return 1 - math.comb(answers - right, k) / math.comb(answers, k)
-
-
 RL = Stage("rl", RlConfig, open_data, recipe, adapt,
            {"optim": {}, "train": {"steps": 1}}, 0.0, quantized=True)
 # What rl sets unless it is told otherwise.
 SETTINGS = "schedule.kind=constant", "train.save_every=10", "train.patience=5"
+SLOWER = 10  # times than a tuning of the same run, whose rates broke a model within five steps
 
 
 def rl(source: Path | None, sections: dict[str, dict[str, Any]], settings: Iterable[str], run: Path,
@@ -304,7 +296,11 @@ def rl(source: Path | None, sections: dict[str, dict[str, Any]], settings: Itera
     settings = list(settings)
     if not (run / CONFIG).exists():
         lengths = {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}
-        settings = [*SETTINGS, *([] if lengths else ["train.steps=100"]), *settings]
+        usual = (one.partition("=") for one in ([] if source is None else settings_for(
+            source, open_start(source, True).folder, sections["tune"]["method"], settings)))
+        settings = [*SETTINGS, *([] if lengths else ["train.steps=100"]),
+                    *(f"{key}={float(rate) / SLOWER}" for key, _, rate in usual
+                      if key.endswith("lr")), *settings]
     elif asked := sections["data"]["tasks"]:
         begun = read_json(run / CONFIG, "restore it")["config"]["data"].get("tasks")
         if begun != RlData(start=".", tasks=asked).tasks:

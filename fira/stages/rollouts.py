@@ -6,6 +6,7 @@ bit, which a run that is resumed relies on.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -51,13 +52,16 @@ def write_answers(model: Any, tokenizer: Tokenizer, prompts: Sequence[Sequence[i
     The engine lives for this call only: its cache takes no memory while the model trains, and holds
     nothing of older weights. Raises ValueError, one line, for weights that are damaged.
     """
+    if not prompts:
+        return []
     known = {name: tokenizer.added[name] for name in (THINK, THINK_END) if name in tokenizer.added}
     params = replace(params, stop_ids=(tokenizer.special(TURN_END),), logprobs=0,
                      named={number: name.encode() for name, number in known.items()})
     longest = max(map(len, prompts)) + params.max_new_tokens
     training, found = model.training, list[list[Token | End]]()
     engine = Engine(model, tokenizer, slots=min(SLOTS, len(prompts)), max_waiting=len(prompts),
-                    capacity=min(model.spec.context, longest), prefill_tokens=1 << 30, pause=None)
+                    capacity=min(model.spec.context, longest), prefill_tokens=1 << 30,
+                    pause=math.inf)
     try:
         # a compiled block would be compiled again for every number of tokens
         with torch.compiler.set_stance("force_eager"), autocast():

@@ -26,7 +26,7 @@ def follow(tokenizer, said, prompt=(5, 6), **params):
     while not events or not request.end_reason():
         logits_V = torch.zeros(320)
         logits_V[script[min(place, len(script) - 1)]] = 9.0
-        token = request.add_token(logits_V, None)
+        token = request.add_token(logits_V)
         events.append(token)
         if token.id == script[min(place, len(script) - 1)]:
             place += 1
