@@ -50,6 +50,10 @@ def test_a_row_is_a_conversation_and_a_task_alike():
     (row,) = read_rows([("row", whole)])
     assert (row.score(one.answer), row.score(""), row.group) == (1.0, 0.0, key)
     assert check_steps(row, "\n".join(one.steps)) and not check_steps(row, one.answer)
+    with pytest.raises(ValueError, match="not the one that is made now; write the rows again"):
+        check_steps(row._replace(group="runsum:3/0.999"), "")
+    with pytest.raises(ValueError, match="task '' is none of"):
+        check_steps(row._replace(group=None), "")
     assert record(key, one, direct=True)["messages"][1]["reasoning_content"] == ""
 
 

@@ -138,5 +138,9 @@ def _row(key: str, instance: Instance) -> Row:
 
 def check_steps(row: Row, thought: str) -> bool:
     """Whether every step of a thought about the question of `row` is right; see
-    `Instance.is_right`. Raises ValueError for a row that is of no generator."""
-    return make_again(row.group or "").is_right(thought)
+    `Instance.is_right`. Raises ValueError for a row of no generator, or of an earlier one."""
+    instance = make_again(row.group or "")
+    if row.messages[-1]["content"] != instance.question:
+        raise ValueError(f"the question of row {row.group} is not the one that is made now; write "
+                         "the rows again with fira tasks")
+    return instance.is_right(thought)
