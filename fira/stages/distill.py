@@ -22,7 +22,7 @@ from fira.config import Config, ConfigError, load_preset
 from fira.convert.quantize import quantize
 from fira.data.batches import DataConfig, Folder
 from fira.data.chat import prompt_ids
-from fira.data.conversations import Row, read_conversation
+from fira.data.conversations import FAULTS, Row, read_conversation
 from fira.data.packs import PackedBatches, Packs, Part
 from fira.data.records import records
 from fira.data.sources import RECORDS, inputs
@@ -40,7 +40,7 @@ from fira.parallel.mesh import Mesh
 from fira.runlog import ProgressLine
 from fira.runtime import launch
 from fira.stages import pretrain, tune
-from fira.stages.config import Opened, RunConfig, Stage, open_start
+from fira.stages.config import Opened, RunConfig, Stage, configure_new, open_start
 from fira.stages.rollouts import SLOTS, Rollout, draw_seed, write_answers
 from fira.stages.run import train_run
 from fira.stages.start import record_of
@@ -79,16 +79,17 @@ class DistillConfig(RunConfig):
         data, ranks, own = self.data, self.parallel, self.distill.on_policy
         if bool(data.folder or data.mix) == bool(data.text or data.chat):
             raise ConfigError("give --data FOLDER, or else --text FILES or --chat FILES")
-        if own and not data.chat:
-            raise ConfigError(f"--on-policy {own:g} needs prompts to answer; give --chat FILES")
+        if own and (self.distill.ce == 1 or not data.chat):
+            raise ConfigError(f"--on-policy {own:g} needs prompts to answer, and a divergence to "
+                              "learn from the answers; give --chat FILES and --ce below 1")
         if ranks.pipeline > 1 or own and ranks.shard * ranks.expert > 1:
             raise ConfigError("the teacher reads with all blocks on a rank, and the student writes "
                               "with all weights; set parallel.pipeline=1, and with --on-policy "
                               "also parallel.shard=1 and parallel.expert=1")
 
 
-def open_data(config: DistillConfig) -> Opened:
-    """The text or the rows. Raises ConfigError if the teacher cannot read or score them."""
+def check_fit(config: DistillConfig) -> None:
+    """Raises ConfigError if the teacher cannot read or score what the student does."""
     folder = Path(config.distill.teacher)
     teacher = read_config(folder / CONFIG)[0]
     for name, value, most in (("model.vocab_size", config.model.vocab_size, teacher.vocab_size),
@@ -97,14 +98,18 @@ def open_data(config: DistillConfig) -> Opened:
         if value > most:
             raise ConfigError(f"{name}={value} is more than the {most} tokens of the teacher; set "
                               f"{name}={most}, or choose another student")
-    opened = _parent(config).open_data(config)
     wanted = Tokenizer.load(folder).hash[:12]
-    for other in (Path(config.data.start), opened.folder):
+    for other in {config.data.start, *(config.data.mix or [config.data.folder])} - {None}:
         if (found := Tokenizer.load(other).hash[:12]) != wanted:
             raise ConfigError(f"the teacher has tokenizer {wanted}, but {other} has {found}; give "
                               "a student that has the teacher's, and data prepared with "
                               f"--tokenizer {folder}")
-    return opened
+
+
+def open_data(config: DistillConfig) -> Opened:
+    """The text or the rows."""
+    check_fit(config)
+    return _parent(config).open_data(config)
 
 
 def _parent(config: DistillConfig) -> Any:
@@ -164,7 +169,8 @@ class OwnAnswers:
         return len(self.packs)
 
     def read(self, numbers: np.ndarray) -> list[np.ndarray]:
-        numbered = [(int(number), one) for number in numbers for one in self.packs.packs[number]]
+        numbered = [(place, one) for place, number in enumerate(numbers)
+                    for one in self.packs.packs[number]]
         rows = [self.packs.rows[one] for _, one in numbered]
         prompts = [row.ids[:row.trained.argmax()].tolist() for row in rows]
         room = max(len(row.ids) - len(ids) for row, ids in zip(rows, prompts, strict=True))
@@ -172,8 +178,8 @@ class OwnAnswers:
             draw_seed(self.seed, one) for _, one in numbered], SamplingParams(room))
         cut = [Row(own.row.ids[:len(row.ids)], own.row.trained[:len(row.ids)])
                for row, own in zip(rows, answers, strict=True)]
-        found = [Packs([row for row, (own, _) in zip(cut, numbered, strict=True) if own == number],
-                       self.length).read(np.zeros(1, int)) for number in numbers]
+        found = [Packs([row for row, (own, _) in zip(cut, numbered, strict=True) if own == place],
+                       self.length).read(np.zeros(1, int)) for place in range(len(numbers))]
         ids, targets, positions = map(np.concatenate, zip(*found, strict=True))
         return [ids, np.where(targets == IGNORED, IGNORED, UNKNOWN), positions]
 
@@ -191,18 +197,13 @@ def write_teacher_answers(teacher: Path, sources: Sequence[str], path: Path, par
     if not model.chat:
         raise ValueError(f"{folder} was not trained on chat turns, so it answers no question; "
                          "distil on text with --text, or tune it first with fira tune --chat")
-    rows, prompts = list[dict[str, Any]](), list[list[int]]()
-    for where, record in records(inputs(sources, RECORDS)):
-        messages, tools = read_conversation(record)
-        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        ids = prompt_ids(tokenizer, before, True, tools)
-        if len(ids) + params.max_new_tokens <= window_length(model):
-            prompts.append(ids)
-            rows.append({"teacher": str(folder), "temperature": params.temperature, "where": where,
-                         **({"answer": record["answer"], "checker": record.get("checker", "exact")}
-                            if keep_right and "answer" in record else {}),
-                         "messages": before, "tools": tools})
+    rows, prompts = _read_prompts(sources, tokenizer, window_length(model) - params.max_new_tokens,
+                                  keep_right, screen)
+    rows = [{"teacher": str(folder), "temperature": params.temperature, **row} for row in rows]
     done, begun = _written(path, rows), time.monotonic()
+    if done < len(rows) and launch().world > 1:
+        raise ConfigError("the teacher's answers are written by one process; give the same command "
+                          "without a launcher, and later --resume on many ranks")
     with open(path, "ab") as file, ProgressLine("answers", screen) as shown:
         for first in range(done, len(rows), SLOTS):
             some = slice(first, first + SLOTS)
@@ -212,6 +213,34 @@ def write_teacher_answers(teacher: Path, sources: Sequence[str], path: Path, par
             file.flush()
             shown.update((first + len(found)) / len(rows), f"{first + len(found):,} answers",
                          time.monotonic() - begun)
+
+
+def _read_prompts(sources: Sequence[str], tokenizer: Tokenizer, room: int, keep_right: bool,
+                  screen: Console) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """The conversations before their last answers, as records and as ids, if these are at most
+    `room`; how many have more is said."""
+    rows, prompts, longer = list[dict[str, Any]](), list[list[int]](), 0
+    for where, record in records(inputs(sources, RECORDS)):
+        try:
+            messages, tools = read_conversation(record)
+        except FAULTS as error:
+            raise ValueError(f"{where}: {error}; correct this row, or leave it out") from error
+        before = [{**one, "train": False} for one in (
+            messages[:-1] if messages[-1]["role"] == "assistant" else messages)]
+        ids = prompt_ids(tokenizer, before, True, tools)
+        longer += len(ids) > room
+        if len(ids) <= room:
+            prompts.append(ids)
+            rows.append({"where": where, "messages": before, "tools": tools, **(
+                {"answer": record["answer"], "checker": record.get("checker", "exact")}
+                if keep_right and "answer" in record else {})})
+    told = (f"{longer:,} of {longer + len(rows):,} prompts are left out: they have more than the "
+            f"{room} tokens that leave room for an answer")
+    if not rows:
+        raise ValueError(f"{told}; give a smaller --max-new, or other prompts")
+    if longer:
+        screen.print(told, soft_wrap=True)
+    return rows, prompts
 
 
 def _written(path: Path, rows: Sequence[dict[str, Any]]) -> int:
@@ -249,31 +278,33 @@ def distill(teacher: Path | None, student: str | None, given: dict[str, Any],
     was trained. With `sequence` the teacher answers the prompts of `given["chat"]`, and the loss is
     the cross-entropy of its answers.
     """
-    stage, preset, source, start = DISTILL, None, None, None
     values = {f"{'distill' if key in DistillOptions.model_fields else 'data'}.{key}": value
               for key, value in given.items() if value not in (None, ())}
-    if teacher is not None:
-        start = open_start(teacher, quantized=True)
-        values["distill.teacher"] = str(start.folder)
     if sequence:
         values |= {"data.chat": [str(run / ANSWERS)], "distill.ce": 1.0}
-    if start and student is not None and teacher is not None and not (run / CONFIG).exists():
-        preset = student
-        if Path(student).is_dir():
-            source, own = Path(student), open_start(Path(student)).folder
-            base = record_of(source, own) or record_of(teacher, start.folder)
-            base = {key: base[key] for key in ("optim", "schedule", "train") if key in base}
-        else:
-            base, own = load_preset(student), start.folder
-            values["model.vocab_size"] = start.spec.vocab_size
-        values["data.start"] = str(own)
-        stage = stage._replace(preset={**base, "data": {}, "distill": {}})
-        if sequence and launch().world > 1:
-            raise ConfigError("--sequence is begun by one process, as it writes one file; give the "
-                              "same command without a launcher, and later --resume on many ranks")
-        if sequence:
-            params = SamplingParams(max_new, given.get("temperature") or 1.0)
-            write_teacher_answers(teacher, given["chat"], run / ANSWERS, params, keep_right, device,
-                                  screen)
-    settings = [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *settings]
-    return train_run(stage, preset, settings, run, device, resume, screen, source)
+    folder = open_start(teacher, quantized=True).folder if teacher else None
+    if folder:
+        values["distill.teacher"] = str(folder)
+    if not (teacher and folder and student) or (run / CONFIG).exists():
+        return train_run(DISTILL, None, [*_as_settings(values), *settings], run, device, resume,
+                         screen)
+    source = Path(student) if Path(student).is_dir() else None
+    start = open_start(source) if source else None
+    values["data.start"] = str(start.folder if start else folder)
+    if source and start:
+        base = record_of(source, start.folder) or record_of(teacher, folder)
+        base = {key: base[key] for key in ("optim", "schedule", "train") if key in base}
+    else:
+        base = load_preset(student)
+        values["model.vocab_size"] = read_config(folder / CONFIG)[0].vocab_size
+    stage = DISTILL._replace(preset={**base, "data": {}, "distill": {}})
+    settings = [*_as_settings(values), *settings]
+    if sequence:
+        check_fit(configure_new(stage, student, settings, start))  # before the long writing
+        write_teacher_answers(folder, given["chat"], run / ANSWERS, SamplingParams(
+            max_new, given.get("temperature") or 1.0), keep_right, device, screen)
+    return train_run(stage, student, settings, run, device, resume, screen, source)
+
+
+def _as_settings(values: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]

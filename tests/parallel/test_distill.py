@@ -12,7 +12,7 @@ SETTINGS = ["train.steps=3", "train.batch_tokens=256", "train.micro_batch=2"]
 
 
 def distill_on(rank, teacher, preset, data, run, settings=()):
-    distill(teacher, str(preset), {"data": [str(data)]}, [*SETTINGS, *settings], run, "cpu", False,
+    distill(teacher, str(preset), {"folder": str(data)}, [*SETTINGS, *settings], run, "cpu", False,
             Console(quiet=True))
 
 

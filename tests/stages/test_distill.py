@@ -104,6 +104,8 @@ def test_a_killed_distillation_continues_to_the_bit(trained_run, preset, data_fo
     (["--student", "{preset}", "--data", "{data}", "--on-policy", "0.5"], 2, "give --chat FILES"),
     (["--student", "{preset}", "--data", "{data}", "--sequence"], 2, "needs --chat FILES"),
     (["--student", "{preset}", "--chat", "sotu", "--sequence"], 1, "not trained on chat turns"),
+    (["--student", "{preset}", "--chat", "sotu", "--sequence", "optim.lrr=1"], 2, "optim.lr"),
+    (["--student", "{preset}", "--chat", "sotu", "--ce", "1", "--on-policy", "1"], 2, "below 1"),
     (["--student", "{preset}", "--data", "{data}", "distill.beta=1"], 2, "distill.beta"),
 ])
 def test_what_cannot_be_distilled_is_refused(words, code, rule, trained_run, other_tokenizer,
@@ -156,6 +158,8 @@ def test_the_teachers_right_answers_are_written_once_and_trained_on(talker, prom
     shutil.move(run, tmp_path / "old")
     run.mkdir()
     written.write_bytes(whole[:len(whole) * 2 // 3])  # cut in the middle of a line
+    line = refused(*words, "--run", tmp_path / "none", "--max-new", 64)
+    assert "80 of 80 prompts are left out: they have more than the " in line
     line = refused(*words, "--run", run)
     assert "answers to other prompts, or of another teacher" in line
     assert fira(*words, "--run", run, "--keep-right").code == 0
