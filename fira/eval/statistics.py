@@ -113,9 +113,3 @@ def _with_interval(mean: float, center: float, error: float, half: float,
                    items: int) -> Difference:
     return Difference(mean, center - half, center + half, items,
                       math.ceil(items * (error * (Z + POWER) / 0.01) ** 2), error)
-
-
-def pass_at(k: int, answers: int, right: int) -> float:
-    """The chance that one of k answers is right, if `right` of so many are (Chen et al. 2021,
-    2107.03374, equation 1)."""
-    return 1 - math.comb(answers - right, k) / math.comb(answers, k)

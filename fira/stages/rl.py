@@ -25,7 +25,7 @@ from fira.data.chat import prompt_ids
 from fira.data.records import records
 from fira.data.sources import RECORDS, inputs
 from fira.data.tokenizer import Tokenizer
-from fira.eval.statistics import pass_at
+from fira.eval.answers import pass_at
 from fira.eval.task import make_row
 from fira.eval.tasks.generate import is_spec, open_tasks
 from fira.files import read_json
@@ -268,8 +268,8 @@ def recipe(config: RlConfig, data: Data, tokenizer: Tokenizer, layout: Layout) -
         questions = data.train[:FIRST][own]
         _, rewards_PG = rollouts.answer(range(FIRST)[own][:len(questions)], questions, FIRST)
         once, often, count = layout.sum(torch.tensor([*(
-            sum(pass_at(k, FIRST, right) for right in (rewards_PG > 0).sum(axis=1).tolist())
-            for k in (1, 16)), len(questions)])).tolist()
+            sum(pass_at(k, rewards_G) for rewards_G in rewards_PG.tolist()) for k in (1, 16)),
+            len(questions)])).tolist()
         told = f"before training, pass@1 is {once / count:.1%} and pass@16 {often / count:.1%}"
         if once / count > EASIEST:
             raise ValueError(f"{told}: these tasks are solved; give harder ones")
