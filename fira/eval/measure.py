@@ -55,11 +55,7 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
     if resume and not target:
         raise ValueError("--resume continues the file of --json FILE; give both")
     old = read_json(target, "leave out --resume") if resume and target else {}
-    chosen = _open_tasks(suites, files, data, limit, letters)
-    every = [task for tasks, _ in chosen.values() for task in tasks]
-    if asking != GREEDY and not any(task.rows[0].messages for task in every):
-        raise ValueError("--think, --max-thinking, --samples and --temperature are for tasks whose "
-                         "rows are messages, and no task here has any; leave them out")
+    chosen = _open_tasks(suites, files, data, limit, letters, asking)
     for name, (_, missing) in chosen.items():
         if missing:
             screen.print(f"suite {name}: no rows of {', '.join(missing)}", soft_wrap=True)
@@ -70,8 +66,7 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
     result = {"run": str(loaded.folder), "model_sha256": sha256(weights), "versions": versions()}
     found = old["suites"] if old.get("model_sha256") == result["model_sha256"] else {}
     for suite, (tasks, missing) in chosen.items():
-        protocol = _protocol(tasks, asking)
-        if found.get(suite, {}).get("protocol") != protocol:
+        if found.get(suite, {}).get("protocol") != (protocol := _protocol(tasks, asking)):
             found[suite] = {"protocol": protocol, "tasks": {}}
         found[suite]["missing"] = missing
     todo = [(found[suite]["tasks"], task) for suite, (tasks, _) in chosen.items() for task in tasks
@@ -92,7 +87,7 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
 
 
 def _open_tasks(suites: Sequence[str], files: Sequence[str], data: str, limit: int | None,
-                letters: bool) -> dict[str, tuple[list[Task], list[str]]]:
+                letters: bool, asking: Asking) -> dict[str, tuple[list[Task], list[str]]]:
     """The tasks of each suite, and the names of those that are not there."""
     own = [task for file in files for task in (
         open_tasks(file, limit or GENERATED) if _is_made(file)
@@ -101,8 +96,13 @@ def _open_tasks(suites: Sequence[str], files: Sequence[str], data: str, limit: i
             if name not in {task.name for task in own}]
     if files and not own:
         raise ValueError(f"the split test has no {', '.join(gone)}; try larger depths")
-    return {name: open_suite(name, data, limit, letters) for name in suites} | (
+    found = {name: open_suite(name, data, limit, letters) for name in suites} | (
         {"own": (own, gone)} if files else {})
+    every = (task for tasks, _ in found.values() for task in tasks)
+    if asking != GREEDY and not any(task.rows[0].messages for task in every):
+        raise ValueError("--think, --max-thinking, --samples and --temperature are for tasks whose "
+                         "rows are messages, and no task here has any; leave them out")
+    return found
 
 
 def _is_made(file: str) -> bool:
