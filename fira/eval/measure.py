@@ -66,8 +66,7 @@ def measure(run: str | Path, suites: Sequence[str], files: Sequence[str], data: 
     result = {"run": str(loaded.folder), "model_sha256": sha256(weights), "versions": versions()}
     found = old["suites"] if old.get("model_sha256") == result["model_sha256"] else {}
     for suite, (tasks, missing) in chosen.items():
-        protocol = _protocol(tasks, asking)
-        if found.get(suite, {}).get("protocol") != protocol:
+        if found.get(suite, {}).get("protocol") != (protocol := _protocol(tasks, asking)):
             found[suite] = {"protocol": protocol, "tasks": {}}
         found[suite]["missing"] = missing
     todo = [(found[suite]["tasks"], task) for suite, (tasks, _) in chosen.items() for task in tasks
@@ -99,8 +98,8 @@ def _open_tasks(suites: Sequence[str], files: Sequence[str], data: str, limit: i
         raise ValueError(f"the split test has no {', '.join(gone)}; try larger depths")
     found = {name: open_suite(name, data, limit, letters) for name in suites} | (
         {"own": (own, gone)} if files else {})
-    if asking != GREEDY and not any(task.rows[0].messages for tasks, _ in found.values()
-                                    for task in tasks):
+    every = (task for tasks, _ in found.values() for task in tasks)
+    if asking != GREEDY and not any(task.rows[0].messages for task in every):
         raise ValueError("--think, --max-thinking, --samples and --temperature are for tasks whose "
                          "rows are messages, and no task here has any; leave them out")
     return found

@@ -132,7 +132,7 @@ def recipe(config: PreferConfig, data: Data, tokenizer: Tokenizer, layout: Layou
 
     def begin(run: Path, fresh: bool) -> None:
         if fresh:
-            learn_turns(config, layout.model, tokenizer)
+            learn_turns(config, layout.model, tokenizer, data.train.rows)
         _know_reference(run / REFERENCE, fresh, layout, config.train.micro_batch, data)
 
     def probe() -> tuple[dict[str, float], Score]:

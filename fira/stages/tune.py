@@ -73,7 +73,7 @@ class TuneConfig(RunConfig):
 class Data(NamedTuple):
     """What a tuning reads, as sequences: to train on, to evaluate on, general text likewise."""
 
-    train: Sequences
+    train: Packs
     held_out: Sequences
     general: Sequences | None
     general_held_out: Sequences | None
@@ -106,7 +106,7 @@ def open_data(config: TuneConfig) -> Opened:
     counts = {"rows": len(kept), "rows equal to held-out rows": len(rows) - len(kept),
               "tokens": sum(len(row.ids) for row in kept),
               "tokens trained on": sum(int(row.trained.sum()) for row in kept),
-              "rows with thoughts": sum(tokenizer.added.get(THINK) in row.ids for row in kept),
+              "rows with thoughts": count_thoughts(kept, tokenizer),
               **{f"rows {why}": entry["count"] for why, entry in reader.tally.items()}}
     general = _general(tokenizer, data.general, length)
     found = Data(Packs(kept, length), Packs(held_out, length), *general)
@@ -158,17 +158,23 @@ def adapt(config: TuneConfig, model: Any, tokenizer: Tokenizer) -> None:
         raise ConfigError(f"--method full cannot change {kind} weights; use --method lora, or tune "
                           "the run that they were made from")
     if config.tune.method != "full":
-        attach(model, config.tune.rank, config.tune.chosen, _new_tokens(config, tokenizer))
+        attach(model, config.tune.rank, config.tune.chosen,
+               _new_tokens(config, tokenizer, config.tune.thoughts))
     for router in routers(model):
         prepare_router(router, config.tune.router == "train")
 
 
-def learn_turns(config: Any, model: Any, tokenizer: Tokenizer) -> None:
+def count_thoughts(rows: Sequence[Row], tokenizer: Tokenizer) -> int:
+    """How many rows have a thought, which may be empty."""
+    return sum(tokenizer.added.get(THINK) in row.ids for row in rows)
+
+
+def learn_turns(config: Any, model: Any, tokenizer: Tokenizer, read: Sequence[Row]) -> None:
     """Give tokens that were never trained the embedding and head of the end of text: it too stands
-    where something ends and something else begins."""
-    model.chat = True
-    model.think = model.think or config.tune.thoughts
-    tokens = list(_new_tokens(config, tokenizer))
+    where something ends and something else begins. The model notes what the rows `read` teach."""
+    thoughts = bool(count_thoughts(read, tokenizer))
+    model.chat, model.think = True, bool(model.think or thoughts)
+    tokens = list(_new_tokens(config, tokenizer, thoughts))
     for name in {"token_embedding", model.after[-1]} if tokens else ():
         part = getattr(model, name)
         weight, changed = gathered(part.weight.detach()).clone(), part.weight
@@ -181,7 +187,7 @@ def learn_turns(config: Any, model: Any, tokenizer: Tokenizer) -> None:
         own.copy_(weight[first_row(changed):][:len(own)])
 
 
-def _new_tokens(config: TuneConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _new_tokens(config: Any, tokenizer: Tokenizer, thoughts: bool) -> tuple[int, ...]:
     """The special tokens of conversations, if the model was never trained on any, or those around
     thoughts, if it never was on these."""
     if not config.data.chat:
@@ -190,7 +196,7 @@ def _new_tokens(config: TuneConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     names = set(SPECIAL) - {END_OF_TEXT, PAD}
     if knows_chat(config.data.start):
         thinks = read_config(Path(config.data.start) / CONFIG)[1]["think"]
-        names = {THINK, THINK_END} if config.tune.thoughts and not thinks else set()
+        names = {THINK, THINK_END} if thoughts and not thinks else set()
     return tuple(sorted(tokenizer.added[name] for name in tokenizer.added.keys() & names))
 
 
@@ -215,7 +221,7 @@ def recipe(config: TuneConfig, data: Data, tokenizer: Tokenizer, layout: Layout)
 
     def begin(run: Path, fresh: bool) -> None:
         if fresh and config.data.chat:
-            learn_turns(config, layout.model, tokenizer)
+            learn_turns(config, layout.model, tokenizer, data.train.rows)
 
     return Recipe(PackedBatches(parts, config.train, layout.rows), next_token_loss, probe, begin)
 
