@@ -92,10 +92,9 @@ def test_a_cache_in_16_bits_rounds_what_it_holds_and_nothing_else(name, step):
     caches = [SlotCache(model, 1, 24, dtype) for dtype in (None, torch.float16)]
     for cache in caches:
         step(model)(model, cache, torch.tensor([5, 6, 7]), [Part(0, 0, 3)])
-    wide, half = caches
-    first = 0  # the first layer's rows depend on no others
-    assert torch.equal(half.keys[first], wide.keys[first].half())
-    assert torch.equal(half.values[first], wide.values[first].half())
+    wide, half = caches  # the first layer's rows depend on no others
+    assert torch.equal(half.keys[0], wide.keys[0].half())
+    assert torch.equal(half.values[0], wide.values[0].half())
 
 
 @torch.inference_mode()
