@@ -180,9 +180,10 @@ def show(found: dict[str, Any]) -> None:
             print(f"{task:22} every prompt is longer than the model reads")
             continue
         low, high = row["interval"]
-        print(f"{task:22}{checkers[task]:>8}{row['rows']:6}{row['before'] or 0:8.3f}"
-              f"{row['after']:8.3f}{f'{low:.3f} - {high:.3f}':>15}{row['majority']:10.3f}"
-              f"{row['copy']:7.3f}{row['nearest']:9.3f}")
+        before = "-" if row["before"] is None else f"{row['before']:.3f}"
+        print(f"{task:22}{checkers[task]:>8}{row['rows']:6}{before:>8}{row['after']:8.3f}"
+              f"{f'{low:.3f} - {high:.3f}':>15}{row['majority']:10.3f}{row['copy']:7.3f}"
+              f"{row['nearest']:9.3f}")
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ from fira.stages.quickstart import QUESTIONS
 def test_the_quickstart_ends_in_a_model_that_converses_and_repeats_nothing(
         fira, data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("fira.stages.quickstart.CHAT", (
-        "train.steps=3", "train.sequence_length=64", "train.validation_tokens=2048"))
-    out, small = tmp_path / "quick", ("train.steps=4", "model.num_layers=2", "model.context=64",
-                                      "train.sequence_length=64", "train.validation_tokens=2048")
+        "train.steps=3", "train.sequence_length=128", "train.validation_tokens=2048"))
+    out, small = tmp_path / "quick", ("train.steps=4", "model.num_layers=2", "model.context=128",
+                                      "train.validation_tokens=2048")
     shutil.copytree(data_folder, out / "data")
     answer = fira("quickstart", "--chat", "--out", out, *small)
     assert answer.code == 0, answer.err
