@@ -183,7 +183,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
             memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
             return torch.frombuffer(memory, dtype=dtype).view(shape)
         return torch.zeros(shape, dtype=dtype, device=device)
-    except (OSError, torch.OutOfMemoryError):
+    except (OSError, OverflowError, torch.OutOfMemoryError):
         raise ValueError(f"a cache of {2 * size / 1e9:.1f} GB is more than this machine has free; "
                          "give fewer --slots, a smaller --context or --cache float16") from None
 

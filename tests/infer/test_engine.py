@@ -105,9 +105,10 @@ def test_the_cache_takes_memory_as_it_fills(either):
     assert not cache.keys.any() and not cache.values[:, 2:].any()
 
 
-def test_a_cache_that_no_machine_holds_is_one_line(model):
+@pytest.mark.parametrize("slots", [2**40, 2**60])
+def test_a_cache_that_no_machine_holds_is_one_line(model, slots):
     with pytest.raises(ValueError, match="a cache of .* GB is more .* --cache float16"):
-        SlotCache(model, 2**40, 64)
+        SlotCache(model, slots, 64)
 
 
 def test_reusing_a_prefix_changes_nothing_but_work(either, tokenizer):
