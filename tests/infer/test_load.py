@@ -148,8 +148,7 @@ def test_a_large_file_is_hashed_again_only_if_it_was_changed_since(step_folder, 
                                                                   fira, refused) -> None:
     monkeypatch.setattr(files, "LARGE", 1000)
     weights, before = step_folder / WEIGHTS, (step_folder / WEIGHTS).stat()
-    hashed: list[str] = []
-    sha256 = files.sha256
+    hashed, sha256 = [], files.sha256
     monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     load(step_folder, "cpu")
     assert WEIGHTS not in hashed and "config.json" in hashed
