@@ -8,8 +8,12 @@ import pytest
 from rich.console import Console
 
 from fira.convert.quantize import export_run
+from fira.data.prepare import prepare
+from fira.data.text import texts
+from fira.data.tokenizer import Tokenizer, train_tokenizer
 from fira.runlog import read_rows
 from fira.stages.pretrain import pretrain
+from fira.stages.start import tune
 from tests.stages.test_tune import talk, write
 
 DENSE = ("model.num_experts=1", "model.top_k=1", "model.d_ff=64")
@@ -20,18 +24,15 @@ def steps_of(run):
     return [row for row in read_rows(run) if row["kind"] == "step"]
 
 
-@pytest.fixture
-def other_tokenizer(corpus, preset, tmp_path):
+@pytest.fixture(scope="module")
+def other_tokenizer(corpus, preset, tmp_path_factory):
     """A run and a data folder made with another vocabulary."""
-    from fira.data.prepare import prepare
-    from fira.data.text import texts
-    from fira.data.tokenizer import train_tokenizer
-
-    prepare([str(corpus)], tmp_path / "other", train_tokenizer(texts([str(corpus)]), 400),
+    folder = tmp_path_factory.mktemp("other")
+    prepare([str(corpus)], folder / "other", train_tokenizer(texts([str(corpus)]), 400),
             validation_every=4, workers=1)
-    pretrain(str(preset), [f"data.folder={tmp_path / 'other'}", "train.steps=1"], tmp_path / "run",
+    pretrain(str(preset), [f"data.folder={folder / 'other'}", "train.steps=1"], folder / "run",
              "cpu", False, Console(quiet=True))
-    return tmp_path
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -63,33 +64,6 @@ def test_any_student_comes_nearer_to_its_teacher(student, trained_run, int8, pre
     assert (run / "training_progress.png").is_file() and fira("check", run).code == 0
 
 
-def test_conversations_are_distilled_where_they_are_trained_on(trained_run, preset, tmp_path, fira):
-    chats = write(tmp_path, "chats.jsonl", [talk(f"Why {n}?") for n in range(40)])
-    run = tmp_path / "run"
-    done = fira("distill", trained_run, "--student", preset, "--chat", chats, "--run", run,
-                "--loss", "jsd", "--temperature", 2, *DENSE, *SHORT)
-    assert done.code == 0, done.err
-    assert "chats.jsonl: 40 conversations (messages)" in done.err
-    about = json.loads((run / "config.json").read_text())
-    assert about["stage"] == "distill" and about["data"]["rows"] == 38
-    assert json.loads((run / "step-000006" / "config.json").read_text())["chat"] is True
-
-
-def test_a_killed_distillation_continues_to_the_bit(trained_run, preset, data_folder, tmp_path,
-                                                    fira, refused):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    words = ("distill", trained_run, "--student", preset, "--data", data_folder, *DENSE, *SHORT)
-    assert fira(*words, "--run", whole).code == 0
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "step-000006")
-    line = refused(*words, "--run", run, "--resume", "--loss", "reverse", code=2)
-    assert "distill.loss=reverse cannot change when a run is resumed, which has forward" in line
-    assert fira("distill", "--run", run, "--resume").code == 0
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (run / "step-000006" / name).read_bytes() == (
-            whole / "step-000006" / name).read_bytes()
-
-
 @pytest.mark.parametrize("words, code, rule", [
     (["--student", "smal"], 2, "did you mean small?"),
     (["--student", "{other}/run", "--data", "{data}"], 2, "give a student that has the teacher's"),
@@ -115,7 +89,6 @@ def test_what_cannot_be_distilled_is_refused(words, code, rule, trained_run, oth
     assert rule in line
     assert not (tmp_path / "new").exists()
     if "tokenizer" in line:
-        from fira.data.tokenizer import Tokenizer
         hashes = [Tokenizer.load(folder).hash[:12] for folder in (
             data_folder, other_tokenizer / "other")]
         assert all(one in line for one in hashes)
@@ -124,8 +97,6 @@ def test_what_cannot_be_distilled_is_refused(words, code, rule, trained_run, oth
 @pytest.fixture(scope="module")
 def talker(trained_run, tmp_path_factory):
     """A model that answers every question with "So."."""
-    from fira.stages.start import tune
-
     folder = tmp_path_factory.mktemp("talker")
     chats = write(folder, "chats.jsonl", [talk(f"Why {n}?") for n in range(40)])
     tune(trained_run, {"tune": {"method": "full", "router": "train"},
@@ -166,17 +137,28 @@ def test_the_teachers_right_answers_are_written_once_and_trained_on(talker, prom
     assert written.read_bytes() == whole
 
 
-def test_a_student_learns_from_answers_of_its_own(talker, preset, tmp_path, fira):
+@pytest.mark.parametrize("kind", ["text", "conversations, half of them answered by the student"])
+def test_a_killed_distillation_continues_to_the_bit(kind, trained_run, talker, preset, data_folder,
+                                                    tmp_path, fira, refused):
+    whole, run, own = tmp_path / "whole", tmp_path / "run", kind != "text"
     chats = write(tmp_path, "chats.jsonl", [talk(f"Why {n}?") for n in range(40)])
-    words = ("distill", talker, "--student", preset, "--chat", chats, "--on-policy", 0.5, *SHORT)
-    whole, run = tmp_path / "whole", tmp_path / "run"
+    words = ("distill", *((talker, "--chat", chats, "--on-policy", 0.5, "--temperature", 2)
+             if own else (trained_run, "--data", data_folder)), "--student", preset, *DENSE, *SHORT)
     done = fira(*words, "--run", whole)
     assert done.code == 0, done.err
-    assert "own answers: 50.0% of the sequences" in done.err
-    steps = steps_of(whole)
-    assert steps[-1]["epochs/own answers"] > 0 and steps[-1]["divergence"] < steps[0]["divergence"]
+    if own:
+        assert "own answers: 50.0% of the sequences" in done.err
+        record = json.loads((whole / "config.json").read_text())
+        assert record["stage"] == "distill" and record["data"]["rows"] == 38
+        assert json.loads((whole / "step-000006" / "config.json").read_text())["chat"] is True
+        steps = steps_of(whole)
+        assert steps[-1]["epochs/own answers"] > 0
+        assert steps[-1]["divergence"] < steps[0]["divergence"]
     shutil.copytree(whole, run)
     shutil.rmtree(run / "step-000006")
+    line = refused(*words, "--run", run, "--resume", "--loss", "reverse", code=2)
+    assert "distill.loss=reverse cannot change when a run is resumed, which has forward" in line
     assert fira("distill", "--run", run, "--resume").code == 0
-    assert (run / "step-000006" / "model.safetensors").read_bytes() == (
-        whole / "step-000006" / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (run / "step-000006" / name).read_bytes() == (
+            whole / "step-000006" / name).read_bytes()
