@@ -22,7 +22,7 @@ from fira.files import replacing
 from fira.loss.preference import PairBatch, log_probabilities, preference_loss
 from fira.parallel.layout import Layout
 from fira.stages.config import Opened, RunConfig, Stage
-from fira.stages.tune import HELD_OUT, Files, TuneOptions, adapt, learn_turns
+from fira.stages.tune import HELD_OUT, Files, TuneOptions, adapt, count_thoughts, learn_turns
 from fira.train.loop import Recipe, Score
 
 REFERENCE = "reference.safetensors"
@@ -90,7 +90,8 @@ def open_data(config: PreferConfig) -> Opened:
                    for part in (train, held_out)))
     line = f"{len(train):,} pairs to train on, {len(held_out):,} held out" + _left_out(counts)
     about = {"sources": [Path(name).name for name in data.chat], "pairs": len(train),
-             "pairs held out": len(held_out), **counts, "sha256": [found.train.key]}
+             "pairs held out": len(held_out), **counts, "sha256": [found.train.key],
+             "rows with thoughts": count_thoughts(found.train.rows, Tokenizer.load(data.start))}
     return Opened(Path(data.start), found, about, [line])
 
 

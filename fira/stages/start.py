@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fira.config import ConfigError, parse
 from fira.data.shards import MANIFEST
-from fira.data.tokenizer import END_OF_TEXT, Tokenizer
+from fira.data.tokenizer import END_OF_TEXT
 from fira.eval.suites import open_suite
 from fira.eval.tuning import compare_tuning
 from fira.files import read_json, write_text
@@ -24,7 +24,7 @@ from fira.runtime import launch
 from fira.stages.choice import choose_experts, parse_experts
 from fira.stages.config import Opened, Stage, configure, modernize, open_start
 from fira.stages.run import train_run
-from fira.stages.tune import TUNE, count_thoughts
+from fira.stages.tune import TUNE
 from fira.train.loop import LoopState
 
 OWN_TEXT, OWN_ROWS, OWN_BATCH = "self", 256, 32  # text that the model writes itself
@@ -133,7 +133,7 @@ def open_tuning(source: Path, sections: dict[str, dict[str, Any]], epochs: float
         parse_experts(config)  # before the long reading
     opened = stage.open(config)
     train = opened.data.train
-    sections["tune"]["thoughts"] = bool(count_thoughts(train.rows, Tokenizer.load(start.folder)))
+    sections["tune"]["thoughts"] = bool(opened.about.get("rows with thoughts"))
     if config.tune.method == "experts":
         packs = train if stage.name == TUNE.name else train.packs
         sections["tune"]["chosen"] = choose_experts(config, packs, device, console())
