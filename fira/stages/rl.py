@@ -27,7 +27,7 @@ from fira.data.sources import RECORDS, inputs
 from fira.data.tokenizer import Tokenizer
 from fira.eval.answers import pass_at
 from fira.eval.task import make_row
-from fira.eval.tasks.generate import is_spec, open_tasks
+from fira.eval.tasks.generate import FAMILIES, is_spec, open_tasks
 from fira.files import read_json
 from fira.infer.load import load
 from fira.infer.request import SamplingParams
@@ -120,7 +120,7 @@ def open_data(config: RlConfig) -> Opened:
 
 
 def _is_made(name: str) -> bool:
-    return is_spec(name) and not Path(name).exists()
+    return (is_spec(name) or name in FAMILIES) and not Path(name).exists()
 
 
 def _records(name: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -294,10 +294,13 @@ def rl(source: Path | None, sections: dict[str, dict[str, Any]], settings: Itera
     """`fira rl`: see `fira.stages.tune.tune`. Raises ConfigError if a run that is resumed has other
     tasks than those given."""
     settings = list(settings)
-    if not (run / CONFIG).exists():
+    if source is None and not (run / CONFIG).exists():
+        raise ConfigError(f"{run.absolute()} holds no run to resume; give RUN and --tasks SPEC to "
+                          "begin one, or the --run folder of one that exists")
+    if source is not None and not (run / CONFIG).exists():
         lengths = {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}
-        usual = (one.partition("=") for one in ([] if source is None else settings_for(
-            source, open_start(source, True).folder, sections["tune"]["method"], settings)))
+        usual = (one.partition("=") for one in settings_for(
+            source, open_start(source, True).folder, sections["tune"]["method"], settings))
         settings = [*SETTINGS, *([] if lengths else ["train.steps=100"]),
                     *(f"{key}={float(rate) / SLOWER}" for key, _, rate in usual
                       if key.endswith("lr")), *settings]

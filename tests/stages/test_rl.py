@@ -143,7 +143,9 @@ def number(completions, **columns):
     ({"answer": "never so"}, None, 1, "pass@1 is 0.0% and pass@16 0.0%: the model hardly ever"),
     ({"answer": ""}, None, 1, "tasks.jsonl:2: the answer '' gets the reward 1 and not 0, which"),
     ({}, "--max-new=60", 2, "tokens and 5 fit beside an answer of rl.max_new=60; give a smaller"),
-    ({}, "--tasks=none.jsonl", 1, "none.jsonl"),
+    ({}, "--tasks=none.jsonl", 1, "none.jsonl does not exist"),
+    ({}, "--tasks=runsum", 1, "task 'runsum' is none of runsum, swap"),
+    ({}, "--tasks=runsm:2", 1, "with a depth; try runsum:4"),
     ({}, "parallel.shard=2", 2, "parallel.shard")])
 def test_what_cannot_be_learned_from_is_refused_with_one_line(changes, given, code, words, made,
                                                               refused, tmp_path):
