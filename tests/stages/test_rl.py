@@ -36,7 +36,7 @@ def rl_run(rank, start, files, run, *settings, resume=False, options=()):
     sections = {"tune": {"method": "full"},
                 "rl": {"prompts": 8, "group": 8, "max_new": 6} | dict(options),
                 "data": {"tasks": [str(files[0])], "held_out": [str(files[1])], "reward": None}}
-    own = () if resume else (*SETTINGS, "train.steps=14", "train.save_every=4", "optim.lr=5e-3")
+    own = () if resume else (*SETTINGS, "train.steps=20", "train.save_every=4", "optim.lr=1.5e-3")
     rl(None if resume else start, sections, [*own, *settings], run, "cpu", resume,
        Console(quiet=True))
 
@@ -92,8 +92,8 @@ def test_a_run_killed_after_a_rollout_ends_as_if_it_had_not_been(made, tmp_path)
     for kind in ("step", "validation"):
         assert rows(run, kind) == rows(calm, kind)
     for name in ("model", "optimizer"):
-        assert sha256(run / f"step-000014/{name}.safetensors") == sha256(
-            calm / f"step-000014/{name}.safetensors")
+        assert sha256(run / f"step-000020/{name}.safetensors") == sha256(
+            calm / f"step-000020/{name}.safetensors")
 
 
 def test_two_ranks_equal_one_in_samples_rewards_and_weights(made, tmp_path):
