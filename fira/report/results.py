@@ -26,8 +26,8 @@ CELLS: dict[str, Callable[[dict[str, Any]], str]] = {
         for one in (task["experts"] or {"over_used": []})["over_used"]),
     **{key: lambda task, key=key: _percent(*task.get("answers", {}).get(key, ()))  # type: ignore
        for key in ("pass@k", "maj@k", "cut off")},
-    "tokens": lambda task: " + ".join(
-        f"{mean:.0f}" for mean in task.get("answers", {}).get("tokens", ()))}
+    "tokens": lambda task: " + ".join("-" if mean is None else f"{mean:.0f}" for mean in
+                                      task.get("answers", {}).get("tokens", ()))}
 ANSWERED = ("pass@k", "maj@k", "cut off", "tokens")  # of a suite with generated answers
 ON_SCREEN = ("n", "bits/byte", "right", "95%", "per byte", "floors", "", "experts")
 ON_PAGE = ("n", "bits/byte", "right", "95%", "centred", "floors", "")
