@@ -193,10 +193,10 @@ def _train_students(show: Showcase) -> None:
     """The student learns from the think model's own right answers; its control from the few steps
     that there are, for as long, with the time in which the answers were written."""
     start, began = show.out / "student-base", time.monotonic()
-    given = {"chat": [str(show.out / "rows" / "prompts.jsonl")],
-             "max_new": show.limit() + ANSWER_TOKENS}
-    seconds = distill(show.out / "think", str(start), given, show.settings(
-        1.0, f"steps={show.size.student}"), *show.run("student"), True, True).seconds
+    seconds = distill(
+        show.out / "think", str(start), {"chat": [str(show.out / "rows" / "prompts.jsonl")]},
+        show.settings(1.0, f"steps={show.size.student}"), *show.run("student"), sequence=True,
+        keep_right=True, max_new=show.limit() + ANSWER_TOKENS).seconds
     seconds = max(seconds, time.monotonic() - began)
     show.tune("gold-student", start, "traces", show.settings(1.0, f"minutes={seconds / 60}"), False)
 
