@@ -17,8 +17,8 @@ from fira.data.chat import prompt_ids
 from fira.data.conversations import Row as Ids
 from fira.data.packs import Packs, in_order
 from fira.data.tokenizer import TURN_END
-from fira.eval.answers import generate_answers, pass_at, vote
-from fira.eval.statistics import average, difference, mean, wilson
+from fira.eval.answers import Asking, answer, generate_answers
+from fira.eval.statistics import Values, average, difference, mean, wilson
 from fira.eval.task import Row, Task
 from fira.eval.tasks.generate import check_steps
 from fira.infer.request import SamplingParams
@@ -32,80 +32,66 @@ Gain = tuple[float, float, float]  # and its 95% interval
 
 
 class Reply(NamedTuple):
-    """A thought and an answer. Of all `ids`, read and written, the last `new` were written, the
-    first `thinking` of these for the thought. `cut`: the thought was closed at its limit, or the
-    answer did not end."""
+    """A thought and an answer; `ids` of the prompt, the thought and the answer. `cut`: the thought
+    was closed at its limit, or the answer did not end."""
 
     thought: str
     answer: str
-    ids: np.ndarray
-    new: int
-    thinking: int
+    ids: tuple[list[int], list[int], list[int]]
     cut: bool
-
-    def part(self, thought: bool) -> Ids:
-        """The ids, with those that were written for the thought, or else the answer, trained on."""
-        place = np.arange(len(self.ids)) - len(self.ids) + self.new
-        return Ids(self.ids, (place >= 0) & ((place < self.thinking) == thought))
 
 
 def write_replies(loaded: Loaded, rows: Sequence[Row], limit: int,
-                  thoughts: Sequence[str] | None = None, samples: int = 0) -> list[list[Reply]]:
-    """A greedy reply to each row, or so many `samples` at temperature 1; after the row's own
-    thought of at most `limit` tokens, or after that of `thoughts` ("": an empty one)."""
+                  thoughts: Sequence[str] | None = None) -> list[Reply]:
+    """A greedy reply to each row, after a thought of its own of at most `limit` tokens, or after
+    that of `thoughts`."""
     begun: list[list[dict[str, str]]] = [[] for _ in rows] if thoughts is None else [
         [{"role": "assistant", "reasoning_content": one, "content": ""}] for one in thoughts]
     prompts = [prompt_ids(loaded.tokenizer, [*row.messages, *one], True, continue_final=bool(one))
                for row, one in zip(rows, begun, strict=True)]
-    each = samples or 1
     events, _ = generate_answers(
-        loaded.model, loaded.tokenizer, [ids for ids in prompts for _ in range(each)],
-        SamplingParams(limit + ANSWER_TOKENS, float(samples > 0), max_thinking_tokens=limit,
-                       stop_ids=(loaded.tokenizer.special(TURN_END),)), lambda share: None)
-    replies = [_reply(prompts[number // each], found, limit) for number, found in enumerate(events)]
-    return [replies[first:first + each] for first in range(0, len(replies), each)]
+        loaded.model, loaded.tokenizer, prompts, SamplingParams(
+            limit + ANSWER_TOKENS, 0.0, max_thinking_tokens=limit,
+            stop_ids=(loaded.tokenizer.special(TURN_END),)), lambda share: None)
+    replies = []
+    for ids, (*tokens, end) in zip(prompts, events, strict=True):
+        thought, said = ([one for one in tokens if one.thought == part] for part in (True, False))
+        replies.append(Reply(
+            "".join(one.text for one in thought).strip(), "".join(one.text for one in said)
+            + end.text, (ids, [one.id for one in thought], [one.id for one in said]),
+            end.reason == "length" or end.thinking_tokens >= limit))
+    return replies
 
 
-def _reply(prompt: list[int], events: list[Any], limit: int) -> Reply:
-    *tokens, end = events
-    texts = ["".join(one.text for one in tokens if one.thought == part) for part in (True, False)]
-    return Reply(texts[0].strip(), texts[1] + end.text,
-                 np.array([*prompt, *(one.id for one in tokens)], np.int32), len(tokens),
-                 sum(one.thought for one in tokens),
-                 end.reason == "length" or end.thinking_tokens >= limit)
-
-
-def measure_task(loaded: Loaded, task: Task, limit: int, forms: Sequence[str] = (),
-                 samples: int = 0) -> tuple[dict[str, Any], list[Reply]]:
-    """What a model gets right with thoughts, in the other `forms`, and with `samples` of each
-    FIFTH row: pass@k with k = samples / 2, and maj@k; and its greedy replies with thoughts."""
-    rows = task.rows
-    own = [one for one, in write_replies(loaded, rows, limit)]
-    found = {"floors": task.protocol["floors"], "think": rate(rows, own) | {
-        "steps_right": mean([check_steps(row, one.thought) for row, one in zip(
-            rows, own, strict=True)]),
+def measure_task(loaded: Loaded, task: Task, limit: int, samples: int = 0, whole: bool = False
+                 ) -> tuple[dict[str, Any], list[Reply]]:
+    """What a model gets right with thoughts, with `whole` also directly and after swapped thoughts,
+    and with `samples` of each FIFTH row pass@k, k = samples / 2, and maj@samples; and its replies
+    with thoughts."""
+    rows, own = task.rows, write_replies(loaded, task.rows, limit)
+    found = {"floors": task.protocol["floors"], "think": rate(_scores(rows, own)) | {
+        "steps_right": mean([check_steps(row, one.thought)
+                             for row, one in zip(rows, own, strict=True)]),
         "cut": mean([one.cut for one in own]),
-        "thought_tokens": mean([one.thinking for one in own]),
-        "answer_tokens": mean([one.new - one.thinking for one in own])}}
-    others = {"direct": [""] * len(rows), "swapped": [one.thought for one in own[1:] + own[:1]]}
-    for form in forms:
-        found[form] = rate(rows, [one for one, in write_replies(loaded, rows, limit, others[form])])
+        "tokens": [mean([len(one.ids[part]) for one in own]) for part in (1, 2)]}}
+    if whole:
+        swapped = write_replies(loaded, rows, limit, [one.thought for one in own[1:] + own[:1]])
+        found |= {"swapped": rate(_scores(rows, swapped)), "direct": rate(
+            answer(loaded, rows, Asking("off"), lambda share: None)[0]["correct"])}
     if samples:
-        some, k = rows[::FIFTH], samples // 2
-        drawn = write_replies(loaded, some, limit, samples=samples)
-        scores = [[row.score(one.answer) for one in each]
-                  for row, each in zip(some, drawn, strict=True)]
-        found["sampled"] = {
-            "k": k, "pass@1": mean([pass_at(1, each) for each in scores]),
-            "pass@k": mean([pass_at(k, each) for each in scores]),
-            "maj@k": mean([vote(row, [one.answer for one in each[:k]])
-                           for row, each in zip(some, drawn, strict=True)])}
+        drawn = answer(loaded, rows[::FIFTH], Asking("on", limit, samples), lambda share: None
+                       )[0]["answers"]
+        found["sampled"] = {"k": [samples // 2, samples], "pass@1": drawn["pass"]["1"],
+                            "pass@k": drawn["pass"][str(samples // 2)], "maj@k": drawn["maj@k"]}
     return found, own
 
 
-def rate(rows: Sequence[Row], replies: Sequence[Reply]) -> dict[str, Any]:
-    """The share of answers that are right, its 95% interval, and each answer's score."""
-    right = [row.score(one.answer) for row, one in zip(rows, replies, strict=True)]
+def _scores(rows: Sequence[Row], replies: Sequence[Reply]) -> list[float]:
+    return [row.score(one.answer) for row, one in zip(rows, replies, strict=True)]
+
+
+def rate(right: Values) -> dict[str, Any]:
+    """The share of answers that are right, its 95% interval, and the score of each."""
     return {"accuracy": mean(right), "interval": wilson(right), "right": right}
 
 
@@ -114,12 +100,13 @@ def expert_load(loaded: Loaded, replies: Sequence[Reply]) -> dict[str, Any] | No
     their differences, by layer; None for a dense model."""
     if not routers(loaded.model):
         return None
-    longest, loads = max(len(one.ids) for one in replies), list[torch.Tensor]()
-    for thought in (True, False):
-        packs = Packs([one.part(thought) for one in replies], longest)
-        use = read_use(loaded.model, in_order(packs, 8))
-        counts_LE = use.total(torch.ones_like(use.gates_LNK), loaded.model.spec.num_experts)
-        loads.append(counts_LE / use.experts_LNK[0].numel())
+    loads, spec = list[torch.Tensor](), loaded.model.spec
+    for part in (1, 2):
+        rows = [Ids(np.array(sum(one.ids, []), np.int32), np.repeat(
+            np.arange(3) == part, [len(ids) for ids in one.ids])) for one in replies]
+        use = read_use(loaded.model, in_order(Packs(rows, max(len(row.ids) for row in rows)), 8))
+        loads.append(use.total(torch.ones_like(use.gates_LNK), spec.num_experts)
+                     / use.experts_LNK[0].numel())
     return {"thoughts": loads[0].tolist(), "answers": loads[1].tolist(),
             "moved": ((loads[0] - loads[1]).abs().sum(dim=1) / 2).tolist()}
 

@@ -28,7 +28,7 @@ LINES = {  # model and form: label, color, style
 CAPTION = ("Percent of questions of the test split, by the number of steps that they need; up to "
            "{depth} are trained on. Chance: the commonest answer. Swapped: after the thought about "
            "another question. Steps: thoughts without a wrong step. pass@k: one of k samples is "
-           "right; maj@k: the commonest answer of k. Cut: thoughts closed at their limit, or "
+           "right; maj@k: the commonest answer of k is. Cut: thoughts closed at their limit, or "
            "answers without an end. Tokens: of thought and answer. ±: half of a 95% interval.")
 
 
@@ -47,17 +47,17 @@ def card_view(card: dict[str, Any]) -> RenderableType:
     for one in card["goals"]:
         goals.add_row("met" if one["met"] else "not met", one["goal"], one["result"])
     think = card["models"]["think"]
-    k = next(one["sampled"]["k"] for one in think["tasks"].values())
+    k, most = next(one["sampled"]["k"] for one in think["tasks"].values())
     depths = _table("The model that thinks", "task", "chance", "at once", "thinks", "±", "swapped",
-                    "steps", "pass@1", f"pass@{k}", f"maj@{k}", "cut", "tokens")
+                    "steps", "pass@1", f"pass@{k}", f"maj@{most}", "cut", "tokens")
     depths.caption, depths.caption_justify = CAPTION.format(depth=card["depth"]), "left"
     for name, one in think["tasks"].items():
         own, drawn = one["think"], one["sampled"]
         depths.add_row(name, *map(_percent, (
             one["floors"]["majority"], one["direct"]["accuracy"], own["accuracy"],
             np.ptp(own["interval"]) / 2, one["swapped"]["accuracy"], own["steps_right"],
-            drawn["pass@1"], drawn["pass@k"], drawn["maj@k"], own["cut"])),
-            f"{own['thought_tokens']:.0f}+{own['answer_tokens']:.0f}")
+            drawn["pass@1"][0], drawn["pass@k"][0], drawn["maj@k"][0], own["cut"])),
+            "+".join(f"{count:.0f}" for count in own["tokens"]))
         models.add_row(name, *(_percent(model["tasks"][name]["think"]["accuracy"])
                                for model in card["models"].values()))
     models.add_row("active", *(f"{one['active']:,}" for one in card["models"].values()))

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 
 from fira.config import ConfigError
 from fira.data.prepare import learn_tokenizer, prepare
 from fira.data.tokenizer import Tokenizer
-from fira.eval.reasoning import ANSWER_TOKENS, expert_load, judge, measure_task, write_replies
+from fira.eval.answers import Asking, answer
+from fira.eval.reasoning import ANSWER_TOKENS, expert_load, judge, measure_task
 from fira.eval.task import Task
 from fira.eval.tasks.generate import FAMILIES, make, open_tasks, read_spec, record
 from fira.files import read_json, write_json, write_text
@@ -203,12 +203,10 @@ def _train_students(show: Showcase) -> None:
 
 def _find_edge(show: Showcase) -> None:
     """On training questions, as those of the test split are for the card."""
-    loaded, limit = load(show.out / "think", show.device), show.limit()
-    found = dict[str, float]()
-    for task in show.tasks(10, "train"):
-        drawn = write_replies(loaded, task.rows, limit, samples=show.size.samples)
-        found[task.name] = float(np.mean([row.score(one.answer) for row, each in zip(
-            task.rows, drawn, strict=True) for one in each]))
+    loaded, asking = load(show.out / "think", show.device), Asking(
+        "on", show.limit(), show.size.samples)
+    found = {task.name: answer(loaded, task.rows, asking, lambda share: None)[0]["answers"][
+        "pass"]["1"][0] for task in show.tasks(10, "train")}
     show.record.update({"pass@1": found, "edge": [
         name for name, share in found.items() if EDGE[0] <= share <= EDGE[1]]})
 
@@ -236,8 +234,7 @@ def _measure(show: Showcase) -> None:
         for task in show.tasks(size.questions):
             sampled = name == "think" or name in ("rl", "more") and task.name in show.record["edge"]
             found[task.name], own = measure_task(
-                loaded, task, limit, ("direct", "swapped") if name == "think" else (),
-                size.samples * sampled)
+                loaded, task, limit, size.samples * sampled, whole=name == "think")
             replies += own
         count = count_parameters(build_meta(loaded.model.spec))
         models[name] = {"total": count.total, "active": count.active, "tasks": found,
