@@ -153,8 +153,8 @@ def versus(one: dict[str, Any], other: dict[str, Any], form: str,
 
 def above_chance(model: dict[str, Any], names: Sequence[str]) -> float:
     """The mean accuracy with thoughts, minus that of the commonest answer."""
-    return float(np.mean([one["think"]["accuracy"] - one["floors"]["majority"] for one in (
-        model["tasks"][name] for name in names if name in model["tasks"])]))
+    return mean([model["tasks"][name]["think"]["accuracy"] - model["tasks"][name]["floors"][
+        "majority"] for name in names if name in model["tasks"]]) or 0.0
 
 
 def _listed(gains: dict[str, Gain]) -> str:
