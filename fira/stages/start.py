@@ -133,7 +133,8 @@ def open_tuning(source: Path, sections: dict[str, dict[str, Any]], epochs: float
         parse_experts(config)  # before the long reading
     opened = stage.open(config)
     train = opened.data.train
-    sections["tune"]["thoughts"] = bool(count_thoughts(train.rows, Tokenizer.load(start.folder)))
+    rows = getattr(train, "rows", ())  # the questions of rl are not rows of tokens
+    sections["tune"]["thoughts"] = bool(count_thoughts(rows, Tokenizer.load(start.folder)))
     if config.tune.method == "experts":
         packs = train if stage.name == TUNE.name else train.packs
         sections["tune"]["chosen"] = choose_experts(config, packs, device, console())
