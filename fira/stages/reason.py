@@ -38,7 +38,7 @@ TEXT = "sotu"  # that the base reads beside the questions
 TASKS = "runsum", "swap", "modchain", "deduce"
 BEYOND = 2  # depths above the trained ones that are measured
 EDGE = 0.05, 0.95  # reinforcement has something to learn where pass@1 is between these
-RL_RATE, MORE_RATE = 0.03, 0.3  # of the base's learning rates
+RL_RATE, MORE_RATE = 0.1, 0.3  # of the base's learning rates
 LENGTH = 256
 FULL_TUNING = {"method": "full", "router": "train"}
 
@@ -212,12 +212,11 @@ def _find_edge(show: Showcase) -> None:
 
 
 def _reinforce(show: Showcase) -> None:
-    """Reinforcement on questions of the edge, and as many seconds of more tuning."""
+    """Reinforcement at the edge, and as many seconds of more tuning."""
     if edge := show.record["edge"]:
-        rows, think = show.write_rows("edge", edge, 200, 3), show.out / "think"
-        sections: dict[str, dict[str, Any]] = {
-            "data": {"tasks": [str(rows)]}, "rl": {"max_new": show.limit() + ANSWER_TOKENS},
-            "tune": dict(FULL_TUNING)}
+        think, sections = show.out / "think", {
+            "data": {"tasks": edge}, "tune": dict(FULL_TUNING),
+            "rl": {"max_new": show.limit() + ANSWER_TOKENS}}
         state = rl(think, sections, show.settings(RL_RATE, f"steps={show.size.rl}"),
                    *show.run("rl"))
         show.tune("more", think, "think",

@@ -34,7 +34,8 @@ def solver(monkeypatch):
             said = (thought.replace(THINK_END, "").strip() or "0")[-1]
             yield [*own, Token(tokenizer.encode(said)[0], said), End("stop")]
 
-    monkeypatch.setattr(reasoning, "generate_answers", lambda *given: (list(generate(*given)), None))
+    monkeypatch.setattr(reasoning, "generate_answers",
+                        lambda *given: (list(generate(*given)), None))
     monkeypatch.setattr(reasoning, "answer", lambda loaded, rows, asking, progress: (
         {"correct": [row.score("0") for row in rows]}, None))
     return asked
