@@ -58,7 +58,7 @@ class Size(NamedTuple):
     samples: int    # of the answer to some of them
 
 
-FULL = Size(4, 400, 8000, 2000, 5000, 400, 1200, 40, 100, 8)
+FULL = Size(4, 600, 8000, 3200, 5000, 400, 2000, 40, 100, 8)
 QUICK = Size(2, 20, 400, 60, 60, 20, 20, 2, 10, 4)
 
 
@@ -104,8 +104,8 @@ class Showcase(NamedTuple):
         optim = record_of(self.base, open_start(self.base).folder).get("optim", {"lr": 1e-3})
         return [*(f"optim.{key}={factor * value}" for key, value in optim.items()
                   if key.endswith("lr") and value),
-                f"train.sequence_length={LENGTH}", f"train.batch_tokens={8 * LENGTH}",
-                "train.micro_batch=8", "train.validation_tokens=16384", "schedule.kind=constant",
+                f"train.sequence_length={LENGTH}", f"train.batch_tokens={4 * LENGTH}",
+                "train.micro_batch=4", "train.validation_tokens=16384", "schedule.kind=constant",
                 "schedule.decay=0.5", "schedule.floor=0.05", f"train.seed={self.record['seed']}",
                 f"train.{length}"]
 
