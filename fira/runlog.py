@@ -25,6 +25,7 @@ from rich.table import Column
 from fira import files
 
 METRICS, TABLE, TUNING = "metrics.jsonl", "training_log.csv", "tuning.json"
+REASON = "reason.json"  # in the folder of a showcase
 TRACKED = "tracker.json"  # which run of a tracker this is
 AFTER_SAVE = ("validation", "sample", "average", "stop")  # rows that a resumed run writes again
 NOT_IN_TABLE = ("kind", "score", "lower_is_better")

@@ -6,13 +6,13 @@ import click
 
 from fira.cli.command import run_command
 from fira.cli.move import export, import_
-from fira.cli.training import data, plan, quickstart, tasks, tokenizer, train
+from fira.cli.training import data, plan, quickstart, reason, tasks, tokenizer, train
 from fira.cli.tuning import distill, merge, rl, trim, tune
 from fira.cli.use import card, chat, check, evaluate, generate, report, serve, show
 
 VERBS: dict[str, tuple[click.Command, ...]] = {
     "Prepare": (tokenizer, data, tasks),
-    "Train": (quickstart, train, tune, distill, rl, trim, merge, plan),
+    "Train": (quickstart, reason, train, tune, distill, rl, trim, merge, plan),
     "Measure": (evaluate, show, report, card, check),
     "Use": (generate, chat, serve),
     "Move": (export, import_),

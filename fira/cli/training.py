@@ -148,6 +148,42 @@ def quickstart(out: Path, chat: bool, settings: tuple[str, ...]) -> None:
         run_chat(out / "chat", SamplingParams(max_new_tokens=60))
 
 
+@click.command(epilog=example("fira reason --tasks runsum,swap --depth 4"))
+@click.option("--run", "--run-folder", "run", type=NEW_FOLDER, default=Path("out/reason"),
+              show_default=True, help="Folder of all runs and of the card, reason.json.")
+@click.option("--tasks", metavar="NAMES", help="Names of tasks (see fira tasks), with commas.",
+              show_default="runsum,swap,modchain,deduce")
+@click.option("--depth", type=click.IntRange(1), show_default="4",
+              help="Largest number of steps that is trained on.")
+@click.option("--base", type=EXISTING, metavar="RUN",
+              help="Run to start from, instead of a new base.")
+@click.option("--quick", is_flag=True, help="Only try the path, in two minutes, at depth 2: no "
+                                            "model learns much.")
+@click.option("--resume", is_flag=True, help="Go on with what is missing in --run.")
+@settings_argument
+@device_option
+def reason(run: Path, tasks: str | None, depth: int | None, base: Path | None, quick: bool,
+           resume: bool, settings: tuple[str, ...], device: str) -> None:
+    """Train a small model to think in steps, and measure what that is worth.
+
+    In about 25 minutes: a base, the model that thinks, a student a quarter of its size that learns
+    from it, reinforcement, controls, and a card. SECTION.KEY=VALUE are settings of the base;
+    train.seed is that of all.
+    """
+    from fira.report.page import report as write_report
+    from fira.report.reasoning import card_view, read_card
+    from fira.runlog import console
+    from fira.stages.reason import reason as run_reason
+
+    names = tasks.split(",") if tasks else []
+    run_training(lambda: run_reason(run, names, depth, base, quick, settings, device, resume,
+                                    console()), run)
+    card = read_card(run)
+    console(stderr=False).print(card_view(card))
+    for path in write_report(run / "think"):
+        console().print(f"wrote {path}")
+
+
 @click.command(epilog=example(
     "fira train tiny data.folder=out/quickstart/data train.steps=500 optim.lr=1e-3", PRESETS))
 @click.argument("preset", required=False)
@@ -217,20 +253,28 @@ def plan(preset: str, settings: tuple[str, ...], **options: Any) -> None:
 
 
 def run_training(stage: Callable[[], Any], run: Path) -> Path:
-    """Run a training stage and plot its progress, also if a signal stopped it."""
+    """Run a training stage and plot the progress of `run`, or of the runs inside, also if a signal
+    stopped it."""
     from fira import runtime
     from fira.report.plot import save_progress
+    from fira.runlog import METRICS
     from fira.train.loop import Stopped
 
     first = runtime.launch().rank == 0
+
+    def draw() -> None:
+        whole = (run / METRICS).exists()
+        for one in [run] if whole else sorted(path.parent for path in run.glob(f"*/{METRICS}")):
+            save_progress(one)
+
     try:
         stage()
     except Stopped as stop:
         if first:
-            save_progress(run)
+            draw()
             click.echo(f"stopped by {stop}; everything is saved in {run}, and --resume continues "
                        "it", err=True)
         sys.exit(stop.code)
     if first:
-        save_progress(run)
+        draw()
     return run

@@ -22,6 +22,7 @@ from fira.infer.thought import limit_thought
 from fira.model.generate import window_length
 
 ANSWER_TOKENS = 256
+CACHE = 1 << 25  # keys of all answers that are written at a time, unless these are less than 8
 
 
 class Asking(NamedTuple):
@@ -99,7 +100,10 @@ def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]
                      ) -> tuple[list[list[Any]], np.ndarray]:
     """The events of an answer to each prompt, drawn with its number as the seed, and the rows of
     every expert, [L, E]."""
-    engine = Engine(model, tokenizer, max_waiting=len(prompts), decode_step=decode_step)
+    spec, window = model.spec, window_length(model)
+    fit = CACHE // (spec.num_layers * spec.n_kv_head * spec.head_dim * window)
+    engine = Engine(model, tokenizer, slots=min(max(8, fit), 64), max_waiting=len(prompts),
+                    decode_step=decode_step)
     events: list[list[Any]] = [[] for _ in prompts]
     for number, (ids, heard) in enumerate(zip(prompts, events, strict=True)):
         engine.add(ids, replace(params, seed=number), heard.append)

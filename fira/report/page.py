@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -18,6 +20,8 @@ from rich.text import Text
 from fira.report.plot import PICTURE as PROGRESS
 from fira.report.plot import draw_progress, summary, write
 from fira.report.read import Run, read_run
+from fira.report.reasoning import PICTURE as REASONING
+from fira.report.reasoning import card_view, draw_card, read_card
 from fira.report.results import newest_step, read_results, suite_summary, suite_view
 from fira.report.routing import PICTURE as ROUTING
 from fira.report.routing import draw_routing, routing_view
@@ -49,7 +53,10 @@ def report(folder: str | Path) -> list[Path]:
     pictures = [write(run.path / PROGRESS, draw_progress(run))]
     if run.routings:
         pictures.append(write(run.path / ROUTING, draw_routing(run)))
-    return [write(run.path / PAGE, make_page(run, *pictures)), *pictures]
+    if card := read_card(run.path):
+        pictures.append(write(run.path / REASONING, draw_card(card)))
+    page = make_page(run, {path.name: path for path in pictures}, card)
+    return [write(run.path / PAGE, page), *pictures]
 
 
 def print_summary(folder: str | Path, console: Console) -> None:
@@ -68,15 +75,16 @@ def print_summary(folder: str | Path, console: Console) -> None:
         console.print(Text.assemble((sample["prompt"], "bold"), sample["text"]))
 
 
-def make_page(run: Run, progress: Path, routing: Path | None = None) -> str:
+def make_page(run: Run, pictures: Mapping[str, Path], card: dict[str, Any]) -> str:
     """The report as one HTML document with the pictures inside."""
     results, others = read_results(run.path, newest_step(run.path))
     tables = [suite_view(f"{name} ({file}, protocol {protocol})", suite)
               for file, name, protocol, suite in results]
     sections = {
-        "Training": _picture(progress, "training progress"),
-        "Routing": (_picture(routing, "expert load") if routing else "")
-        + _shown(routing_view(run), 80),
+        "Reasoning": _picture(pictures.get(REASONING), "accuracy by depth")
+        + _shown(card_view(card), 112) if card else "",
+        "Training": _picture(pictures.get(PROGRESS), "training progress"),
+        "Routing": _picture(pictures.get(ROUTING), "expert load") + _shown(routing_view(run), 80),
         "Tuning": _shown(tuning_view(tuned), 100) if (tuned := read_tuning(run.path)) else "",
         "Results on tasks": "".join(_shown(table, 120) for table in tables) + "".join(
             f"<p>{escape(text)}</p>" for text in (LEGEND * bool(tables), others) if text),
@@ -97,7 +105,9 @@ def make_page(run: Run, progress: Path, routing: Path | None = None) -> str:
             f"{body}</body></html>\n")
 
 
-def _picture(path: Path, description: str) -> str:
+def _picture(path: Path | None, description: str) -> str:
+    if path is None:
+        return ""
     content = base64.b64encode(path.read_bytes()).decode("ascii")
     return (f'<div class="scroll"><img alt="{description}" '
             f'src="data:image/png;base64,{content}"></div>')
