@@ -58,7 +58,7 @@ class Size(NamedTuple):
     samples: int    # of the answer to some of them
 
 
-FULL = Size(4, 600, 8000, 3200, 5000, 400, 2000, 40, 100, 8)
+FULL = Size(4, 600, 8000, 4000, 5000, 400, 5000, 40, 100, 8)
 QUICK = Size(2, 20, 400, 60, 60, 20, 20, 2, 10, 4)
 
 
