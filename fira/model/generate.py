@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-# Tokens sorted to find those of top_p (0.13 ms); all 50,304 (3.8 ms) only if these fall short.
-NUCLEUS = 256
+import fira.model.fast as fast
+
 COLDEST = 1e-6  # by which a logit of float32 can still be divided
 Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -102,8 +101,10 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None
         return logits_BV.argmax(dim=-1)
     probs_BV = (logits_BV.float() / temperature).softmax(dim=-1)
     order_BV = None
-    if top_k is not None or top_p is not None:
-        probs_BV, order_BV = _likeliest(probs_BV, top_k, top_p)
+    if top_k is not None:
+        probs_BV, order_BV = probs_BV.topk(min(top_k, probs_BV.shape[1]), dim=-1)
+    if top_p is not None:
+        probs_BV = nucleus(probs_BV, top_p)
     if min_p > 0:
         floor_B1 = min_p * probs_BV.amax(dim=-1, keepdim=True)
         probs_BV = probs_BV.masked_fill(probs_BV < floor_B1, 0)
@@ -114,17 +115,13 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None
     return (drawn_B1 if order_BV is None else order_BV.gather(-1, drawn_B1)).squeeze(-1)
 
 
-def _likeliest(probs_BV: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
-    """Probabilities in falling order, 0 for what is cut, and their tokens."""
-    vocab = probs_BV.shape[-1]
-    sorted_BK, order_BK = probs_BV.topk(min(top_k or NUCLEUS, vocab), dim=-1)
-    if top_p is None:
-        return sorted_BK, order_BK
-    mass_B1 = sorted_BK.sum(dim=-1, keepdim=True) if top_k else torch.ones_like(probs_BV[:, :1])
-    if top_k is None and bool((sorted_BK.sum(dim=-1) < top_p).any()):  # a very flat distribution
-        sorted_BK, order_BK = probs_BV.topk(vocab, dim=-1)
-    before_BK = F.pad(sorted_BK.cumsum(dim=-1)[:, :-1], (1, 0))
-    return sorted_BK.masked_fill(before_BK >= top_p * mass_B1, 0), order_BK
+def nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
+    """Probabilities, 0 but for the fewest likeliest whose share of their sum reaches `top_p`
+    (Holtzman et al. 2019, section 3.1). What is as likely as the last of them is kept too."""
+    falling_BV = fast.sort_values(probs_BV).flip(-1)
+    sums_BV = falling_BV.cumsum(dim=-1, dtype=torch.float64)
+    last_B1 = torch.searchsorted(sums_BV, top_p * sums_BV[:, -1:])
+    return probs_BV.masked_fill(probs_BV < falling_BV.gather(-1, last_B1), 0)
 
 
 def prompt_tensor(model: Any, ids: Ids) -> Tensor:
