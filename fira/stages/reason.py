@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from fira.config import ConfigError
+from fira.config import ConfigError, load_preset
 from fira.data.prepare import learn_tokenizer, prepare
 from fira.data.tokenizer import Tokenizer
 from fira.eval.answers import Asking, answer
@@ -28,9 +28,9 @@ from fira.model import build_meta
 from fira.model.files import CONFIG
 from fira.model.transformer import count_parameters
 from fira.runlog import REASON
-from fira.stages.config import open_start
+from fira.stages.config import configure, open_start
 from fira.stages.distill import distill
-from fira.stages.pretrain import pretrain
+from fira.stages.pretrain import PRETRAIN, pretrain
 from fira.stages.rl import rl
 from fira.stages.start import record_of, tune
 
@@ -149,10 +149,13 @@ def _open(out: Path, tasks: Sequence[str], depth: int | None, base: Path | None,
     size = size._replace(depth=depth or size.depth)
     for task in tasks:
         read_spec(f"{task}:{size.depth}")
-    seeds = [one.partition("=")[2] for one in settings if one.startswith("train.seed=")]
+    seed = configure(PRETRAIN, load_preset("reason"), settings).train.seed
+    others = [one for one in settings if not one.startswith("train.seed=")]
+    if base and others:
+        raise ConfigError(f"{others[0]} is a setting of the base, which --base {base} gives; leave "
+                          "one of them out")
     asked = {"tasks": [*(tasks or TASKS)], "depth": size.depth, "size": size._asdict(),
-             "base": str(base.resolve()) if base else None, "settings": settings,
-             "seed": int(seeds[-1]) if seeds else 1}
+             "base": str(base.resolve()) if base else None, "settings": settings, "seed": seed}
     if not (out / REASON).is_file():
         return {**asked, "seconds": {}, "models": {}}
     if not resume:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -75,6 +76,8 @@ def test_an_interrupted_showcase_goes_on_with_what_is_missing(shown, tmp_path):
     ({"resume": True, "tasks": ["swap"]}, "was begun with tasks .*'deduce'.*, not .*'swap'"),
     ({"resume": True, "depth": 3}, "was begun with depth 1, not 3; leave that out to resume"),
     ({"tasks": ["dedce"]}, "none of runsum.*; try deduce:4"),
+    ({"settings": ["train.seed=x"]}, "train.seed"),
+    ({"settings": ["model.d_model=32"], "base": Path("run")}, "is a setting of the base, which"),
     ({"depth": 9}, "the depths of deduce are 1 to 8; try deduce:1-8")])
 def test_another_showcase_is_refused_in_one_line(shown, given, message):
     with pytest.raises((ValueError, ConfigError), match=message) as error:
