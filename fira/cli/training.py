@@ -164,7 +164,7 @@ def quickstart(out: Path, chat: bool, settings: tuple[str, ...]) -> None:
 @device_option
 def reason(run: Path, tasks: str | None, depth: int | None, base: Path | None, quick: bool,
            resume: bool, settings: tuple[str, ...], device: str) -> None:
-    """Train a small model to think in steps, and measure what that is worth.
+    """Train a small model to think in steps, and measure it.
 
     In about 25 minutes: a base, the model that thinks, a student a quarter of its size that learns
     from it, reinforcement, controls, and a card. SECTION.KEY=VALUE are settings of the base;
