@@ -59,7 +59,7 @@ class Size(NamedTuple):
     samples: int    # of the answer to some of them
 
 
-FULL = Size(4, 600, 8000, 4000, 5000, 400, 5000, 40, 100, 8)
+FULL = Size(4, 600, 12000, 6000, 5000, 400, 5000, 40, 100, 8)
 QUICK = Size(2, 20, 400, 60, 60, 20, 20, 2, 10, 4)
 
 
