@@ -133,11 +133,11 @@ def judge(card: dict[str, Any]) -> list[dict[str, Any]]:
         gain = versus(models["student"], models["gold-student"], "think", trained)
         goals.append(("it beats the student of the few right traces, trained as long",
                       _listed({"all": gain} if gain else {}), bool(gain and gain[1] > 0)))
-    if "rl" in models:
-        found = gains("rl", "more", "think", card["edge"])
+    if "rl" in models or not card["edge"]:
+        found = gains("rl", "more", "think", card["edge"]) if card["edge"] else {}
         won = any(one[1] > 0 for one in found.values())
-        goals.append(("RL beats as much more tuning on a task at its edge",
-                      "no gain: " * (not won) + _listed(found), won))
+        goals.append(("RL beats as much more tuning on a task at its edge", "no gain: " * (
+            not won) + (_listed(found) or "no task has an edge to learn at"), won))
     return [{"goal": goal, "result": result, "met": met} for goal, result, met in goals]
 
 
@@ -159,4 +159,4 @@ def above_chance(model: dict[str, Any], names: Sequence[str]) -> float:
 
 def _listed(gains: dict[str, Gain]) -> str:
     return ", ".join(f"{name} {gain:+.0%} ({low:+.0%} to {high:+.0%})"
-                     for name, (gain, low, high) in gains.items()) or "-"
+                     for name, (gain, low, high) in gains.items())

@@ -6,6 +6,7 @@ which an interrupted showcase goes on.
 """
 from __future__ import annotations
 
+import difflib
 import json
 import random
 import time
@@ -58,7 +59,7 @@ class Size(NamedTuple):
     samples: int    # of the answer to some of them
 
 
-FULL = Size(4, 600, 8000, 4000, 5000, 400, 5000, 40, 100, 8)
+FULL = Size(4, 600, 12000, 6000, 5000, 400, 5000, 40, 100, 8)
 QUICK = Size(2, 20, 400, 60, 60, 20, 20, 2, 10, 4)
 
 
@@ -148,6 +149,9 @@ def _open(out: Path, tasks: Sequence[str], depth: int | None, base: Path | None,
     size = QUICK if quick else FULL
     size = size._replace(depth=depth or size.depth)
     for task in tasks:
+        if task not in FAMILIES:
+            near = difflib.get_close_matches(task, FAMILIES, 1) or TASKS
+            raise ConfigError(f"--tasks {task} is none of {', '.join(FAMILIES)}; try {near[0]}")
         read_spec(f"{task}:{size.depth}")
     seed = configure(PRETRAIN, load_preset("reason"), settings).train.seed
     others = [one for one in settings if not one.startswith("train.seed=")]

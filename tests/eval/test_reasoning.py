@@ -83,6 +83,11 @@ def model(accuracy, direct=0.1, chance=0.1, n=100):
         "think": {"accuracy": accuracy, "right": right(accuracy)}} for task in "abc"}}
 
 
+def test_where_nothing_is_at_the_edge_the_card_says_that_there_is_no_gain():
+    *_, last = judge({"tasks": ["a"], "depth": 1, "edge": [], "models": {"think": model(1.0)}})
+    assert not last["met"] and last["result"] == "no gain: no task has an edge to learn at"
+
+
 @pytest.mark.parametrize("models, met, results", [
     ({"think": model(0.9)}, [True], ["a +80%"]),
     ({"think": model(0.3)}, [False], ["a +20%"]),

@@ -75,7 +75,7 @@ def test_an_interrupted_showcase_goes_on_with_what_is_missing(shown, tmp_path):
     ({}, "already holds a showcase; --resume goes on with it"),
     ({"resume": True, "tasks": ["swap"]}, "was begun with tasks .*'deduce'.*, not .*'swap'"),
     ({"resume": True, "depth": 3}, "was begun with depth 1, not 3; leave that out to resume"),
-    ({"tasks": ["dedce"]}, "none of runsum.*; try deduce:4"),
+    ({"tasks": ["dedce"]}, "--tasks dedce is none of runsum.*; try deduce"),
     ({"settings": ["train.seed=x"]}, "train.seed"),
     ({"settings": ["model.d_model=32"], "base": Path("run")}, "is a setting of the base, which"),
     ({"depth": 9}, "the depths of deduce are 1 to 8; try deduce:1-8")])
