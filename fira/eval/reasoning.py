@@ -104,7 +104,8 @@ def expert_load(loaded: Loaded, replies: Sequence[Reply]) -> dict[str, Any] | No
     for part in (1, 2):
         rows = [Ids(np.array(sum(one.ids, []), np.int32), np.repeat(
             np.arange(3) == part, [len(ids) for ids in one.ids])) for one in replies]
-        use = read_use(loaded.model, in_order(Packs(rows, max(len(row.ids) for row in rows)), 8))
+        longest = max(len(row.ids) for row in rows) - 1  # the last token is only a target
+        use = read_use(loaded.model, in_order(Packs(rows, longest), 8))
         loads.append(use.total(torch.ones_like(use.gates_LNK), spec.num_experts)
                      / use.experts_LNK[0].numel())
     return {"thoughts": loads[0].tolist(), "answers": loads[1].tolist(),

@@ -113,7 +113,7 @@ def compare_routing(models: Sequence[Any], rows: list[Row]) -> tuple[dict[str, A
     as measures too, with the three experts whose load changed most. Nothing for a dense model."""
     if not routers(models[1]):
         return {}, []
-    num_experts, longest = models[1].spec.num_experts, max(len(row.ids) for row in rows)
+    num_experts, longest = models[1].spec.num_experts, max(len(row.ids) for row in rows) - 1
     packs = Packs(spread(rows, ROUTED_PLACES), longest)
     uses = [read_use(model, in_order(packs, 4), context=True) for model in models]
     old_LNK, new_LNK = (use.experts_LNK.sort(dim=2).values for use in uses)

@@ -64,6 +64,8 @@ def test_routing_is_compared_token_by_token():
     assert found["kept"][0] == 0 and new[0] == np.roll(old[0], 1).tolist() and cv[0] == again[0]
     most = measures[2]["after"] - measures[2]["before"]
     assert abs(most) == pytest.approx(np.abs(np.subtract(old, new)).max())
+    longest = rows(models[0].spec.context + 1)  # its last token is only a target
+    assert models[0].spec.context - tuning.compare_routing(models, longest)[0]["tokens"] in (0, 1)
     dense = build(tiny_spec("fira", num_experts=1, top_k=1), 0)
     assert tuning.compare_routing([dense, dense], []) == ({}, [])
 
