@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fira.convert.quantize import (
     Quantized,
     QuantizedExpertLinear,
     dequantize,
+    product,
     quantize,
     quantize_int4,
     quantize_int8,
@@ -100,16 +102,42 @@ def test_a_quantized_run_is_small_and_every_verb_reads_it(kind, share, cost, run
 
 
 @torch.no_grad()
-def test_only_experts_with_rows_are_dequantized(monkeypatch):
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_only_the_weights_of_experts_with_rows_become_floats(kind, monkeypatch):
     experts = SwiGLUExperts(4, 32, 32)
     for name in ("gate", "up", "down"):
         nn.init.normal_(getattr(experts, name).weight)
-        setattr(experts, name, QuantizedExpertLinear(getattr(experts, name), "int8"))
+        setattr(experts, name, QuantizedExpertLinear(getattr(experts, name), kind))
     seen = []
-    monkeypatch.setattr("fira.convert.quantize.dequantize",
-                        lambda numbers, scale: seen.append(numbers) or dequantize(numbers, scale))
+    monkeypatch.setattr("fira.convert.quantize.product",
+                        lambda x, *weight: seen.append(weight[0]) or product(x, *weight))
     experts(torch.randn(3, 32), torch.tensor([0, 3, 0, 0]))
     assert [numbers.dim() for numbers in seen] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("transpose", [True, False])
+def test_a_product_with_int8_equals_that_with_the_weight(transpose, dtype, close):
+    numbers, scale = quantize_int8(torch.randn(256, 512))
+    x, weight = torch.randn(4, 512 if transpose else 256), dequantize(numbers, scale)
+    expected = x.to(dtype).float() @ (weight.mT if transpose else weight)
+    found = product(x.to(dtype), numbers, scale, transpose)
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() < close * expected.abs().max()
+
+
+def test_a_product_with_int8_takes_less_time_than_one_with_the_dequantized_weight():
+    (numbers, scale), x = quantize_int8(torch.randn(256, 512)), torch.randn(4, 512)
+
+    def seconds(operation):
+        began = time.thread_time()
+        operation()
+        return time.thread_time() - began
+
+    pairs = [(seconds(lambda: product(x, numbers, scale)),
+              seconds(lambda: x @ dequantize(numbers, scale).mT)) for _ in range(30)]
+    ours, dequantizing = map(min, zip(*pairs, strict=True))
+    assert ours < 0.9 * dequantizing  # 0.65
 
 
 def test_quantized_weights_go_nowhere_else(run, loaded, fira, refused, tmp_path):

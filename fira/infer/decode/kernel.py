@@ -3,13 +3,15 @@
 Several threads (ranks) run it together. Each computes its share of the rows of every matrix and
 waits for the others at a barrier between the phases; norms and routing are computed by each for
 itself, which takes less time than a barrier. A weight row is read from memory once and used for
-all S tokens while it is in the processor's cache. Blocks of four or eight rows were slower.
+all S tokens while it is in the processor's cache, in the blocks of `block.py`.
 
 Weights are found by address in the records of `step.py`.
 """
 from __future__ import annotations
 
+import hashlib
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from fira.infer.decode import block
+from fira.infer.decode.block import LANES, ROWS, TOKENS, block_float32, block_int8
 
 FLOAT32, INT8, INT4 = 0, 1, 2  # a matrix's precision
 HALF = 16  # an int4 group is 32 weights in 16 bytes, with one scale (fira.convert.quantize)
@@ -32,8 +37,10 @@ compiled = njit(**OPTIONS)
 def compile_and_store(function: Any) -> Any:
     """Compile on first use and keep the result on disk if numba finds a folder to write to.
 
-    Only changes of this file make numba compile again, so all compiled code must be here.
+    numba compiles again when this file changes. A name with the checksum of `block.py` makes it do
+    so when that changes; compiled code must be in no third file.
     """
+    function.__qualname__ += hashlib.sha256(Path(block.__file__).read_bytes()).hexdigest()[:8]
     try:
         return njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # there is no such folder: it compiles in every process
@@ -145,11 +152,50 @@ def dot(matrix, row, x):
 
 
 @compiled
-def multiply(rank, ranks, matrix, x, out, add):
-    """This rank's rows of out = matrix x, or of out += matrix x, for every token."""
-    for row in share(out.shape[1], rank, ranks):
-        for s in range(len(x)):
-            out[s, row] = dot(matrix, row, x[s]) + (out[s, row] if add else np.float32(0))
+def multiply_block(matrix, row, height, x, tokens, sums):
+    """sums[t, r] = row (row + r) of a matrix times x[tokens[t]], plus the row's bias."""
+    width, size = x.shape[1], 4 if matrix.precision == FLOAT32 else 1
+    weights, pitch = matrix.weight + size * row * width, 4 * width
+    stride = size * width if height == ROWS else 0
+    given, read, found = x.ctypes.data, tokens.ctypes.data, sums.ctypes.data
+    if matrix.precision == FLOAT32:
+        block_float32(weights, stride, width, given, pitch, read, len(tokens), found)
+    elif matrix.precision == INT8:
+        block_int8(weights, stride, width, given, pitch, read, len(tokens), found)
+    rest = width % LANES
+    for r in range(height):
+        for t in range(len(tokens)):
+            last = x[tokens[t], width - rest:]
+            if matrix.precision == INT4:
+                sums[t, r] = inner_int4(matrix.weight, matrix.scale, row + r, x[tokens[t]])
+            elif matrix.precision == INT8:
+                end = carray(pointer(weights + (r + 1) * width - rest), rest, np.int8)
+                sums[t, r] += inner(end, last)
+                sums[t, r] *= floats(matrix.scale, row + r + 1)[row + r]
+            elif rest:
+                sums[t, r] += inner(floats(weights + 4 * ((r + 1) * width - rest), rest), last)
+            if matrix.bias:
+                sums[t, r] += floats(matrix.bias, row + r + 1)[row + r]
+
+
+@compiled
+def multiply(rank, ranks, matrix, first, x, inputs, out, outputs, factors, add):
+    """This rank's rows of out[outputs[n]] = factors[n] * matrix x[inputs[n]] for every n.
+
+    Row 0 of the result is row `first` of the matrix. With `add` it is added to what is in `out`.
+    """
+    rows = share(out.shape[1], rank, ranks)
+    sums = carray(stack_memory(), (TOKENS, ROWS), np.float32)
+    for row in range(rows.start, rows.stop, ROWS):
+        height = min(ROWS, rows.stop - row)
+        for n in range(0, len(inputs), TOKENS):
+            tokens = inputs[n:n + TOKENS]
+            multiply_block(matrix, first + row, height, x, tokens, sums)
+            for t in range(len(tokens)):
+                y = out[outputs[n + t]]
+                for r in range(height):
+                    value = factors[n + t] * sums[t, r]
+                    y[row + r] = y[row + r] + value if add else value
 
 
 @compiled
@@ -267,44 +313,44 @@ def choose_experts(layer, x, probs, weights, chosen):
 
 
 @compiled
-def sort_pairs(chosen, order, starts):
-    """order[starts[e]:starts[e + 1]] = the pairs of expert e."""
+def sort_pairs(K, chosen, weights, order, owners, factors, starts):
+    """order[starts[e]:starts[e + 1]] = the pairs of expert e; with their tokens and weights."""
     n = 0
     for e in range(len(starts) - 1):
         starts[e] = n
         for pair in range(len(chosen)):
             if chosen[pair] == e:
-                order[n] = pair
+                order[n], owners[n], factors[n] = pair, pair // K, weights[pair]
                 n += 1
     starts[-1] = n
 
 
 @compiled
-def up_projection(rank, ranks, layer, x, order, starts, hidden):
+def up_projection(rank, ranks, layer, x, order, owners, ones, starts, hidden, gates):
     """This rank's rows of hidden = silu(gate x) * up x, or gelu(up x), for every pair."""
-    F, K = hidden.shape[1], len(hidden) // len(x)
+    F = hidden.shape[1]
     for e in range(len(starts) - 1):
-        pairs = order[starts[e]:starts[e + 1]]
-        for f in share(F if len(pairs) else 0, rank, ranks):
-            for pair in pairs:
-                up = dot(layer.up, e * F + f, x[pair // K])
-                if layer.gate.weight:  # silu(z) = z * sigmoid(z)
-                    gate = dot(layer.gate, e * F + f, x[pair // K])
-                    hidden[pair, f] = up * gate / (np.float32(1) + np.float32(math.exp(-gate)))
-                else:  # gelu(x) = x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), GPT-2's tanh form
-                    z = np.float32(0.7978845608) * (up + np.float32(0.044715) * up * up * up)
-                    hidden[pair, f] = up / (np.float32(1) + np.float32(math.exp(-2 * z)))
+        pairs, tokens = order[starts[e]:starts[e + 1]], owners[starts[e]:starts[e + 1]]
+        multiply(rank, ranks, layer.up, e * F, x, tokens, hidden, pairs, ones, False)
+        if layer.gate.weight:
+            multiply(rank, ranks, layer.gate, e * F, x, tokens, gates, pairs, ones, False)
+    for pair in range(len(hidden)):
+        for f in share(F, rank, ranks):
+            up, gate = hidden[pair, f], gates[pair, f]
+            if layer.gate.weight:  # silu(z) = z * sigmoid(z)
+                hidden[pair, f] = up * gate / (np.float32(1) + np.float32(math.exp(-gate)))
+            else:  # gelu(x) = x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), GPT-2's tanh form
+                z = np.float32(0.7978845608) * (up + np.float32(0.044715) * up * up * up)
+                hidden[pair, f] = up / (np.float32(1) + np.float32(math.exp(-2 * z)))
 
 
 @compiled
-def down_projection(rank, ranks, layer, weights, order, starts, hidden, x):
+def down_projection(rank, ranks, layer, order, owners, factors, starts, hidden, x):
     """This rank's rows of x += weight * (down hidden), summed over a token's pairs."""
-    D, K = x.shape[1], len(hidden) // len(x)
     for e in range(len(starts) - 1):
-        pairs = order[starts[e]:starts[e + 1]]
-        for d in share(D if len(pairs) else 0, rank, ranks):
-            for pair in pairs:
-                x[pair // K, d] += weights[pair] * dot(layer.down, e * D + d, hidden[pair])
+        own = slice(starts[e], starts[e + 1])
+        multiply(rank, ranks, layer.down, e * x.shape[1], hidden, order[own], x, owners[own],
+                 factors[own], True)
 
 
 @compile_and_store
@@ -323,28 +369,28 @@ def decode_step(rank, ranks, models, layers, scratch, counter, positions, slots,
     buffer = view(scratch.buffer[rank])
     weights, chosen = view(scratch.weights[rank]), view(scratch.chosen[rank])
     order, starts = view(scratch.order[rank]), view(scratch.starts[rank])
+    owners, factors = view(scratch.owners[rank]), view(scratch.factors[rank])
+    gates, tokens, ones = view(scratch.gates), view(scratch.tokens), view(scratch.ones)
     for index in range(len(layers)):
         layer = layers[index]
         normalize(x, layer.attention_norm, model.epsilon, normed)
-        multiply(rank, ranks, layer.qkv, normed, qkv, False)
+        multiply(rank, ranks, layer.qkv, 0, normed, tokens, qkv, tokens, ones, False)
         barrier(counter, ranks)
         write_cache(rank, ranks, model, layer, positions, slots, qkv)
         barrier(counter, ranks)
         attend(rank, ranks, model, layer, positions, slots, qkv, scores, buffer, mixed)
         barrier(counter, ranks)
-        multiply(rank, ranks, layer.output, mixed, x, True)
+        multiply(rank, ranks, layer.output, 0, mixed, tokens, x, tokens, ones, True)
         barrier(counter, ranks)
         normalize(x, layer.moe_norm, model.epsilon, normed)
         choose_experts(layer, normed, probs, weights, chosen)
-        sort_pairs(chosen, order, starts)
+        sort_pairs(experts.shape[2], chosen, weights, order, owners, factors, starts)
         if rank == 0:
             experts[index] = chosen.reshape(experts.shape[1:])
-        up_projection(rank, ranks, layer, normed, order, starts, hidden)
+        up_projection(rank, ranks, layer, normed, order, owners, ones, starts, hidden, gates)
         barrier(counter, ranks)
-        down_projection(rank, ranks, layer, weights, order, starts, hidden, x)
+        down_projection(rank, ranks, layer, order, owners, factors, starts, hidden, x)
         barrier(counter, ranks)
     normalize(x, model.norm, model.epsilon, normed)
-    for p in range(len(lasts)):  # lasts[p] >= p
-        normed[p] = normed[lasts[p]]
-    multiply(rank, ranks, model.head, normed[:len(lasts)], logits, False)
+    multiply(rank, ranks, model.head, 0, normed, lasts, logits, tokens, ones, False)
     barrier(counter, ranks)

@@ -41,13 +41,14 @@ MODEL = np.dtype([(name, np.int64) for name in (
 # model's own forward takes on one thread, and one of 64 tokens in the same time or more.
 PROMPT_TOKENS = 16
 Scratch = collections.namedtuple(
-    "Scratch", "x qkv mixed hidden normed scores buffer probs weights chosen order starts")
+    "Scratch", "x qkv mixed hidden gates tokens ones normed scores buffer probs weights chosen order "
+    "owners factors starts")
 
 
 def new_scratch(spec: Any, S: int, ranks: int) -> Scratch:
     """Activations of S tokens; a pair is a token and one of its K experts.
 
-    The first four are shared by the threads (ranks); each rank has its own part of the others.
+    The first seven are shared by the threads (ranks); each rank has its own part of the others.
     """
     H, G, C, pairs = spec.n_head, spec.n_kv_head, spec.head_dim, S * spec.top_k
     floats, integers = partial(np.empty, dtype=np.float32), partial(np.empty, dtype=np.int64)
@@ -56,13 +57,18 @@ def new_scratch(spec: Any, S: int, ranks: int) -> Scratch:
         qkv=floats((S, (H + 2 * G) * C)),
         mixed=floats((S, H * C)),
         hidden=floats((pairs, spec.d_ff)),
+        gates=floats((pairs, spec.d_ff)),
+        tokens=np.arange(S),
+        ones=np.ones(pairs, np.float32),
         normed=floats((ranks, S, spec.d_model)),
         scores=floats((ranks, spec.context)),  # of one attention head
         buffer=floats((ranks, C)),  # a key or a value
         probs=floats((ranks, spec.num_experts)),  # of one token
         weights=floats((ranks, pairs)),
         chosen=integers((ranks, pairs)),  # the expert of each pair, token by token
-        order=integers((ranks, pairs)),  # the pairs sorted by expert
+        order=integers((ranks, pairs)),  # the pairs sorted by expert,
+        owners=integers((ranks, pairs)),  # their tokens
+        factors=floats((ranks, pairs)),  # and their weights
         starts=integers((ranks, spec.num_experts + 1)))  # where an expert's pairs start in `order`
 
 
