@@ -171,7 +171,7 @@ class Values(TorchDispatchMode):
 
 
 LENGTH = 128  # tokens of a sequence: divides into equal rows for all experts
-LOSS = {"loss": (1.0, 1.0)}  # from the last stage of a pipeline
+LOSS = {"loss": [(1.0, 1.0)]}  # from the last stage of a pipeline
 ONE_PRODUCT = SimpleNamespace(apply=lambda rows_Ri, counts_E, weight: rows_Ri @ weight.sum(0).T)
 
 
