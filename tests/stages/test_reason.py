@@ -30,7 +30,7 @@ def small(corpus):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(showcase, "TEXT", str(corpus))
         patch.setattr(showcase, "QUICK", Size(1, 2, 400, 60, 40, 8, 2, 1, 10, 4))
-        patch.setattr(showcase, "EDGE", (0.0, 1.0))
+        patch.setattr(showcase, "EDGE", (-1.0, 1.0))
         patch.setattr(rl, "FIRST", 16)
         patch.setattr(rl, "HARDEST", 0.0)
         yield
