@@ -23,7 +23,7 @@ from tests.models import build
 
 pytest.importorskip("numba")
 
-from fira.infer.decode import kernel  # noqa: E402
+from fira.infer.decode import kernel, product  # noqa: E402
 from fira.infer.decode.step import FusedStep  # noqa: E402
 
 SMALL = dict(vocab_size=96, d_model=32, n_head=4, num_layers=2, d_ff=64, context=24)
@@ -141,7 +141,9 @@ def test_the_engine_gives_the_same_tokens_and_experts_with_it(tokenizer):
     model = make("fira2")
     params = SamplingParams(max_new_tokens=12, temperature=0, experts=True, ignore_end=True)
     found = []
-    for fused in (None, FusedStep(model)):
+    step = FusedStep(model)
+    step.prompt_tokens = 16
+    for fused in (None, step):
         engine = Engine(model, tokenizer, slots=3, decode_step=fused)
         prompts = ([1, 2, 3], [4, 5] * 9, [6])  # the second is too long for the step
         events = [list(engine.stream(prompt, params)) for prompt in prompts]
@@ -253,9 +255,33 @@ def test_it_compiles_where_nothing_can_be_written(monkeypatch):
     assert kernel.compile_and_store(lambda x: x + 1)(np.int64(1)) == 2
 
 
-def test_all_compiled_code_is_in_the_file_whose_changes_numba_notices():
-    imports = re.findall(r"^(?:from|import) .*", inspect.getsource(kernel), re.MULTILINE)
-    assert imports and not any("fira" in line for line in imports)
+def test_numba_compiles_again_when_any_file_with_compiled_code_changes(monkeypatch, tmp_path):
+    imports = [line for module in (kernel, product) for line in re.findall(
+        r"^from fira.*|^import fira.*", inspect.getsource(module), re.MULTILINE)]
+    assert imports and all(line.startswith("from fira.infer.decode.") for line in imports)
+    names = []
+    for text in ("a = 1", "a = 2", "a = 1"):
+        (tmp_path / "product.py").write_text(text)
+        monkeypatch.setattr(kernel, "__file__", str(tmp_path / "kernel.py"))
+        names.append(kernel.compile_and_store(lambda x: x + 1).__qualname__)
+    assert names[0] == names[2] != names[1]
+
+
+@pytest.mark.parametrize("width", [32, 40])
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_a_token_has_the_same_bits_in_every_block(kind, width, monkeypatch):
+    spec = FIRA2Spec(**SMALL | {"d_model": width}, **GROUPED, num_experts=4, top_k=2)
+    model = build(spec, seed=1)
+    model = quantize(model, kind) if kind else model
+    tokens = list(range(1, 12))
+    together = first_logits(model, FusedStep(model), tokens)
+    for rows in (2**25, 0):  # four rows at once, and one after the other
+        monkeypatch.setattr("fira.infer.decode.step.IN_CACHE", rows)
+        for size in (1, 2, 3, 5):
+            step = FusedStep(model, threads=2)
+            for start in range(0, len(tokens), size):
+                found = first_logits(model, step, tokens[start:start + size])
+                assert torch.equal(found, together[start:start + size]), (rows, size)
 
 
 def test_threads_end_with_the_step():

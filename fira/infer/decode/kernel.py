@@ -3,7 +3,7 @@
 Several threads (ranks) run it together. Each computes its share of the rows of every matrix and
 waits for the others at a barrier between the phases; norms and routing are computed by each for
 itself, which takes less time than a barrier. A weight row is read from memory once and used for
-all S tokens while it is in the processor's cache, in the blocks of `block.py`.
+all S tokens while it is in the processor's cache (`product.py`).
 
 Weights are found by address in the records of `step.py`.
 """
@@ -17,45 +17,37 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from fira.infer.decode import block
-from fira.infer.decode.block import LANES, ROWS, TOKENS, block_float32, block_int8
+from fira.infer.decode.product import (
+    OPTIONS,
+    compiled,
+    floats,
+    inner,
+    instruction,
+    multiply,
+    pointer,
+    share,
+)
 
-FLOAT32, INT8, INT4 = 0, 1, 2  # a matrix's precision
-HALF = 16  # an int4 group is 32 weights in 16 bytes, with one scale (fira.convert.quantize)
 YIELD_AFTER = 2000  # reads of a barrier, about 1 us, before the processor is offered to others
 INTEGERS = ir.IntType(64).as_pointer()
 YIELD = types.ExternalFunction("sched_yield", types.int32())
-# Sums may be reordered and fused; infinities and NaN keep their meaning.
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy",
-                           "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
-compiled = njit(**OPTIONS)
 
 
 def compile_and_store(function: Any) -> Any:
     """Compile on first use and keep the result on disk if numba finds a folder to write to.
 
-    numba compiles again when this file changes. A name with the checksum of `block.py` makes it do
-    so when that changes; compiled code must be in no third file.
+    numba looks at the name and this file's date only. With a checksum in the name it compiles again
+    whenever a file of this folder changes; compiled code must be in no other folder.
     """
-    function.__qualname__ += hashlib.sha256(Path(block.__file__).read_bytes()).hexdigest()[:8]
+    files = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    function.__qualname__ += hashlib.sha256(files).hexdigest()[:8]
     try:
         return njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # there is no such folder: it compiles in every process
         return compiled(function)
 
 
-def instruction(result: Any, given: Any, build: Any) -> Any:
-    """A function of one number for compiled code; build(builder, number) makes its instructions."""
-    def describe(context: Any, number: Any) -> Any:
-        return result(given), lambda _, builder, signature, numbers: build(builder, numbers[0])
-    return intrinsic(describe)
-
-
-pointer = instruction(types.voidptr, types.int64, lambda builder, address: builder.inttoptr(
-    address, ir.IntType(8).as_pointer()))
 # Add one and return the value before; what this thread wrote becomes visible.
 count_arrival = instruction(types.int64, types.int64, lambda builder, address: builder.atomic_rmw(
     "add", builder.inttoptr(address, INTEGERS), ir.Constant(ir.IntType(64), 1), "acq_rel"))
@@ -66,15 +58,6 @@ widen = instruction(types.float32, types.uint16, lambda builder, bits: builder.f
     builder.bitcast(bits, ir.HalfType()), ir.FloatType()))
 narrow = instruction(types.uint16, types.float32, lambda builder, number: builder.bitcast(
     builder.fptrunc(number, ir.HalfType()), ir.IntType(16)))
-
-
-@intrinsic
-def stack_memory(context: Any) -> Any:
-    """Memory of HALF floats, which the compiler can keep in a register."""
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.FloatType(), HALF))
-        return builder.bitcast(memory, ir.IntType(8).as_pointer())
-    return types.voidptr(), build
 
 
 @compiled
@@ -90,112 +73,9 @@ def barrier(counter, ranks):
 
 
 @compiled
-def share(count, rank, ranks):
-    """The range of `count` rows that this rank computes."""
-    return range(count * rank // ranks, count * (rank + 1) // ranks)
-
-
-@compiled
-def floats(address, size):
-    return carray(pointer(address), size, np.float32)
-
-
-@compiled
 def view(array):
     """The same memory without a reference count: counting at every x[s] doubled a step's time."""
     return carray(pointer(array.ctypes.data), array.shape, array.dtype)
-
-
-@compiled
-def inner(w, x):
-    """The sum of w[i] x[i]; w is float32 or int8."""
-    total = np.float32(0)
-    for i in range(len(x)):
-        total += np.float32(w[i]) * x[i]
-    return total
-
-
-@compiled
-def inner_int4(weight, scale, row, x):
-    """`inner` of an int4 row: byte i of a group holds weights i and i + 16, each plus 8.
-
-    The 16 sums fill one vector register. Summing group by group was 7 times as slow.
-    """
-    groups = len(x) // (2 * HALF)
-    w = carray(pointer(weight + row * groups * HALF), (groups, HALF), np.uint8)
-    halves = carray(pointer(x.ctypes.data), (groups, 2, HALF), np.float32)
-    scales = floats(scale + 4 * row * groups, groups)
-    sums = carray(stack_memory(), HALF, np.float32)
-    sums[:] = np.float32(0)
-    for g in range(groups):
-        for i in range(HALF):
-            low = np.float32(np.uint8(w[g, i] & 15)) - np.float32(8)
-            high = np.float32(np.uint8(w[g, i] >> 4)) - np.float32(8)
-            sums[i] += scales[g] * (low * halves[g, 0, i] + high * halves[g, 1, i])
-    return sums.sum()
-
-
-@compiled
-def dot(matrix, row, x):
-    """One row of a matrix times x, plus the row's bias."""
-    width, start = len(x), row * len(x)
-    if matrix.precision == FLOAT32:
-        total = inner(floats(matrix.weight + 4 * start, width), x)
-    elif matrix.precision == INT8:
-        numbers = carray(pointer(matrix.weight + start), width, np.int8)
-        total = inner(numbers, x) * floats(matrix.scale, row + 1)[row]
-    else:
-        total = inner_int4(matrix.weight, matrix.scale, row, x)
-    if matrix.bias:
-        total += floats(matrix.bias, row + 1)[row]
-    return total
-
-
-@compiled
-def multiply_block(matrix, row, height, x, tokens, sums):
-    """sums[t, r] = row (row + r) of a matrix times x[tokens[t]], plus the row's bias."""
-    width, size = x.shape[1], 4 if matrix.precision == FLOAT32 else 1
-    weights, pitch = matrix.weight + size * row * width, 4 * width
-    stride = size * width if height == ROWS else 0
-    given, read, found = x.ctypes.data, tokens.ctypes.data, sums.ctypes.data
-    if matrix.precision == FLOAT32:
-        block_float32(weights, stride, width, given, pitch, read, len(tokens), found)
-    elif matrix.precision == INT8:
-        block_int8(weights, stride, width, given, pitch, read, len(tokens), found)
-    rest = width % LANES
-    for r in range(height):
-        for t in range(len(tokens)):
-            last = x[tokens[t], width - rest:]
-            if matrix.precision == INT4:
-                sums[t, r] = inner_int4(matrix.weight, matrix.scale, row + r, x[tokens[t]])
-            elif matrix.precision == INT8:
-                end = carray(pointer(weights + (r + 1) * width - rest), rest, np.int8)
-                sums[t, r] += inner(end, last)
-                sums[t, r] *= floats(matrix.scale, row + r + 1)[row + r]
-            elif rest:
-                sums[t, r] += inner(floats(weights + 4 * ((r + 1) * width - rest), rest), last)
-            if matrix.bias:
-                sums[t, r] += floats(matrix.bias, row + r + 1)[row + r]
-
-
-@compiled
-def multiply(rank, ranks, matrix, first, x, inputs, out, outputs, factors, add):
-    """This rank's rows of out[outputs[n]] = factors[n] * matrix x[inputs[n]] for every n.
-
-    Row 0 of the result is row `first` of the matrix. With `add` it is added to what is in `out`.
-    """
-    rows = share(out.shape[1], rank, ranks)
-    sums = carray(stack_memory(), (TOKENS, ROWS), np.float32)
-    for row in range(rows.start, rows.stop, ROWS):
-        height = min(ROWS, rows.stop - row)
-        for n in range(0, len(inputs), TOKENS):
-            tokens = inputs[n:n + TOKENS]
-            multiply_block(matrix, first + row, height, x, tokens, sums)
-            for t in range(len(tokens)):
-                y = out[outputs[n + t]]
-                for r in range(height):
-                    value = factors[n + t] * sums[t, r]
-                    y[row + r] = y[row + r] + value if add else value
 
 
 @compiled
@@ -290,13 +170,15 @@ def attend(rank, ranks, model, layer, positions, slots, qkv, scores, buffer, out
 
 
 @compiled
-def choose_experts(layer, x, probs, weights, chosen):
+def choose_experts(layer, x, tokens, ones, probs_of, weights, chosen):
     """The K experts of every token, best first, and their weights, which may sum to 1."""
-    K = len(chosen) // len(x)
-    bias = floats(layer.selection_bias, len(probs))
-    for s in range(len(x)):
-        for e in range(len(probs)):
-            probs[e] = dot(layer.router, e, x[s]) if layer.router.weight else np.float32(0)
+    K, (S, E) = len(chosen) // len(x), probs_of.shape
+    bias = floats(layer.selection_bias, E)
+    probs_of[:] = np.float32(0)
+    if layer.router.weight:
+        multiply(0, 1, layer.router, 0, x, tokens, probs_of, tokens, ones, False)
+    for s in range(S):
+        probs = probs_of[s]
         softmax(probs)
         total = np.float32(0)
         for pair in range(s * K, (s + 1) * K):
@@ -383,7 +265,7 @@ def decode_step(rank, ranks, models, layers, scratch, counter, positions, slots,
         multiply(rank, ranks, layer.output, 0, mixed, tokens, x, tokens, ones, True)
         barrier(counter, ranks)
         normalize(x, layer.moe_norm, model.epsilon, normed)
-        choose_experts(layer, normed, probs, weights, chosen)
+        choose_experts(layer, normed, tokens, ones, probs, weights, chosen)
         sort_pairs(experts.shape[2], chosen, weights, order, owners, factors, starts)
         if rank == 0:
             experts[index] = chosen.reshape(experts.shape[1:])

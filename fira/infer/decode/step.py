@@ -22,14 +22,15 @@ from torch import Tensor
 from fira import runtime
 from fira.convert.quantize import Quantized, quantize
 from fira.infer.cache import Part, SlotCache
-from fira.infer.decode.kernel import FLOAT32, INT4, INT8, decode_step
+from fira.infer.decode.kernel import decode_step
+from fira.infer.decode.product import FLOAT32, INT4, INT8, MOST_ROWS
 
 PARTS = {  # the matrices and norms of a layer, and where they are in a block
     "attention_norm": "attention_norm", "qkv": "attention.qkv",
     "query_norm": "attention.query_norm", "key_norm": "attention.key_norm",
     "output": "attention.output", "moe_norm": "moe_norm", "router": "moe.router",
     "gate": "moe.experts.gate", "up": "moe.experts.up", "down": "moe.experts.down"}
-MATRIX = np.dtype([(name, np.int64) for name in ("weight", "scale", "bias", "precision")])
+MATRIX = np.dtype([(name, np.int64) for name in ("weight", "scale", "bias", "precision", "rows")])
 LAYER = np.dtype([(name, MATRIX) for name in PARTS]
                  + [(name, np.int64) for name in (
                      "selection_bias", "renormalize", "keys", "values")])
@@ -37,12 +38,16 @@ MODEL = np.dtype([(name, np.int64) for name in (
     "heads", "kv_heads", "head_width", "cosines", "sines", "slot_stride", "group_stride",
     "half_cache")] + [
     ("norm", MATRIX), ("head", MATRIX), ("epsilon", np.float64)])
-# The step reads a prompt of 16 tokens in 0.25 (d_model=128) to 0.8 (fira-334m) of the time that the
-# model's own forward takes on one thread, and one of 64 tokens in the same time or more.
-PROMPT_TOKENS = 16
+# The step reads a prompt of 64 tokens in 0.46 (d_model=128) to 0.71 (fira-334m) of the time that
+# the model's own forward takes on one thread in float32, and in 0.44 to 0.61 in int8.
+PROMPT_TOKENS = 64
+# Bytes of float32 weights that stay in the processor's cache: for one token they are read there in
+# 0.6 of the time if a block has four rows, and from memory in 0.8 if it has one. int8 weights are
+# never read slower in four rows.
+IN_CACHE = 2**25
 Scratch = collections.namedtuple(
-    "Scratch", "x qkv mixed hidden gates tokens ones normed scores buffer probs weights chosen order "
-    "owners factors starts")
+    "Scratch", "x qkv mixed hidden gates tokens ones normed scores buffer probs weights chosen "
+    "order owners factors starts")
 
 
 def new_scratch(spec: Any, S: int, ranks: int) -> Scratch:
@@ -63,7 +68,7 @@ def new_scratch(spec: Any, S: int, ranks: int) -> Scratch:
         normed=floats((ranks, S, spec.d_model)),
         scores=floats((ranks, spec.context)),  # of one attention head
         buffer=floats((ranks, C)),  # a key or a value
-        probs=floats((ranks, spec.num_experts)),  # of one token
+        probs=floats((ranks, S, spec.num_experts)),
         weights=floats((ranks, pairs)),
         chosen=integers((ranks, pairs)),  # the expert of each pair, token by token
         order=integers((ranks, pairs)),  # the pairs sorted by expert,
@@ -153,7 +158,8 @@ class AddressTable:
     def __init__(self, model: Any, precision: str = "float32") -> None:
         """With precision int8 or int4, a float32 model's matrices are quantized as copies."""
         self.tensors: list[Tensor] = []
-        spec = model.spec
+        spec, size = model.spec, sum(weight.nbytes for weight in model.parameters())
+        self.rows = MOST_ROWS if size < IN_CACHE else 1  # of a block with one token, in float32
         if precision != "float32":
             kept = itertools.chain(model.parameters(), model.buffers())
             shared = {id(tensor): tensor for tensor in kept}  # those that stay float32
@@ -175,13 +181,14 @@ class AddressTable:
         self.tensors.append(tensor.detach())
         return tensor.data_ptr()
 
-    def _matrix(self, module: Any) -> tuple[int, int, int, int]:
+    def _matrix(self, module: Any) -> tuple[int, int, int, int, int]:
         """The record of a weight [..., out, in] or a norm; zeros if the model does not have it."""
         bias = self._address(getattr(module, "bias", None))
         if isinstance(module, Quantized):
             return (self._address(module.numbers), self._address(module.scale), bias,
-                    {"int8": INT8, "int4": INT4}[module.kind])
-        return self._address(getattr(module, "weight", None)), 0, bias, FLOAT32
+                    {"int8": INT8, "int4": INT4}[module.kind], MOST_ROWS)
+        weight = getattr(module, "weight", None)
+        return self._address(weight), 0, bias, FLOAT32, self.rows
 
 
 def _find(module: Any, path: str) -> Any:
