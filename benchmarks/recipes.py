@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from record import append, new_parser
+from record import append, new_parser, shorten
 
 from fira.cli import fira
 from fira.data.records import records
@@ -167,7 +167,7 @@ def run_recipe(name: str, base: Path, data: Path, folder: Path, limit: int,
                         "interval": new["interval"], **(
                             floors(own, rows, recipe.tasks[task]) if rows else {})}
     return {"recipe": name, "base": base.name, "rows": len(train), "seconds": seconds,
-            "options": list(options), "tasks": scores,
+            "options": [shorten(one) for one in options], "tasks": scores,
             "tuning": read_json(run / TUNING, "tune again into another folder")["measures"]}
 
 

@@ -57,7 +57,7 @@ def append(path: Path | None, result: dict[str, Any],
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"date": time.strftime("%Y-%m-%d"), "commit": runtime.commit(), "machine": machine(),
-              "command": ["python", *map(_shorten, sys.argv)],
+              "command": ["python", *map(shorten, sys.argv)],
               "versions": runtime.versions() | peer_versions(checkouts or {}), **result}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
@@ -79,7 +79,7 @@ def peer_versions(checkouts: dict[str, Path | None]) -> dict[str, str]:
     return versions
 
 
-def _shorten(word: str) -> str:
+def shorten(word: str) -> str:
     """A word of the command without folders that exist only on this machine."""
     return Path(word).name if Path(word).is_absolute() else word
 
