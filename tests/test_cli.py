@@ -7,6 +7,7 @@ from io import BytesIO, StringIO, TextIOWrapper
 import pytest
 
 from fira import cli
+from fira.stages.reason import TASKS
 
 
 def test_help_answers_without_torch():
@@ -109,6 +110,16 @@ def test_resume_of_a_finished_run_changes_nothing(run, preset, fira):
     answer = fira("train", preset, "--run", run, "--resume")
     assert answer.code == 0, answer.err
     assert content() == before
+
+
+@pytest.mark.parametrize("verb", ["tune", "distill", "rl"])
+def test_a_run_resumes_with_a_setting_in_the_place_of_the_model(verb, refused, tmp_path):
+    assert "holds no run to resume" in refused(
+        verb, "train.steps=3", "--resume", "--run", tmp_path / "run", code=2)
+
+
+def test_help_of_reason_names_its_tasks(fira):
+    assert ",".join(TASKS) in "".join(fira("reason", "--help").out.split())
 
 
 @pytest.mark.parametrize("verb", ["train", "show"])

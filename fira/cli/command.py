@@ -31,6 +31,14 @@ def example(command: str, *paragraphs: str) -> str:
     return "\n\n".join([*paragraphs, f"\b\nExample: {command}"])
 
 
+def split_source(source: Path | None, settings: tuple[str, ...]
+                 ) -> tuple[Path | None, tuple[str, ...]]:
+    """A run and settings. Where the run is left out, the first setting stands in its place."""
+    if source is not None and "=" in str(source) and not source.exists():
+        return None, (str(source), *settings)
+    return source, settings
+
+
 def sampling_options(command: Any) -> Any:
     """The options of every verb that samples text."""
     for option in reversed([

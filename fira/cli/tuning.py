@@ -13,6 +13,7 @@ from fira.cli.command import (
     device_option,
     example,
     settings_argument,
+    split_source,
     suite_options,
     thinking_options,
 )
@@ -84,8 +85,7 @@ def tune(source: Path | None, settings: tuple[str, ...], run: Path | None, devic
     from fira.stages.start import tune as run_tune
     from fira.stages.tune import TUNE
 
-    if source is not None and "=" in str(source) and not source.exists():
-        settings, source = (str(source), *settings), None
+    source, settings = split_source(source, settings)
     if source is None and (dry_run or not resume):
         raise click.UsageError("Missing argument 'RUN': only --resume --run FOLDER needs none")
     if not resume and bool(prefer) == bool(files["chat"] or files["text"]):
@@ -168,8 +168,7 @@ def distill(teacher: Path | None, settings: tuple[str, ...], student: str | None
     from fira.runlog import console
     from fira.stages.distill import distill as run_distill
 
-    if teacher is not None and "=" in str(teacher) and not teacher.exists():
-        settings, teacher = (str(teacher), *settings), None
+    teacher, settings = split_source(teacher, settings)
     if not resume and (teacher is None or student is None):
         raise click.UsageError("give TEACHER and --student; only --resume --run FOLDER needs none")
     if sequence and not (given["chat"] or resume) or keep_right and not sequence:
@@ -219,6 +218,7 @@ def rl(source: Path | None, settings: tuple[str, ...], run: Path, device: str, r
     from fira.runlog import console
     from fira.stages.rl import rl as run_rl
 
+    source, settings = split_source(source, settings)
     if not resume and not (source and tasks):
         raise click.UsageError("give RUN and --tasks SPEC; only --resume --run FOLDER needs none")
     names = {key: [name for given in values for name in given.split(",")]

@@ -125,7 +125,7 @@ def judge(card: dict[str, Any]) -> list[dict[str, Any]]:
 
     found = gains("think", "think", "direct", [f"{task}:{depth}" for task in card["tasks"]])
     goals.append((f"thinking beats direct by {GAIN:.0%} at depth {depth} on {TASKS} tasks",
-                  _listed(found), sum(one[0] >= GAIN for one in found.values()) >= TASKS))
+                  _listed(found), sum(one[1] >= GAIN for one in found.values()) >= TASKS))
     if "student" in models:
         room, kept = (above_chance(models[name], trained) for name in ("think", "student"))
         goals.append((f"the student keeps {KEPT:.0%} of the teacher's accuracy above chance",

@@ -291,12 +291,9 @@ SLOWER = 10  # times than a tuning of the same run, whose rates broke a model wi
 
 def rl(source: Path | None, sections: dict[str, dict[str, Any]], settings: Iterable[str], run: Path,
        device: str, resume: bool, screen: Console) -> LoopState:
-    """`fira rl`: see `fira.stages.tune.tune`. Raises ConfigError if a run that is resumed has other
-    tasks than those given."""
+    """`fira rl`: see `fira.stages.start.tune`. Raises ConfigError if a run that is resumed has
+    other tasks than those given."""
     settings = list(settings)
-    if source is None and not (run / CONFIG).exists():
-        raise ConfigError(f"{run.absolute()} holds no run to resume; give RUN and --tasks SPEC to "
-                          "begin one, or the --run folder of one that exists")
     if source is not None and not (run / CONFIG).exists():
         lengths = {"train.steps", "train.minutes"} & {one.partition("=")[0] for one in settings}
         usual = (one.partition("=") for one in settings_for(
@@ -304,7 +301,7 @@ def rl(source: Path | None, sections: dict[str, dict[str, Any]], settings: Itera
         settings = [*SETTINGS, *([] if lengths else ["train.steps=100"]),
                     *(f"{key}={float(rate) / SLOWER}" for key, _, rate in usual
                       if key.endswith("lr")), *settings]
-    elif asked := sections["data"]["tasks"]:
+    elif (asked := sections["data"]["tasks"]) and (run / CONFIG).exists():
         begun = read_json(run / CONFIG, "restore it")["config"]["data"].get("tasks")
         if begun != RlData(start=".", tasks=asked).tasks:
             raise ConfigError(f"{run} was begun with --tasks {','.join(begun or ['(none)'])}; "

@@ -103,7 +103,10 @@ def tune(source: Path | None, sections: dict[str, dict[str, Any]], epochs: float
         for name in card["suites"]:
             open_suite(name, card["data"], card["limit"])  # refuses one that is not there
     settings = list(settings)
-    if not (run / CONFIG).exists() and source is not None:
+    if not (run / CONFIG).exists():
+        if source is None:
+            raise ConfigError(f"{run.absolute()} holds no run to resume; give RUN and its data to "
+                              "begin one, or the --run folder of one that exists")
         stage, *_ = open_tuning(source, sections, epochs, settings, run, device, stage)
         settings = [one for one in settings if one.startswith("model.")]  # over the start's
     state = train_run(stage, stage.name, settings, run, device, resume, screen, source)

@@ -91,6 +91,7 @@ def test_where_nothing_is_at_the_edge_the_card_says_that_there_is_no_gain():
 @pytest.mark.parametrize("models, met, results", [
     ({"think": model(0.9)}, [True], ["a +80%"]),
     ({"think": model(0.3)}, [False], ["a +20%"]),
+    ({"think": model(0.42)}, [False], ["a +32%"]),
     ({"think": model(0.9), "student": model(0.88), "gold-student": model(0.4)},
      [True, True, True], ["", "97.5%", "+48%"]),
     ({"think": model(0.9), "student": model(0.5), "gold-student": model(0.5)},
@@ -99,8 +100,8 @@ def test_where_nothing_is_at_the_edge_the_card_says_that_there_is_no_gain():
      [False, False, False], ["", "the teacher has none", ""]),
     ({"think": model(0.9), "rl": model(0.95), "more": model(0.6)}, [True, True], ["", "a +35%"]),
     ({"think": model(0.9), "rl": model(0.9), "more": model(0.9)}, [True, False], ["", "no gain"]),
-], ids=["thinks", "thinks little", "a good student", "a poor one", "nothing learned", "RL gains",
-        "RL gains nothing"])
+], ids=["thinks", "thinks little", "thinks hardly enough", "a good student", "a poor one",
+        "nothing learned", "RL gains", "RL gains nothing"])
 def test_a_goal_is_met_only_beyond_its_interval(models, met, results):
     goals = judge({"tasks": ["a", "b", "c"], "depth": 1, "edge": ["a:1"], "models": models})
     assert [one["met"] for one in goals] == met
