@@ -5,13 +5,14 @@ Each check raises APIError with one line that names the value, the rule and the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import hashlib
 import hmac
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ MAX_BODY = 4 * 2**20  # bytes, for every model
 OTHER_BYTES, OTHER_VALUES = 2**18, 2**13  # what a body may have besides its prompts
 MAX_DISCARDED = 16 * MAX_BODY  # bytes of a too large body that are read, so that the client,
 # which sends before it listens, receives the error instead of a closed connection
+MAX_BODIES = 16 * MAX_BODY  # bytes of all bodies at a time
 BODY_SECONDS = 60
 UNKNOWN = "none_required"  # pydantic's word for a field that is not declared and not null
 MAX_ERRORS = 1000  # wrong fields in one request; more are only counted
@@ -92,34 +94,58 @@ def check_origins(origins: Sequence[str]) -> Sequence[str]:
     return origins
 
 
-async def read_body(request: Request) -> bytes:
-    """Return the JSON body. Raises APIError if it has another type (415), is too large (413) or
-    takes too long (408)."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise APIError(415, f"content type {content_type[:60]!r} is not application/json; send a "
-                       "header Content-Type: application/json")
-    try:
-        return await asyncio.wait_for(_read(request), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise APIError(408, f"the body took longer than {BODY_SECONDS} s; send it faster"
-                       ) from None
+class Bodies:
+    """The bodies that clients send. Those that are not yet answered for take MAX_BODIES bytes at
+    most: beyond, the ones still being received are given up, the first begun first."""
 
+    def __init__(self) -> None:
+        self.partial: dict[int, bytearray] = {}
+        self.whole = 0  # bytes of the bodies in use
 
-async def _read(request: Request) -> bytes:
-    body, size = bytearray(), 0
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size <= MAX_BODY:
-                body += part
-            elif size > MAX_DISCARDED:
-                break
-        if size > MAX_BODY:
-            raise APIError(413, f"the body is larger than {MAX_BODY} bytes; send less")
-        return bytes(body)
-    finally:  # an error and asyncio's task refer to each other, which keeps this frame for long
-        body.clear()
+    @contextlib.asynccontextmanager
+    async def receive(self, request: Request) -> AsyncIterator[bytes]:
+        """The JSON body. Raises APIError if it has another type (415), is too large (413), takes
+        too long (408) or was given up for others (503)."""
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
+            raise APIError(415, f"content type {content_type[:60]!r} is not application/json; send "
+                           "a header Content-Type: application/json")
+        try:
+            body = await asyncio.wait_for(self._read(request), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise APIError(408, f"the body took longer than {BODY_SECONDS} s; send it faster"
+                           ) from None
+        self.whole += (size := len(body))
+        try:
+            yield body
+        finally:
+            self.whole -= size
+
+    async def _read(self, request: Request) -> bytes:
+        body, size = bytearray(), 0
+        self.partial[id(body)] = body
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size <= MAX_BODY:
+                    body += part
+                elif size > MAX_DISCARDED:
+                    break
+                self._make_room()
+                if id(body) not in self.partial:
+                    raise APIError(503, f"requests of more than {MAX_BODIES} bytes are arriving; "
+                                   "send this one again in a second", code="busy",
+                                   headers={"Retry-After": "1"})
+            if size > MAX_BODY:
+                raise APIError(413, f"the body is larger than {MAX_BODY} bytes; send less")
+            return bytes(body)
+        finally:  # an error and asyncio's task refer to each other, which keeps this frame for long
+            self.partial.pop(id(body), None)
+            body.clear()
+
+    def _make_room(self) -> None:
+        while self.partial and self.whole + sum(map(len, self.partial.values())) > MAX_BODIES:
+            self.partial.pop(next(iter(self.partial))).clear()
 
 
 def parse(schema: type[BaseModel], body: bytes, tokens: int = MAX_BODY,

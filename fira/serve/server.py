@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 from fira import __version__
 from fira.infer.request import End, QueueFull
 from fira.serve import api, openapi
-from fira.serve.guard import OPEN_PATHS, Keys, check_host, parse, read_body
+from fira.serve.guard import OPEN_PATHS, Bodies, Keys, check_host, parse
 from fira.serve.metrics import Metrics
 from fira.serve.response import (
     KEEPALIVE,
@@ -60,7 +60,7 @@ class Server:
         listens on a loopback address, so that only programs on this machine may use it. Web pages
         of the `origins` may call it."""
         self.load, self.failed, self.keys, self.loopback = load, failed, keys, loopback
-        self.origins = origins
+        self.origins, self.bodies = origins, Bodies()
         self.service: Service | None = None
         self.metrics = Metrics(lambda: self.service and self.service[1])
 
@@ -131,8 +131,7 @@ class Server:
         """Run an operation on the request's body, if it has one, and on the model."""
         model, engine = self.ready()
         if operation.request:
-            body = await read_body(request)
-            result = await asyncio.to_thread(prepare, operation, body, model)
+            result = await self.prepare(operation, request, model)
         else:
             api.check_model(request.path_params.get("model"), model)
             result = operation.function(model)
@@ -145,6 +144,12 @@ class Server:
             builder = ItemResponseBuilder if result.asked else ResponseBuilder
             return await self.generate(request, builder(result, model), events)
         return JSONResponse(result)
+
+    async def prepare(self, operation: api.Operation, request: Request, model: api.ServedModel
+                      ) -> Any:
+        """The result for the request's body, which is freed before a generation begins."""
+        async with self.bodies.receive(request) as body:
+            return await asyncio.to_thread(prepare, operation, body, model)
 
     async def generate(self, request: Request, builder: Any, events: Events) -> Response:
         """Raises ClientDisconnect if the client leaves before the response is complete."""

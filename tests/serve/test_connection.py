@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from fira.serve import connection
 from fira.serve.connection import HTTPServer
-from fira.serve.guard import read_body
+from fira.serve.guard import Bodies
 from tests.serve.test_server import until
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -68,7 +68,8 @@ def test_the_body_of_a_client_that_leaves_is_freed_at_once():
     async def leave():
         for _ in range(8):
             with contextlib.suppress(ClientDisconnect):
-                await read_body(Leaving())
+                async with Bodies().receive(Leaving()):
+                    pass
 
     gc.disable()  # it would free what refers to itself, some time later
     tracemalloc.start()
@@ -78,6 +79,21 @@ def test_the_body_of_a_client_that_leaves_is_freed_at_once():
     finally:
         tracemalloc.stop()
         gc.enable()
+
+
+def test_bodies_that_stall_take_little_memory_and_nothing_from_others(running, connect):
+    bodies, sent = running.server.bodies, b"Content-Length: 4000000\r\n\r\n" + bytes(3_900_000)
+    first = connect(HEAD + sent)
+    until(lambda: bodies.partial)
+    number = next(iter(bodies.partial))
+    for _ in range(20):  # 78 MB
+        connect(HEAD + sent)
+    until(lambda: number not in bodies.partial)
+    assert running.http.get("/v1/models").status_code == 200
+    assert connect(HEAD + body()).recv(2**16).startswith(b"HTTP/1.1 200")
+    assert sum(map(len, bodies.partial.values())) <= 2**26 and not bodies.whole
+    first.sendall(b" ")
+    assert first.recv(2**16).startswith(b"HTTP/1.1 503")
 
 
 @pytest.mark.parametrize("sent", [
