@@ -6,6 +6,7 @@ bit, which a run that is resumed relies on.
 """
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,14 +15,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fira.data.batches import permute
 from fira.data.conversations import Row
 from fira.data.packs import Packs
 from fira.data.tokenizer import THINK, THINK_END, TURN_END, Tokenizer
 from fira.infer.engine import Engine
+from fira.infer.load import load
 from fira.infer.request import End, SamplingParams, Token
+from fira.infer.thought import limit_thought
+from fira.loss.policy import PolicyBatch
+from fira.loss.preference import log_probabilities
+from fira.model.router import routers
+from fira.parallel.layout import Layout, read, to_device
 from fira.parallel.pipeline import autocast
+from fira.stages.reward import Question
 
 SLOTS = 128  # answers that are written at a time
+TRIES = 4  # prompts of a place in the batch until one has answers of different rewards
+DRY = 5  # steps in a row without any such prompt end the run
 
 
 class Rollout(NamedTuple):
@@ -110,7 +121,97 @@ def pack_rollouts(rollouts: Sequence[Rollout], advantages: Sequence[float], leng
             answer = slice(end - len(one.logs_A), end)
             sampled[sequence, answer], values[sequence, answer] = one.logs_A, value
             if layers and one.experts_LSK is not None:
-                read = one.experts_LSK.transpose(1, 0, 2)
-                experts[sequence, end - len(read):end] = read
+                chosen = one.experts_LSK.transpose(1, 0, 2)
+                experts[sequence, end - len(chosen):end] = chosen
     return [torch.from_numpy(field) for field in (ids, targets, positions, sampled, values,
                                                   np.zeros_like(sampled), experts)]
+
+
+class Rollouts:
+    """Batches of answers to prompts in the order of the run's seed, with their advantages."""
+
+    def __init__(self, config: Any, data: Any, tokenizer: Tokenizer, layout: Layout) -> None:
+        self.config, self.data, self.tokenizer, self.layout = config, data, tokenizer, layout
+        self.reference: Any = None
+        rl = config.rl
+        _, limit = limit_thought(layout.model, rl.think, rl.max_thinking_tokens, rl.max_new)
+        self.params = SamplingParams(rl.max_new, experts=rl.replay, max_thinking_tokens=limit)
+        digest = hashlib.sha256(repr([one.columns for one in data.train]).encode())
+        self.key = digest.hexdigest()[:16]
+
+    def answer(self, numbers: Sequence[int], questions: Sequence[Question], size: int,
+               temperature: float = 1.0) -> tuple[list[Rollout], np.ndarray]:
+        """`size` answers to each question, with seeds made of its number, and their rewards
+        [questions, size]. An answer that was cut off is worth nothing."""
+        answers = write_answers(
+            self.layout.model, self.tokenizer, [one.ids for one in questions for _ in range(size)],
+            [draw_seed(self.config.train.seed, number, place) for number in numbers
+             for place in range(size)], replace(self.params, temperature=temperature))
+        rewards_PG = np.zeros((len(questions), size))
+        for question, rewards_G, first in zip(questions, rewards_PG, range(0, len(answers), size),
+                                              strict=True):
+            some = answers[first:first + size]
+            rewards_G[:] = self.data.reward(question, [one.text for one in some])
+            np.minimum(rewards_G, 0.0, out=rewards_G, where=[one.truncated for one in some])
+        return answers, rewards_PG
+
+    def batch(self, state: Any, fraction: float) -> tuple[list[Any], dict[str, Any], Any]:
+        """This rank's micro-batches; the checksum of the prompts and the number of steps without a
+        group to learn from; metrics over all ranks."""
+        rl, step = self.config.rl, state.step
+        missing = list(range(rl.prompts))[self.layout.rows(rl.prompts)]
+        answers, advantages, sums = list[Rollout](), list[float](), np.zeros(6)
+        for attempt in range(TRIES):
+            numbers = [(step * TRIES + attempt) * rl.prompts + place for place in missing]
+            found, rewards_PG = self.answer(numbers, list(map(self._draw, numbers)), rl.group)
+            useful_P = np.ptp(rewards_PG, axis=1) > 0
+            kept_P = useful_P | (attempt == TRIES - 1)
+            for index in np.flatnonzero(kept_P):
+                answers += found[index * rl.group:(index + 1) * rl.group]
+                advantages += (rewards_PG[index] - rewards_PG[index].mean()).tolist()
+            sums += (rewards_PG.sum(), sum(len(one.logs_A) for one in found),
+                     sum(one.truncated for one in found), rewards_PG.size, useful_P.sum(),
+                     len(numbers))
+            missing = [place for place, kept in zip(missing, kept_P, strict=True) if not kept]
+            if not missing:
+                break
+        reward, tokens, cut, count, useful, groups = self.layout.sum(
+            torch.from_numpy(sums)).tolist()
+        dry = 0 if useful else state.position.get("dry", 0) + 1
+        if dry == DRY:
+            raise ValueError(f"in {DRY} steps up to {step + 1} no prompt had answers of different "
+                             f"rewards (mean reward {reward / count:.3g}), so there is nothing to "
+                             "learn: give harder tasks if it is near 1; if it has fallen, train "
+                             "again from the start with a lower optim.lr")
+        row = {"reward": reward / count, "signal": useful / groups, "truncated": cut / count,
+               "answer_tokens": tokens / count}
+        return self._pack(answers, advantages), {self.key: step + 1, "dry": dry}, row
+
+    def _draw(self, number: int) -> Question:
+        """The prompt at a place in the order of all epochs."""
+        size = len(self.data.train)
+        epoch, place = divmod(number, size)
+        return self.data.train[permute(np.array([place]), size, self.config.train.seed, epoch)[0]]
+
+    def _pack(self, answers: list[Rollout], advantages: list[float]) -> list[PolicyBatch]:
+        train, spec = self.config.train, self.config.model
+        layers = len(routers(self.layout.model)) if self.config.rl.replay else 0
+        fields = pack_rollouts(answers, advantages, train.sequence_length, layers, spec.top_k)
+        batches = [PolicyBatch(*parts) for parts in zip(*(
+            field.split(train.micro_batch) for field in fields), strict=True)]
+        if self.config.rl.kl:
+            self.reference = self.reference or load(self.config.data.start, str(
+                self.layout.mesh.device)).model.eval()
+            with torch.no_grad():
+                batches = [one._replace(reference_BT=log_probabilities(read(
+                    self.reference, on), on).cpu()) for one in batches
+                    for on in [to_device(one, self.layout.mesh.device)]]
+        return batches
+
+    def describe(self, state: Any) -> str:
+        """Raises ValueError if the run of `state` has learned from other tasks."""
+        if state.position and self.key not in state.position:
+            raise ValueError(f"this run was begun with other tasks (their checksum is not "
+                             f"{self.key}); put the files back as they were, or start anew into "
+                             "another --run folder")
+        return ""
