@@ -9,6 +9,7 @@ from typing import Any
 from fira.eval.task import Row, make_row
 
 UNCONDITIONAL = 1_000_000  # request files number the requests without a question from here on
+AFTER = "continuation_delimiter"
 LABELS = 50  # conversations are a choice if their task has at most so many different answers
 Record = dict[str, Any]
 
@@ -76,6 +77,15 @@ FORMS: dict[str, Callable[[Record], Record]] = {
     "input target_scores": lambda r: choice(
         r["input"].rstrip(), r["target_scores"],
         list(r["target_scores"].values()).index(max(r["target_scores"].values()))),
+    # the files of DCLM and nanochat; AFTER is what stands between question and answer
+    "query choices gold": lambda r: {
+        "context": f"{r['query']}{r.get(AFTER, '')}", "gold": r["gold"],
+        "continuations": [f" {text}" for text in r["choices"]]},
+    "context_options continuation gold": lambda r: {
+        "context": r["context_options"], "gold": r["gold"],
+        "continuations": [f" {r['continuation']}"] * len(r["context_options"])},
+    "context continuation": lambda r: {"context": f"{r['context'].strip()}{r.get(AFTER, '')}",
+                                       "answer": f" {r['continuation']}"},
     "question answer": lambda r: {"messages": [{"role": "user", "content": r["question"]}],
                                   "answer": str(r["answer"]), "checker": "number"},
     "text": lambda r: {"context": r["text"].rpartition(" ")[0],

@@ -8,7 +8,7 @@ from typing import Any
 
 from fira.data.records import records
 from fira.data.sources import inputs
-from fira.eval.forms import read_rows
+from fira.eval.forms import AFTER, read_rows
 from fira.eval.task import Row, Task
 from fira.files import read_json
 
@@ -34,6 +34,10 @@ SUITES = {  # the names of its tasks; NAME:K is a task with K examples before ea
 BASELINES = {"hellaswag": 0.25, "arc_easy": 0.25, "arc_challenge": 0.25, "copa": 0.5, "csqa": 0.2,
              "piqa": 0.5, "openbookqa": 0.25, "winograd": 0.5, "winogrande": 0.5, "boolq": 0.62,
              "agi_eval_lsat_ar": 0.2, "language_identification": 0.091}
+FILES = {  # as DCLM and nanochat call what is not bigbench_NAME
+    "jeopardy": "jeopardy_all", "csqa": "commonsense_qa", "openbookqa": "openbook_qa",
+    "lambada": "lambada_openai", "winograd": "winograd_wsc"}
+ASKED = ("jeopardy", "arc_easy", "arc_challenge", "piqa", "boolq")  # there "Answer:" is left out
 HUB = {  # owner/name:config:split
     "arc_easy": "allenai/ai2_arc:ARC-Easy:test", "copa": "aps/super_glue:copa:validation",
     "arc_challenge": "allenai/ai2_arc:ARC-Challenge:test", "piqa": "baber/piqa::validation",
@@ -82,19 +86,23 @@ def open_task(name: str, source: str, limit: int | None = None, letters: bool = 
 
     Raises ValueError, one line, if there is no row or one is wrong.
     """
-    rows = list(read_rows(_records(source), letters))
+    rows = list(read_rows(_records(source, name), letters))
     if not rows:
         raise ValueError(f"{source} has no rows; write one object a line")
     if len({bool(row.messages) for row in rows}) > 1:
         raise ValueError(f"{source} has rows with messages and others; write them in two files")
+    if shots:  # as nanochat does, which draws the examples by the number of the row
+        random.Random(1337).shuffle(rows)
     rows, name = ([_with_shots(rows, number, shots) for number in range(len(rows))][:limit],
                   f"{name}:{shots}") if shots else (rows[:limit], name)
     return Task(name, rows, {"source": source, "shots": shots, "letters": letters})
 
 
-def _records(source: str) -> Iterator[tuple[str, Any]]:
+def _records(source: str, name: str) -> Iterator[tuple[str, Any]]:
     if not source.endswith(".json"):
-        return records(inputs([source]))
+        after = {AFTER: "\nAnswer:"} if name in ASKED else {}
+        return ((where, {**after, **row} if isinstance(row, dict) else row)
+                for where, row in records(inputs([source])))
     content = read_json(Path(source), "give JSON lines, or a task of BIG-bench")
     return ((f"{source} example {n}", row)
             for n, row in enumerate(content.get("examples", []), start=1))
@@ -102,18 +110,20 @@ def _records(source: str) -> Iterator[tuple[str, Any]]:
 
 def _find(name: str, data: str) -> dict[str, str]:
     """The source of every task that `name` means: the file NAME.*, or each file in NAME/."""
+    names = (name, FILES.get(name, f"bigbench_{name}"))
     if data == "hub":
         return {name: f"hub:{HUB[name]}"} if name in HUB else {}
     best: dict[str, tuple[int, str]] = {}
     for path in sorted(Path(data).rglob("*")):
-        place, stem = f"/{path.relative_to(data).as_posix()}", path.name.split(".")[0]
+        place, file = f"/{path.relative_to(data).as_posix()}", path.name.split(".")[0]
         inside = f"/{name}/" in place
-        if (not (inside or f"/{name}." in place) or not path.name.endswith(ENDINGS)
+        stem = next((one for one in names if f"/{one}." in place), name)
+        if (not (inside or f"/{stem}." in place) or not path.name.endswith(ENDINGS)
                 or "/mc_" in place or path.suffix == ".json"
                 and '"examples"' not in path.read_text(encoding="utf-8")):
             continue
-        label = f"{name}/{stem}" if inside and stem != "requests" else name
-        rank = next(n for n, split in enumerate(SPLITS) if split in place.rpartition(name)[2])
+        label = f"{name}/{file}" if inside and file != "requests" else name
+        rank = next(n for n, split in enumerate(SPLITS) if split in place.rpartition(stem)[2])
         best[label] = min(best.get(label, (rank, str(path))), (rank, str(path)))
     return {label: path for label, (_, path) in best.items()}
 

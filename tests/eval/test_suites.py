@@ -31,6 +31,12 @@ RECORDS = {  # a record, the first context, the continuations, the gold one
                  "The athlete", [" admires", " admire"], 0),
     "blimp": ({"sentence_good": "She sings.", "sentence_bad": "She sing."},
               "", ["She sings.", "She sing."], 0),
+    "a choice of DCLM": ({"query": "Q: He", "choices": ["ran", "sat"], "gold": 1},
+                         "Q: He", [" ran", " sat"], 1),
+    "a schema of DCLM": ({"context_options": ["The bus", "The cat"], "continuation": "was late.",
+                          "gold": 1}, "The bus", [" was late."] * 2, 1),
+    "a text of DCLM": ({"context": "he saw the ", "continuation": "cake"},
+                       "he saw the", [" cake"], 0),
     "lambada": ({"text": "he saw the cake"}, "he saw the", [" cake"], 0),
 }
 
@@ -95,10 +101,27 @@ def test_sets_are_found_in_any_layout_and_the_best_split_is_taken(sets):
 def test_examples_come_from_other_rows_and_the_hash_is_that_of_the_requests(sets):
     source = str(sets / "arc_challenge.test.jsonl")
     task, again, plain = (open_task("arc", source, 5, shots=shots) for shots in (3, 3, 0))
-    for number, row in enumerate(task.rows):
-        before = row.prompt.removesuffix(f"Question: test{number}?\nAnswer:")
-        assert before.count("Answer: rock\n\n") == 3 and f"test{number}?" not in before
+    for row in task.rows:
+        before, _, asked = row.prompt.rpartition("\n\n")
+        assert f"{before}\n\n".count("Answer: rock\n\n") == 3 and asked not in before
     assert task.sha256 == again.sha256 != plain.sha256
+
+
+def test_the_files_of_dclm_are_found_by_their_names_and_get_the_missing_words(tmp_path):
+    folder = tmp_path / "world_knowledge"
+    folder.mkdir()
+    for name in ("jeopardy_all", "bigbench_operators", "boolq", "openbook_qa"):
+        (folder / f"{name}.jsonl").write_text("".join(
+            json.dumps({"context": f"Q{n}?", "continuation": f"a{n}"}) + "\n" for n in range(12)))
+    tasks, missing = open_suite("core", str(tmp_path))
+    assert [task.name for task in tasks] == ["jeopardy:10", "openbookqa", "operators:10",
+                                             "boolq:10"] and len(missing) == 18
+    for task in tasks:
+        asked, said = task.rows[0].options[0]
+        before = asked.split("\n\n")
+        assert len(before) == (11 if ":" in task.name else 1) and len(set(before)) == len(before)
+        assert asked.endswith("Answer:") == (task.name in ("jeopardy:10", "boolq:10"))
+        assert said.strip().replace("a", "Q") in before[-1]
 
 
 @pytest.mark.parametrize("suite, content, expected", [
