@@ -50,9 +50,14 @@ time.sleep(1e6)
 
 
 def make_run(folder: Path) -> Path:
-    model = build(SHAPES["fira2-135m"]()._replace(context=4096), seed=0)
+    model = build(SHAPES["fira2-135m"]().model_copy(update={"context": 4096}), seed=0)
+    tokenizer = small_tokenizer()
+    shown = [number for number, text in enumerate(tokenizer.token_bytes()) if text.isascii()]
+    with torch.no_grad():  # every token that is chosen is text, so that it is streamed at once
+        head = model.head_weights()[0]
+        head[[number for number in range(len(head)) if number not in set(shown)]] *= 0.01
     save_weights(model, folder / "step-000001")
-    small_tokenizer().save(folder / "step-000001")
+    tokenizer.save(folder / "step-000001")
     write_manifest(folder / "step-000001")
     return folder
 
@@ -103,7 +108,7 @@ async def run_clients(port: int, clients: int, length: int, requests: int, new: 
         return torch.randint(10, 900, (size,), generator=draw).tolist()
 
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=None,
-                                 limits=httpx.Limits(max_connections=clients + 5)) as http:
+                                 limits=httpx.Limits(max_keepalive_connections=0)) as http:
         await stream(http, prompt(64), 8, {name: [] for name in seen})  # what is compiled
 
         async def client(prompts: list[list[int]]) -> None:

@@ -167,17 +167,21 @@ class Server:
 
     async def stream(self, request: Request, builder: ResponseBuilder,
                      events: Events) -> AsyncIterator[bytes]:
-        """The chunks of a response. An error after the first chunk becomes the last chunk."""
-        for chunk in builder.first_chunks():
-            yield chunk
+        """The chunks of a response, those that are there in one piece. An error after the first
+        chunk becomes the last chunk."""
+        if begun := b"".join(builder.first_chunks()):
+            yield begun
+        chunks: list[bytes] = []
         try:
             async for event in events.read():
-                for chunk in builder.chunks(*event) if event else (KEEPALIVE,):
-                    yield chunk
-            for chunk in builder.last_chunks():
-                yield chunk
+                chunks += builder.chunks(*event) if event else (KEEPALIVE,)
+                if chunks and events.queue.empty():
+                    yield b"".join(chunks)
+                    chunks.clear()
+            chunks += builder.last_chunks()
         except APIError as error:
-            yield builder.failed(error)
+            chunks.append(builder.failed(error))
+        yield b"".join(chunks)
         self.metrics.seconds.labels(request.scope["path"]).observe(_elapsed(request))
 
 

@@ -24,6 +24,7 @@ from tests.models import build
 pytest.importorskip("numba")
 
 from fira.infer.decode import kernel, product  # noqa: E402
+from fira.infer.decode import step as steps  # noqa: E402
 from fira.infer.decode.step import FusedStep  # noqa: E402
 
 SMALL = dict(vocab_size=96, d_model=32, n_head=4, num_layers=2, d_ff=64, context=24)
@@ -40,6 +41,12 @@ SPECS = {
     "fira, top-2": FIRASpec(**SMALL, num_experts=4, top_k=2),
     "fira, dense": FIRASpec(**SMALL, num_experts=1),
 }
+
+
+@pytest.fixture(autouse=True)
+def together(monkeypatch):
+    """All threads compute every step, however small."""
+    monkeypatch.setattr(steps, "ALONE", 0)
 
 
 def make(name):
@@ -157,6 +164,17 @@ def test_every_number_of_threads_gives_the_same_bits():
     alone, together = (first_logits(model, FusedStep(model, threads=threads), (3, 4))
                        for threads in (1, 3))
     assert torch.equal(alone, together)
+
+
+def test_a_small_step_is_computed_by_one_thread_and_a_large_one_by_all(monkeypatch):
+    model = make("fira2")
+    step, counts = FusedStep(model, threads=2), []
+    monkeypatch.setattr(steps, "ALONE", 2 * step.active)
+    monkeypatch.setattr(steps, "decode_step", lambda rank, count, *rest: (
+        counts.append(count), kernel.decode_step(rank, count, *rest)))
+    for tokens in ((3,), (3, 4, 5), (3, 4), (3, 4, 5), (3,)):
+        assert torch.equal(first_logits(model, step, tokens)[0], first_logits(model, step)[0])
+    assert counts == [1, 1, 1, 1, 1, 1, 1, 1]  # the calls of three tokens are the threads'
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
