@@ -49,14 +49,16 @@ COUNTED = "finished cancelled failed prompt_tokens cached_tokens generated_token
 
 
 class Engine:
-    """Continues prompts for many callers at once. `step` does the work; `start` keeps stepping."""
+    """Continues prompts for many callers at once. `step` does the work; `start` keeps stepping.
+
+    `decode_step` None is the model's own forward; a compiled step may be set in its place.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, *, slots: int = 8, capacity: int | None = None,
                  max_waiting: int = 64, prefill_tokens: int = 512, pause: float = 100,
                  slide: bool = False, decode_step: DecodeStep | None = None,
                  cache_dtype: torch.dtype | None = None) -> None:
-        """`decode_step` takes the place of the model's own forward, if it is given; `cache_dtype`:
-        see `SlotCache`. Raises ValueError on a number out of range."""
+        """`cache_dtype`: see `SlotCache`. Raises ValueError on a number out of range."""
         context = model.spec.context
         self.capacity = window_length(model) if capacity is None else capacity
         for name, value, most in (("slots", slots, 0), ("prefill_tokens", prefill_tokens, 0),
@@ -77,10 +79,9 @@ class Engine:
         self._changed = threading.Condition()  # guards what is above
         self._stepping = threading.Lock()  # held by whoever steps; guards what is below
         self._running: list[Request] = []  # oldest first
-        self._answering: list[tuple[Request, int]] = []  # of them, and 1 token of each
         self._thread: threading.Thread | None = None
         self._loads = np.zeros((len(routers(model)), model.spec.num_experts), np.int64)
-        self._token_ms = min(pause, 1e9) / LEAST  # of reading a part; the latest counts half
+        self._token_ms = min(pause, 1e9) / LEAST  # of reading a prompt; the latest counts half
         self._counts = dict.fromkeys(COUNTED, 0)
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener) -> int:
@@ -121,10 +122,10 @@ class Engine:
                     return False
                 self._counts["steps"] += 1
                 compiled = self.decode_step is not None
-                self._answering = [(one, 1) for one in self._running if not one.reading]
-                groups = self._choose_prompts()
+                chosen = [(request, 1) for request in self._running if not request.reading]
+                groups = self._choose_prompts(answering=bool(chosen))
                 short = [group for group in groups if compiled and self._are_short(group)]
-                self._read(sum(short, self._answering), compiled)
+                self._read(sum(short, chosen), compiled)
                 for group in (one for one in groups if one not in short):
                     self._read(group, False)
                 return True
@@ -211,14 +212,12 @@ class Engine:
                 if request.params.max_new_tokens == 0 and not request.scores_prompt:
                     self._finish(request, "length")
 
-    def _choose_prompts(self) -> list[list[tuple[Request, int]]]:
+    def _choose_prompts(self, answering: bool) -> list[list[tuple[Request, int]]]:
         """The requests whose prompts are read now, and how many tokens of each, in groups."""
         reading = [request for request in self._running if request.reading]
         ready = [request for request in reading if self._take_slot(request, reading)]
-        most = self.prefill_tokens
-        if self._answering:
-            most = min(most, max(LEAST, int(min(most, self.pause / self._token_ms))))
-        sizes = split_budget(most, [one.unread for one in ready])
+        fitting = max(LEAST, int(min(2**30, self.pause / self._token_ms))) if answering else 2**30
+        sizes = split_budget(min(self.prefill_tokens, fitting), [one.unread for one in ready])
         return group_prompts(list(zip(ready, sizes, strict=True)))
 
     def _are_short(self, prompts: list[tuple[Request, int]]) -> bool:
@@ -240,7 +239,7 @@ class Engine:
         else:
             logits_PV, experts_LNK = self._read_plain(tokens_N, parts, chosen)
         self._count(experts_LNK)
-        if self._answering and not compiled and len(tokens_N) >= LEAST:
+        if not compiled and len(tokens_N) >= LEAST:
             self._token_ms += 500 * (time.monotonic() - began) / len(tokens_N) - self._token_ms / 2
         for (request, size), part, ids in zip(chosen, parts, tokens, strict=True):
             self.cache.extend(part, ids, request.repeats)
@@ -313,7 +312,8 @@ class Engine:
             self.cache.release(request.slot)
         self._counts["prompt_tokens"] += len(request.prompt) if request.new else request.read
         self._counts["cached_tokens"] += request.cached
-        self._counts["failed" if error else reason if reason == "cancelled" else "finished"] += 1
+        ended = "failed" if error else "cancelled" if reason == "cancelled" else "finished"
+        self._counts[ended] += 1
         with self._changed:
             del self._requests[request.id]
         self._tell(request, request.end(reason, error))
