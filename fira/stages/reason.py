@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from fira.data.tokenizer import Tokenizer
 from fira.eval.answers import Asking, answer
 from fira.eval.reasoning import ANSWER_TOKENS, expert_load, judge, measure_task
 from fira.eval.task import Task
-from fira.eval.tasks.generate import FAMILIES, make, open_tasks, read_spec, record, task_names
+from fira.eval.tasks.generate import FAMILIES, make, open_tasks, read_spec, record
 from fira.files import read_json, write_json, write_text
 from fira.infer.load import load
 from fira.model import build_meta
@@ -40,7 +39,6 @@ TEXT = "sotu"  # that the base reads beside the questions
 TASKS = "runsum", "swap", "add", "word"
 BEYOND = 2  # depths above the trained ones that are measured
 EDGE = 0.05, 0.95  # pass@1 from so much above chance to this leaves something to reinforce
-LEARNED = 0.1  # what a task without mistakes counts, when prompts are shared out by mistakes
 RL_RATE, MORE_RATE = 0.1, 0.3  # of the base's learning rates
 LENGTH = 256
 FULL_TUNING = {"method": "full", "router": "train"}
@@ -91,10 +89,10 @@ class Showcase(NamedTuple):
         return [f"{task}:1-{min(self.size.depth + beyond, FAMILIES[task][1])}"
                 for task in self.record["tasks"]]
 
-    def write_rows(self, name: str, rows: dict[str, int], seed: int) -> Path:
-        """A file of questions with their steps, so many of each spec, in any order."""
-        lines = [json.dumps(record(key, one)) for spec, count in rows.items() for made in make(
-            spec, count, "train", 10 * self.record["seed"] + seed)
+    def write_rows(self, name: str, specs: Sequence[str], rows: int, seed: int) -> Path:
+        """A file of questions with their steps, `rows` of each spec, in any order."""
+        lines = [json.dumps(record(key, one)) for spec in specs for made in make(
+            spec, rows, "train", 10 * self.record["seed"] + seed)
             for key, one in made.instances.items()]
         random.Random(seed).shuffle(lines)
         path = self.out / "rows" / f"{name}.jsonl"
@@ -178,7 +176,9 @@ def _open(out: Path, tasks: Sequence[str], depth: int | None, base: Path | None,
 def _train_bases(show: Showcase) -> None:
     """A tokenizer and text, the base, and the student before it is taught; all unless given."""
     out, given, size, seed = show.out, show.record["base"], show.size, show.record["seed"]
-    show.write_rows("think", dict.fromkeys(show.specs(), size.rows), 0)
+    show.write_rows("think", show.specs(), size.rows, 0)
+    show.write_rows("prompts", show.specs(), size.prompts // len(show.record["tasks"]), 1)
+    show.write_rows("traces", show.specs(), size.traces // len(show.record["tasks"]), 2)
     questions = out / "rows" / "questions.txt"
     rows = [json.loads(line) for line in (out / "rows" / "think.jsonl").open(encoding="utf-8")]
     write_text(questions, "\n\n".join("\n".join(
@@ -196,6 +196,18 @@ def _tune_to_think(show: Showcase) -> None:
     show.tune("think", show.base, "think", show.settings(1.0, f"steps={show.size.think}"), True)
 
 
+def _train_students(show: Showcase) -> None:
+    """The student learns from the think model's own right answers; its control from the few steps
+    that there are, for as long, with the time in which the answers were written."""
+    start, began = show.out / "student-base", time.monotonic()
+    seconds = distill(
+        show.out / "think", str(start), {"chat": [str(show.out / "rows" / "prompts.jsonl")]},
+        show.settings(1.0, f"steps={show.size.student}"), *show.run("student"), sequence=True,
+        keep_right=True, max_new=show.limit() + ANSWER_TOKENS).seconds
+    seconds = max(seconds, time.monotonic() - began)
+    show.tune("gold-student", start, "traces", show.settings(1.0, f"minutes={seconds / 60}"), False)
+
+
 def _find_edge(show: Showcase) -> None:
     """Where the model is right in more of its samples than by the commonest answer, but not in all;
     on training questions, as those of the test split are for the card."""
@@ -208,24 +220,6 @@ def _find_edge(show: Showcase) -> None:
         if EDGE[0] + task.protocol["floors"]["majority"] <= found[task.name] <= EDGE[1]:
             edge.append(task.name)
     show.record.update({"pass@1": found, "edge": edge})
-
-
-def _train_students(show: Showcase) -> None:
-    """The student learns from the think model's own right answers; its control from the few steps
-    that there are, for as long, with the time in which the answers were written. Of the questions
-    there are more where the think model is wrong more often."""
-    start, began, size = show.out / "student-base", time.monotonic(), show.size
-    wrong = {spec: LEARNED + 1 - statistics.mean(
-        show.record["pass@1"][name] for name in task_names(spec)) for spec in show.specs()}
-    for name, rows, seed in (("prompts", size.prompts, 1), ("traces", size.traces, 2)):
-        show.write_rows(name, {spec: max(size.depth, round(rows * share / sum(wrong.values())))
-                               for spec, share in wrong.items()}, seed)
-    seconds = distill(
-        show.out / "think", str(start), {"chat": [str(show.out / "rows" / "prompts.jsonl")]},
-        show.settings(1.0, f"steps={size.student}"), *show.run("student"), sequence=True,
-        keep_right=True, max_new=show.limit() + ANSWER_TOKENS).seconds
-    seconds = max(seconds, time.monotonic() - began)
-    show.tune("gold-student", start, "traces", show.settings(1.0, f"minutes={seconds / 60}"), False)
 
 
 def _reinforce(show: Showcase) -> None:
@@ -260,5 +254,5 @@ def _measure(show: Showcase) -> None:
 
 
 STEPS: dict[str, Callable[[Showcase], None]] = {
-    "bases": _train_bases, "think": _tune_to_think, "edge": _find_edge,
-    "students": _train_students, "rl": _reinforce, "card": _measure}
+    "bases": _train_bases, "think": _tune_to_think, "students": _train_students,
+    "edge": _find_edge, "rl": _reinforce, "card": _measure}
