@@ -105,10 +105,11 @@ def test_core_divides_by_tokens_and_is_centred_at_the_published_chance(run, task
     (task,) = core["tasks"].values()
     assert task["centred"] == pytest.approx((task["accuracy"] - 0.62) / 0.38)
     model, tokenizer, _ = load(run, "cpu")
-    given = encode_rows(tokenizer, open_task("boolq", str(file), shots=10).rows, 64).rows
+    asked = open_task("boolq", str(file), shots=10).rows
+    given = encode_rows(tokenizer, asked, 64).rows
     means = [[cost_P2[:, 0].mean() for cost_P2 in options] for options in score(model, given)]
-    assert task["correct"] == [float(np.argmin(each) == row["answer"])
-                               for each, row in zip(means, rows, strict=True)]
+    assert task["correct"] == [float(np.argmin(each) == row.gold)
+                               for each, row in zip(means, asked, strict=True)]
     assert len({len(tokenizer.encode(end)) for end in (" yes", " no")}) == 2  # so that it matters
 
 
