@@ -79,13 +79,13 @@ FORMS: dict[str, Callable[[Record], Record]] = {
         list(r["target_scores"].values()).index(max(r["target_scores"].values()))),
     # the files of DCLM and nanochat; AFTER is what stands between question and answer
     "query choices gold": lambda r: {
-        "context": f"{r['query']}{r.get(AFTER, '')}", "gold": r["gold"],
-        "continuations": [f" {text}" for text in r["choices"]]},
+        "context": r["query"] + r.get(AFTER, ""), "gold": r["gold"],
+        "continuations": [" " + text for text in r["choices"]]},
     "context_options continuation gold": lambda r: {
         "context": r["context_options"], "gold": r["gold"],
-        "continuations": [f" {r['continuation']}"] * len(r["context_options"])},
-    "context continuation": lambda r: {"context": f"{r['context'].strip()}{r.get(AFTER, '')}",
-                                       "answer": f" {r['continuation']}"},
+        "continuations": [" " + r["continuation"]] * len(r["context_options"])},
+    "context continuation": lambda r: {"context": r["context"].strip() + r.get(AFTER, ""),
+                                       "answer": " " + r["continuation"]},
     "question answer": lambda r: {"messages": [{"role": "user", "content": r["question"]}],
                                   "answer": str(r["answer"]), "checker": "number"},
     "text": lambda r: {"context": r["text"].rpartition(" ")[0],
