@@ -36,10 +36,9 @@ class Point(NamedTuple):
 
 
 def tune(base: Path, run: Path, options: list[str]) -> list[Point]:
-    """The evaluations of a tuning, which is made unless it is there."""
-    if not (run / "training_progress.png").exists():
-        fira(["tune", str(base), "--method", "full", "--no-card", "--run", str(run),
-              *(["--resume"] if run.exists() else options)], standalone_mode=False)
+    """The evaluations of a tuning, which is made or finished unless it is there."""
+    fira(["tune", str(base), "--method", "full", "--no-card", "--run", str(run),
+          *(["--resume"] if run.exists() else options)], standalone_mode=False)
     return [Point(row["step"], row["bits_per_byte"], row["bits_per_byte/general"])
             for row in read_rows(run) if row["kind"] == "validation"]
 
