@@ -22,6 +22,7 @@ from fira.eval.statistics import Values, average, difference, mean, wilson
 from fira.eval.task import Row, Task
 from fira.eval.tasks.generate import check_steps
 from fira.infer.request import SamplingParams
+from fira.model.generate import window_length
 from fira.model.router import routers
 from fira.model.usage import read_use
 
@@ -44,22 +45,24 @@ class Reply(NamedTuple):
 def write_replies(loaded: Loaded, rows: Sequence[Row], limit: int,
                   thoughts: Sequence[str] | None = None) -> list[Reply]:
     """A greedy reply to each row, after a thought of its own of at most `limit` tokens, or after
-    that of `thoughts`."""
+    that of `thoughts`. What the model cannot read at once has an empty reply, which is cut."""
     begun: list[list[dict[str, str]]] = [[] for _ in rows] if thoughts is None else [
         [{"role": "assistant", "reasoning_content": one, "content": ""}] for one in thoughts]
     prompts = [prompt_ids(loaded.tokenizer, [*row.messages, *one], True, continue_final=bool(one))
                for row, one in zip(rows, begun, strict=True)]
+    replies = [Reply("", "", (ids, [], []), True) for ids in prompts]
+    read = [number for number, ids in enumerate(prompts)
+            if len(ids) <= window_length(loaded.model)]
     events, _ = generate_answers(
-        loaded.model, loaded.tokenizer, prompts, SamplingParams(
+        loaded.model, loaded.tokenizer, [prompts[number] for number in read], SamplingParams(
             limit + ANSWER_TOKENS, 0.0, max_thinking_tokens=limit,
             stop_ids=(loaded.tokenizer.special(TURN_END),)), lambda share: None)
-    replies = []
-    for ids, (*tokens, end) in zip(prompts, events, strict=True):
+    for number, (*tokens, end) in zip(read, events, strict=True):
         thought, said = ([one for one in tokens if one.thought == part] for part in (True, False))
-        replies.append(Reply(
+        replies[number] = Reply(
             "".join(one.text for one in thought).strip(), "".join(one.text for one in said)
-            + end.text, (ids, [one.id for one in thought], [one.id for one in said]),
-            end.reason == "length" or end.thinking_tokens >= limit))
+            + end.text, (prompts[number], [one.id for one in thought], [one.id for one in said]),
+            end.reason == "length" or end.thinking_tokens >= limit)
     return replies
 
 
@@ -103,7 +106,7 @@ def expert_load(loaded: Loaded, replies: Sequence[Reply]) -> dict[str, Any] | No
     loads, spec = list[torch.Tensor](), loaded.model.spec
     for part in (1, 2):
         rows = [Ids(np.array(sum(one.ids, []), np.int32), np.repeat(
-            np.arange(3) == part, [len(ids) for ids in one.ids])) for one in replies]
+            np.arange(3) == part, [len(ids) for ids in one.ids])) for one in replies if one.ids[2]]
         longest = max(len(row.ids) for row in rows) - 1  # the last token is only a target
         use = read_use(loaded.model, in_order(Packs(rows, longest), 8))
         loads.append(use.total(torch.ones_like(use.gates_LNK), spec.num_experts)

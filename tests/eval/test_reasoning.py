@@ -23,7 +23,7 @@ def solver(monkeypatch):
     asked = []
 
     def generate(model, tokenizer, prompts, params, progress):
-        for row, ids in zip(asked, prompts, strict=True):
+        for row, ids in zip(asked, prompts, strict=False):  # all prompts, or none
             thought = tokenizer.decode(ids).rpartition(THINK)[2] if THINK in tokenizer.decode(
                 ids) else "\n".join(make_again(row.group).steps)
             own = [] if THINK in tokenizer.decode(ids) else [
@@ -36,6 +36,7 @@ def solver(monkeypatch):
 
     monkeypatch.setattr(reasoning, "generate_answers",
                         lambda *given: (list(generate(*given)), None))
+    monkeypatch.setattr(reasoning, "window_length", lambda model: 200)
     monkeypatch.setattr(reasoning, "answer", lambda loaded, rows, asking, progress: (
         {"correct": [row.score("0") for row in rows]}, None))
     return asked
@@ -54,6 +55,20 @@ def test_a_thought_decides_the_answer_and_that_of_another_question_is_right_by_c
     assert think["tokens"][1] == 1 and think["tokens"][0] > 4
     assert think["interval"][0] > 0.9
     assert replies[0].thought == "\n".join(make_again(task.rows[0].group).steps)
+
+
+def test_what_the_model_cannot_read_at_once_is_wrong_and_cut(solver, monkeypatch):
+    (task,) = open_tasks("runsum:4", 3)
+    solver += task.rows
+    loaded = SimpleNamespace(model=None, tokenizer=TOKENIZER)
+    longest = max(len(one.ids[0]) for one in reasoning.write_replies(loaded, task.rows, 99))
+    monkeypatch.setattr(reasoning, "window_length", lambda model: longest)
+    found, _ = measure_task(loaded, task, 99, whole=True)
+    assert found["think"]["accuracy"] == 1 and found["swapped"]["right"] == [0.0] * 3
+    monkeypatch.setattr(reasoning, "window_length", lambda model: 3)
+    found, replies = measure_task(loaded, task, 99)
+    assert found["think"]["accuracy"] == 0 and found["think"]["cut"] == 1
+    assert [one.answer for one in replies] == [""] * 3
 
 
 def test_the_load_of_experts_is_of_the_tokens_of_thoughts_and_of_answers():
