@@ -92,22 +92,25 @@ def make_run(folder: Path, context: int) -> list[tuple[str, str]]:
 
 
 class Server:
-    """`fira serve` on a run, in a process of its own."""
+    """A server in a process of its own: Python with these words, the last of them its port."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, *words: object) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
-        self.process = subprocess.Popen([sys.executable, "-m", "fira", "serve", str(run),
-                                         "--port", str(self.port), "--slots", "32",
-                                         "--queue", "1000", "--name", "run"])
+        self.process = subprocess.Popen([sys.executable, *map(str, words), str(self.port)])
         while self.process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
                 httpx.get(f"{self.address}/health").raise_for_status()
                 return
             time.sleep(0.05)
-        raise RuntimeError(f"fira serve exited with {self.process.returncode}")
+        raise RuntimeError(f"the server exited with {self.process.returncode}")
+
+    def seconds(self) -> float:
+        """Of processor time so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().split()
+        return sum(map(int, fields[13:15])) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> float:
         """Resident MB."""
@@ -119,11 +122,16 @@ class Server:
         return self.process.wait()
 
 
+def fira_serve(run: Path, slots: int = 32, *options: object) -> Server:
+    return Server("-m", "fira", "serve", run, "--slots", slots, "--queue", 1000, "--name", "run",
+                  *options, "--port")
+
+
 @contextlib.contextmanager
 def serving(context: int) -> Iterator[tuple[Server, list[tuple[str, str]]]]:
     with tempfile.TemporaryDirectory() as folder:
         expected = make_run(Path(folder), context)
-        server = Server(Path(folder))
+        server = fira_serve(Path(folder))
         try:
             yield server, expected
         finally:
@@ -213,16 +221,14 @@ def compare_constraints(run: Path) -> dict[str, Any]:
         "required": ["name", "kind", "n"], "additionalProperties": False}}
     forms = {"plain": {}, "schema": {"guided_json": records}, "text": {"guided_regex": r"(.|\n)*"}}
     speeds: dict[str, list[float]] = {}
-    server, ticks = Server(run), os.sysconf("SC_CLK_TCK")
+    server = fira_serve(run)
     for answers, turn, (form, fields) in itertools.product((1, 8), range(8), forms.items()):
-        stat = Path(f"/proc/{server.process.pid}/stat")
-        start = sum(map(int, stat.read_text().split()[13:15]))
-        tokens = 0
+        start, tokens = server.seconds(), 0
         for seed in range(16 // answers):
             tokens += httpx.post(f"{server.address}/v1/completions", timeout=600, json={
                 "prompt": "The", "max_tokens": 100, "n": answers, "seed": seed, "ignore_eos": True,
                 **fields}).raise_for_status().json()["usage"]["completion_tokens"]
-        used = (sum(map(int, stat.read_text().split()[13:15])) - start) / ticks
+        used = server.seconds() - start
         if turn:  # the first round compiles
             speeds.setdefault(f"{form}, {answers} at once", []).append(tokens / used)
     server.stop()
@@ -244,7 +250,7 @@ def compare_stops(run: Path, rows: str, limit: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ask = {"fira chat": lambda prompt: [
             *talk.engine.stream(talk.prompt(prompt), talk.params)][-1].reason == "stop"}
-        server = Server(run)
+        server = fira_serve(run)
         ask["fira serve"] = lambda prompt: httpx.post(
             f"{server.address}/v1/chat/completions", timeout=600, json={
                 "messages": prompt, "temperature": 0, "max_tokens": longest}
