@@ -100,13 +100,14 @@ def rate(right: Values) -> dict[str, Any]:
 
 def expert_load(loaded: Loaded, replies: Sequence[Reply]) -> dict[str, Any] | None:
     """Each expert's share of a layer's rows in thoughts and in answers, [L, E], and half the sum of
-    their differences, by layer; None for a dense model."""
-    if not routers(loaded.model):
+    their differences, by layer; None for a dense model, or without answers."""
+    replies = [one for one in replies if one.ids[2]]
+    if not routers(loaded.model) or not replies:
         return None
     loads, spec = list[torch.Tensor](), loaded.model.spec
     for part in (1, 2):
         rows = [Ids(np.array(sum(one.ids, []), np.int32), np.repeat(
-            np.arange(3) == part, [len(ids) for ids in one.ids])) for one in replies if one.ids[2]]
+            np.arange(3) == part, [len(ids) for ids in one.ids])) for one in replies]
         longest = max(len(row.ids) for row in rows) - 1  # the last token is only a target
         use = read_use(loaded.model, in_order(Packs(rows, longest), 8))
         loads.append(use.total(torch.ones_like(use.gates_LNK), spec.num_experts)

@@ -95,12 +95,12 @@ def check_origins(origins: Sequence[str]) -> Sequence[str]:
 
 
 class Bodies:
-    """The bodies that clients send. Those that are not yet answered for take MAX_BODIES bytes at
-    most: beyond, the ones still being received are given up, the first begun first."""
+    """The bodies that are being received or checked. They take MAX_BODIES bytes at most: beyond,
+    those still being received are given up, the first begun first."""
 
     def __init__(self) -> None:
         self.partial: dict[int, bytearray] = {}
-        self.whole = 0  # bytes of the bodies in use
+        self.whole = 0  # bytes of those that are checked
 
     @contextlib.asynccontextmanager
     async def receive(self, request: Request) -> AsyncIterator[bytes]:

@@ -88,6 +88,7 @@ def test_the_load_of_experts_is_of_the_tokens_of_thoughts_and_of_answers():
     torch.testing.assert_close(torch.tensor(load["answers"]).double(), counts_LE / 4)
     dense = SimpleNamespace(model=build(tiny_spec("fira2", num_experts=1, top_k=1), 0))
     assert expert_load(dense, replies) is None
+    assert expert_load(loaded, [Reply("", "", ([1, 2], thought, []), True)]) is None
 
 
 def model(accuracy, direct=0.1, chance=0.1, n=100):
