@@ -4,33 +4,38 @@
 
 Every run is tuned whole with each share of replay, to the same number of steps. The goal is general
 bits per byte that rise at most 0.01 at 90% of the gain on the target that the tuning without replay
-reaches. Bits per byte between two evaluations are interpolated. Then half of the experts of the
-tuned run are dropped (fira trim), for a goal of 1% on the target.
+reaches: at an earlier step, or as a mean of the tuned run and its base (fira merge --share). Bits
+per byte between two evaluations are interpolated. Then half of the experts of the tuned run are
+dropped (fira trim), for a goal of 1% on the target.
 """
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from record import append, machine, new_parser
 
 from fira.cli import fira
-from fira.data.conversations import Reader
+from fira.convert.average import average, load_whole
+from fira.data.batches import Shards
+from fira.data.conversations import Reader, Row
+from fira.data.packs import Windows
 from fira.data.sources import inputs
-from fira.eval.tuning import bits_per_byte
+from fira.eval.tuning import bits_per_byte, held_out_rows
 from fira.files import read_json
 from fira.infer.load import load
 from fira.model.generate import window_length
 from fira.runlog import read_rows
 
 PART = 0.9  # of the gain
+SHARES = (0.7, 0.8, 0.9)  # of what a tuning changed
 
 
 class Point(NamedTuple):
     """An evaluation: bits per byte of held-out rows and of held-out general text."""
 
-    step: int
+    place: float  # the step, or the share of what the tuning changed
     target: float
     general: float
 
@@ -47,7 +52,7 @@ def untouched(base: Path, run: Path, options: list[str]) -> Point:
     """The evaluation after one step whose rates are as good as 0."""
     optim = read_json(base / "config.json", "give a run")["config"]["optim"]
     rates = [f"optim.{key}=1e-12" for key in optim if key.endswith("lr") and optim[key]]
-    return tune(base, run, [*options, "train.steps=1", *rates])[0]._replace(step=0)
+    return tune(base, run, [*options, "train.steps=1", *rates])[0]._replace(place=0)
 
 
 def rise_at(points: list[Point], target: float) -> float | None:
@@ -71,8 +76,27 @@ def trimmed(run: Path, out: Path, chat: str, held_out: str) -> float | None:
 
 def measure_bits(run: Path, chat: str) -> float:
     model, tokenizer, _ = load(run)
-    return bits_per_byte(model, tokenizer, Reader(tokenizer, window_length(model)).chat(
-        inputs([chat])))
+    return bits_per_byte(model, tokenizer, read(tokenizer, window_length(model), chat))
+
+
+def read(tokenizer: Any, length: int, chat: str) -> list[Row]:
+    return Reader(tokenizer, length).chat(inputs([chat]))
+
+
+def averages(base: Path, run: Path, held_out: str, general: str) -> list[Point]:
+    """Evaluations of the base, of means of both by SHARES, and of the tuned run."""
+    source, tokenizer, _ = load_whole(base)
+    length = window_length(source)
+    texts = [read(tokenizer, length, held_out),
+             held_out_rows(Windows(Shards(general, "validation"), length, ""))]
+    models = ((share, average(load_whole(run).model, source, share, tokenizer))
+              for share in (0, *SHARES, 1))
+    return [Point(share, *(bits_per_byte(model, tokenizer, rows) for rows in texts))
+            for share, model in models]
+
+
+def format_rise(rise: float | None) -> str:
+    return "never" if rise is None else f"{rise:.4f}"
 
 
 def main() -> None:
@@ -81,26 +105,30 @@ def main() -> None:
     parser.add_argument("--chat", required=True, help="conversations to tune on")
     parser.add_argument("--held-out", required=True, help="conversations to evaluate on")
     parser.add_argument("--general", required=True, help="prepared general text")
-    parser.add_argument("--replay", type=float, nargs="+", default=[0, 0.01, 0.05, 0.2])
+    parser.add_argument("--replay", type=float, nargs="+", default=[0, 0.01, 0.05, 0.2, 0.5])
     parser.add_argument("--keep", type=Path, default=Path("out/forget"), help="where runs are kept")
     parser.add_argument("--settings", nargs="*", default=[], help="more of fira tune")
     a = parser.parse_args()
     print(f"{'base':12}{'replay':>8}{'target':>9}{'gain':>8}{'general':>9}{'rise':>8}"
-          f"{f'rise at {PART:.0%}':>13}{'trimmed':>9}")
+          f"{f'rise at {PART:.0%}':>13}{'averaged':>10}{'trimmed':>9}")
     for base in a.bases:
         options = ["--chat", a.chat, "--held-out", a.held_out, "--general", a.general, *a.settings]
         before, goal = untouched(base, a.keep / f"{base.name}-before", options), None
-        found = []
+        found, mean_goal = list[dict[str, Any]](), None
         for replay in a.replay:
             run = a.keep / f"{base.name}-{replay:g}"
             points = [before, *tune(base, run, [*options, "--replay", str(replay)])]
             goal = goal or before.target - PART * (before.target - points[-1].target)
             last, rise = points[-1], rise_at(points, goal)
+            means = averages(base, run, a.held_out, a.general)
+            mean_goal = mean_goal or means[0].target - PART * (means[0].target - means[-1].target)
+            averaged = rise_at(means, mean_goal)
             half = trimmed(run, run.with_name(f"{run.name}-half"), a.chat, a.held_out)
-            found.append({"replay": replay, "points": points, "rise": rise, "trimmed": half})
+            found.append({"replay": replay, "points": points, "rise": rise, "averages": means,
+                          "rise_averaged": averaged, "trimmed": half})
             print(f"{base.name:12}{replay:8.0%}{last.target:9.4f}{before.target - last.target:8.4f}"
                   f"{last.general:9.4f}{last.general - before.general:8.4f}"
-                  f"{'never' if rise is None else f'{rise:.4f}':>13}"
+                  f"{format_rise(rise):>13}{format_rise(averaged):>10}"
                   f"{'' if half is None else f'{half - 1:+.1%}':>9}", flush=True)
         append(a.json, {"base": base.name, "tunings": found, "machine": machine()})
 

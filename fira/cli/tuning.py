@@ -257,12 +257,23 @@ def trim(run: Path, folder: Path, keep: float, text: tuple[str, ...], chat: tupl
 @click.command(epilog=example("fira merge out/chat out/chat-whole"))
 @click.argument("run", type=EXISTING)
 @click.argument("out", type=NEW_FOLDER)
-def merge(run: Path, out: Path) -> None:
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+              help="Keep this share of what the tuning changed, such as 0.8; RUN may be of any "
+                   "method. The model forgets less.")
+@click.option("--base", type=EXISTING, metavar="RUN", show_default="what RUN was trained from",
+              help="With --share: the run that the rest is taken from.")
+def merge(run: Path, out: Path, share: float | None, base: Path | None) -> None:
     """Write the adapter in RUN and its base as one whole model.
 
     OUT is created as a run folder with float32 weights. The logits of both are compared first.
     """
+    from fira.convert.average import average_run
     from fira.convert.lora import merge_run
     from fira.runlog import console
 
-    merge_run(run, out, console())
+    if base and share is None:
+        raise click.UsageError("--base RUN needs --share, such as --share 0.5")
+    if share is None:
+        merge_run(run, out, console())
+    else:
+        average_run(run, out, share, base, console())

@@ -20,7 +20,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -50,7 +50,6 @@ COUNTED = "finished cancelled failed prompt_tokens cached_tokens generated_token
 
 class Engine:
     """Continues prompts for many callers at once. `step` does the work; `start` keeps stepping.
-
     `decode_step` None is the model's own forward; a compiled step may be set in its place.
     """
 
@@ -73,6 +72,7 @@ class Engine:
         self.cache = SlotCache(model, slots, self.capacity, cache_dtype)
         self.device = self.cache.keys.device
         self.decode_step: Any = decode_step
+        self.after_tokens: Callable[[], object] = bool  # called when listeners were told
         self._watch = Watch(model)
         self._requests: dict[int, Request] = {}  # running or waiting, oldest first
         self._ids, self._closed = itertools.count(1), False
@@ -132,6 +132,8 @@ class Engine:
             except BaseException as error:
                 self._fail(error)
                 raise
+            finally:
+                self.after_tokens()
 
     def start(self) -> None:
         """Step in a thread of its own, whenever there is work, until `close`."""
@@ -160,9 +162,8 @@ class Engine:
         """
         with self._stepping, self._changed:
             if self._requests:
-                raise ValueError(f"the engine has {len(self._requests)} running or waiting "
-                                 "requests, which would mix old and new weights; let them end, or "
-                                 "cancel them, before refresh()")
+                raise ValueError(f"{len(self._requests)} running or waiting requests would mix old "
+                                 "and new weights; let them end, or cancel them, before refresh()")
             self.cache.forget()
             if hasattr(self.decode_step, "refresh"):  # it may hold weights of its own
                 self.decode_step.refresh()
@@ -188,9 +189,8 @@ class Engine:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Requests waiting and running now; slots; and, since the engine was made, requests that
-        finished by themselves, were cancelled or failed, prompt tokens, those of them that were
-        found in the cache, generated tokens, and steps."""
+        """Now: requests waiting and running, slots. Since the start: requests that finished, were
+        cancelled or failed; prompt tokens, those found in the cache, generated tokens, steps."""
         running = len(self._running)
         return {"waiting": len(self._requests) - running, "running": running,
                 "slots": len(self.cache.tokens), **self._counts}
@@ -246,9 +246,8 @@ class Engine:
             request.read += size
         # OpenMP's threads spin on after their work, on cores that a compiled step needs: choosing
         # a token of 50,304 with two threads made the next step of fira-334m 1.4 times as long.
-        threads = torch.get_num_threads()
+        threads, end = torch.get_num_threads(), 0
         torch.set_num_threads(1)
-        end = 0
         try:
             for number, (request, size) in enumerate(chosen):
                 end += size
@@ -258,6 +257,7 @@ class Engine:
                     self._advance(request, logits_PV[number])
         finally:
             torch.set_num_threads(threads)
+            self.after_tokens()
 
     def _read_plain(self, tokens_N: Tensor, parts: list[Part], chosen: list[tuple[Request, int]]
                     ) -> tuple[Tensor, Tensor | None]:

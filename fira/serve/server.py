@@ -10,6 +10,7 @@ import re
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,8 +44,7 @@ PAGE = Path(__file__).with_name("page.html")
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 KEEPALIVE_SECONDS = 10  # proxies close connections that are silent for longer, often for 60 s
 REQUEST_ID = "x-request-id"
-# The status of an answer that ends without its end, by the engine's reason; the client chooses the
-# grammar, whose limits may show only in the middle of an answer.
+# The status of an answer that is cut off, by the engine's reason; the grammar is the client's.
 FAILURES = {"grammar": 400, "error": 500, "cancelled": 503}
 Endpoint = Callable[[Request], Awaitable[Response]]
 Service = tuple[api.ServedModel, Any]  # the description of a loaded model, and its started engine
@@ -87,14 +87,17 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        threading.Thread(target=self._load, name="load", daemon=True).start()  # no end waits for it
+        threading.Thread(target=self._load, args=[asyncio.get_running_loop()],
+                         daemon=True).start()  # no end waits for it
         yield
         if self.service:
             await asyncio.to_thread(self.service[1].close)
 
-    def _load(self) -> None:
+    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            self.service = self.load()
+            service = self.load()
+            self.outbox = Outbox(service[1], loop)
+            self.service = service
         except Exception as error:
             self.failed(error)
 
@@ -129,7 +132,7 @@ class Server:
 
     async def call(self, operation: api.Operation, request: Request) -> Response:
         """Run an operation on the request's body, if it has one, and on the model."""
-        model, engine = self.ready()
+        model, _ = self.ready()
         if operation.request:
             result = await self.prepare(operation, request, model)
         else:
@@ -138,8 +141,8 @@ class Server:
         if isinstance(result, api.Generation):
             if isinstance(result.request, EmbeddingRequest):
                 return await self.generate(request, EmbeddingBuilder(result, model),
-                                           Events(engine, result, lambda: None))
-            events = Events(engine, result, lambda: self.metrics.first_token.observe(
+                                           Events(self.outbox, result, lambda: None))
+            events = Events(self.outbox, result, lambda: self.metrics.first_token.observe(
                 _elapsed(request)))
             builder = ItemResponseBuilder if result.asked else ResponseBuilder
             return await self.generate(request, builder(result, model), events)
@@ -193,6 +196,30 @@ def prepare(operation: api.Operation, body: bytes, model: api.ServedModel) -> An
     return operation.function(request, model)
 
 
+class Outbox:
+    """Events on their way from the engine's thread, which calls `put` and `_wake`, into the event
+    loop. It is woken once for those of a step, which it sends while the next is computed."""
+
+    def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.engine, self.loop, self.waking = engine, loop, False
+        self.events: deque[tuple[asyncio.Queue[Any], int, Event]] = deque()
+        engine.after_tokens = self._wake
+
+    def put(self, queue: asyncio.Queue[Any], index: int, event: Event) -> None:
+        self.events.append((queue, index, event))
+
+    def _wake(self) -> None:
+        if self.events and not self.waking:
+            self.waking = True
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self.waking = False
+        while self.events:
+            queue, *event = self.events.popleft()
+            queue.put_nowait(tuple(event))
+
+
 class Events:
     """Adds a generation's choices to the engine; its events arrive in the event loop.
 
@@ -200,11 +227,10 @@ class Events:
     the choices; then none is generated.
     """
 
-    def __init__(self, engine: Any, generation: api.Generation,
+    def __init__(self, outbox: Outbox, generation: api.Generation,
                  started: Callable[[], None]) -> None:
-        self.engine, self.started = engine, started
-        self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self.engine, self.outbox, self.started = outbox.engine, outbox, started
+        self.queue = asyncio.Queue[tuple[int, Event] | None]()
         self.running: dict[int, Any] = {}  # choice index -> the engine's request id
         self.left = iter(enumerate(generation.choices))
         self._add(MAX_CHOICES)  # only the texts to embed may be more
@@ -212,7 +238,8 @@ class Events:
     def _add(self, most: int) -> None:
         try:
             for index, (ids, params) in itertools.islice(self.left, most):
-                self.running[index] = self.engine.add(ids, params, partial(self._put, index))
+                told = partial(self.outbox.put, self.queue, index)
+                self.running[index] = self.engine.add(ids, params, told)
         except QueueFull as error:
             self.cancel()
             raise APIError(429, f"the server is busy: {error}; ask again in a second",
@@ -257,10 +284,6 @@ class Events:
         for request in self.running.values():
             self.engine.cancel(request)
         self.running.clear()
-
-    def _put(self, index: int, event: Event) -> None:
-        """The engine calls this in its own thread."""
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
 
 
 class EventStream(StreamingResponse):

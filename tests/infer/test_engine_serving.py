@@ -109,6 +109,25 @@ def test_a_stream_left_early_frees_its_slot(engine):
     assert (engine.stats["running"], engine.stats["cancelled"]) == (0, 1)
 
 
+def test_tokens_chosen_at_once_are_announced_together_and_before_a_prompt_is_read(
+        engine, monkeypatch):
+    told, read = list[str](), engine._read_plain
+    engine.after_tokens = lambda: told.append("|")
+    monkeypatch.setattr(engine, "_read_plain", lambda tokens_N, parts, chosen: (
+        told.append(f"{len(tokens_N)}:"), read(tokens_N, parts, chosen))[1])
+    for name in "ab":
+        number = engine.add([5, 6], LONG, lambda event, name=name: told.append(name))
+    engine.step()
+    told.clear()
+    engine.step()
+    assert "".join(told) == "2:ab||"
+    engine.cancel(number)
+    engine.add([*range(5, 35)], LONG, lambda event: told.append("c"))
+    told.clear()
+    engine.step()
+    assert "".join(told) == "b1:a|28:c||"
+
+
 @pytest.mark.parametrize("drain, reason", [(True, "length"), (False, "cancelled")])
 @pytest.mark.parametrize("threaded", [True, False])
 def test_close_ends_every_request(model, tokenizer, drain, reason, threaded):

@@ -32,6 +32,7 @@ class FakeEngine:
                       "cached_tokens": 1}
         self.loads = [[3, 1, 0, 0], [1, 1, 1, 1]]
         self.asked, self.thought = [], []  # the texts of a thought before it
+        self.after_tokens = bool
 
     def add(self, ids, params, listener):
         if len(self.running) >= self.capacity:
@@ -39,7 +40,11 @@ class FakeEngine:
         self.asked.append((list(ids), params))
         number = len(self.asked)
         self.running[number] = params
-        threading.Thread(target=self._generate, args=(number, ids, params, listener),
+
+        def tell(event):
+            listener(event)
+            self.after_tokens()
+        threading.Thread(target=self._generate, args=(number, ids, params, tell),
                          daemon=True).start()
         return number
 

@@ -11,6 +11,7 @@ import pytest
 from fira import __version__
 from fira.infer.request import SamplingParams
 from fira.serve.guard import Keys, check_origins
+from tests.serve.conftest import FakeEngine
 
 SAID = "Größe 🙂 of the Union. "
 
@@ -122,9 +123,9 @@ def test_a_response_has_the_id_of_its_request_or_a_new_one(running, given, kept)
     assert ids == [given] * 3 if kept else (len(set(ids)) == 3 and all(map(str.isalnum, ids)))
 
 
-def test_pages_of_the_named_origins_alone_may_call(start, served, engine, running):
+def test_pages_of_the_named_origins_alone_may_call(start, served, tokenizer, running):
     origins = ["http://localhost:3000", "app://notes"]
-    open = start(lambda: (served, engine), origins=origins, keys=["sesame"]).wait()
+    open = start(lambda: (served, FakeEngine(tokenizer)), origins=origins, keys=["sesame"]).wait()
     ask = {"Access-Control-Request-Method": "POST",
            "Access-Control-Request-Headers": "authorization, content-type, x-stainless-os"}
 
