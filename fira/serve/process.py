@@ -1,6 +1,7 @@
 """The process of `fira serve`: it listens, loads the model, serves, and ends at a signal."""
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -99,6 +100,8 @@ def open_service(run: Path, name: str, slots: int, queue: int, pause: int, devic
                     pause=pause, cache_dtype=getattr(torch, cache) if cache else None)
     engine.decode_step = open_step(model, precision, console().print)
     engine.start()
+    gc.collect()
+    gc.freeze()  # to look through all that libraries hold stops every thread for 0.15 s
     created = int((folder / CONFIG).stat().st_mtime)
     return ServedModel(name, tokenizer, engine.capacity, model.spec.vocab_size,
                        knows_chat(folder), created, architecture(model), model.spec.d_model,

@@ -1,6 +1,7 @@
 """`fira serve` as a process: start, restart after a kill, end by a signal, errors at the start."""
 from __future__ import annotations
 
+import gc
 import contextlib
 import os
 import signal
@@ -88,6 +89,8 @@ def test_slots_have_the_context_and_the_precision_that_are_asked_for(trained_run
     model, engine = open_service(trained_run, "run", 2, 4, 100, "cpu", "float32", context=16,
                                  cache="float16")
     engine.close()
+    assert gc.get_freeze_count() > 10_000  # libraries' objects, which no collection looks through
+    gc.unfreeze()
     assert model.window == engine.capacity == engine.cache.keys.shape[3] == 16
     assert engine.cache.values.dtype == torch.float16
     assert "capacity=1000000 must be at least 1 and at most the model's context" in refused(
