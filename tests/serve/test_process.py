@@ -1,8 +1,8 @@
 """`fira serve` as a process: start, restart after a kill, end by a signal, errors at the start."""
 from __future__ import annotations
 
-import gc
 import contextlib
+import gc
 import os
 import signal
 import socket
