@@ -96,7 +96,7 @@ def check_origins(origins: Sequence[str]) -> Sequence[str]:
 
 class Bodies:
     """The bodies that are being received or checked. They take MAX_BODIES bytes at most: beyond,
-    those still being received are given up, the first begun first."""
+    the largest that is still being received is given up, so that small requests never are."""
 
     def __init__(self) -> None:
         self.partial: dict[int, bytearray] = {}
@@ -145,7 +145,7 @@ class Bodies:
 
     def _make_room(self) -> None:
         while self.partial and self.whole + sum(map(len, self.partial.values())) > MAX_BODIES:
-            self.partial.pop(next(iter(self.partial))).clear()
+            self.partial.pop(max(self.partial, key=lambda key: len(self.partial[key]))).clear()
 
 
 def parse(schema: type[BaseModel], body: bytes, tokens: int = MAX_BODY,

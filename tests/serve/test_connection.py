@@ -83,9 +83,12 @@ def test_the_body_of_a_client_that_leaves_is_freed_at_once():
 
 def test_bodies_that_stall_take_little_memory_and_nothing_from_others(running, connect):
     bodies, sent = running.server.bodies, b"Content-Length: 4000000\r\n\r\n" + bytes(3_900_000)
-    first = connect(HEAD + sent)
+    whole = HEAD + body()
+    small = connect(whole[:-1])
     until(lambda: bodies.partial)
-    number = next(iter(bodies.partial))
+    first = connect(HEAD + sent)
+    until(lambda: len(bodies.partial) == 2)
+    number = list(bodies.partial)[1]
     for _ in range(20):  # 78 MB
         connect(HEAD + sent)
     until(lambda: number not in bodies.partial)
@@ -94,6 +97,8 @@ def test_bodies_that_stall_take_little_memory_and_nothing_from_others(running, c
     assert sum(map(len, bodies.partial.values())) <= 2**26 and not bodies.whole
     first.sendall(b" ")
     assert first.recv(2**16).startswith(b"HTTP/1.1 503")
+    small.sendall(whole[-1:])
+    assert small.recv(2**16).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("sent", [
