@@ -2,7 +2,8 @@
 
     python benchmarks/forget.py out/moe-1 out/dense-1 --chat FILE --held-out FILE --general FOLDER
 
-Every run is tuned whole with each share of replay, to the same number of steps. The goal is general
+Every run is tuned whole with each share of replay, for as many steps, or with --longer until it has
+read as many conversations (for 0.5 twice the steps). The goal is general
 bits per byte that rise at most 0.01 at 90% of the gain on the target that the tuning without replay
 reaches: at an earlier step, or as a mean of the tuned run and its base (fira merge --share). Bits
 per byte between two evaluations are interpolated. Then half of the experts of the tuned run are
@@ -105,7 +106,9 @@ def main() -> None:
     parser.add_argument("--chat", required=True, help="conversations to tune on")
     parser.add_argument("--held-out", required=True, help="conversations to evaluate on")
     parser.add_argument("--general", required=True, help="prepared general text")
-    parser.add_argument("--replay", type=float, nargs="+", default=[0, 0.01, 0.05, 0.2, 0.5])
+    parser.add_argument("--replay", type=float, nargs="+", default=[0, 0.01, 0.05, 0.2])
+    parser.add_argument("--steps", type=int, default=120, help="of a tuning without replay")
+    parser.add_argument("--longer", action="store_true", help="read as many conversations")
     parser.add_argument("--keep", type=Path, default=Path("out/forget"), help="where runs are kept")
     parser.add_argument("--settings", nargs="*", default=[], help="more of fira tune")
     a = parser.parse_args()
@@ -116,16 +119,19 @@ def main() -> None:
         before, goal = untouched(base, a.keep / f"{base.name}-before", options), None
         found, mean_goal = list[dict[str, Any]](), None
         for replay in a.replay:
-            run = a.keep / f"{base.name}-{replay:g}"
-            points = [before, *tune(base, run, [*options, "--replay", str(replay)])]
+            more = a.longer and replay > 0
+            run = a.keep / f"{base.name}-{replay:g}{'-longer' * more}"
+            steps = round(a.steps / (1 - replay)) if more else a.steps
+            points = [before, *tune(base, run, [
+                *options, "--replay", str(replay), f"train.steps={steps}"])]
             goal = goal or before.target - PART * (before.target - points[-1].target)
             last, rise = points[-1], rise_at(points, goal)
             means = averages(base, run, a.held_out, a.general)
             mean_goal = mean_goal or means[0].target - PART * (means[0].target - means[-1].target)
             averaged = rise_at(means, mean_goal)
             half = trimmed(run, run.with_name(f"{run.name}-half"), a.chat, a.held_out)
-            found.append({"replay": replay, "points": points, "rise": rise, "averages": means,
-                          "rise_averaged": averaged, "trimmed": half})
+            found.append({"replay": replay, "steps": steps, "points": points, "rise": rise,
+                          "averages": means, "rise_averaged": averaged, "trimmed": half})
             print(f"{base.name:12}{replay:8.0%}{last.target:9.4f}{before.target - last.target:8.4f}"
                   f"{last.general:9.4f}{last.general - before.general:8.4f}"
                   f"{format_rise(rise):>13}{format_rise(averaged):>10}"

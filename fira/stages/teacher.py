@@ -41,7 +41,8 @@ def write_teacher_answers(teacher: Path, sources: Sequence[str], path: Path, par
                          "distil on text with --text, or tune it first with fira tune --chat")
     rows, prompts = _read_prompts(sources, tokenizer, window_length(model) - params.max_new_tokens,
                                   keep_right, screen)
-    rows = [{"teacher": str(folder), "temperature": params.temperature, **row} for row in rows]
+    written_by = {"teacher": str(folder.resolve()), "temperature": params.temperature}
+    rows = [written_by | row for row in rows]
     done, begun = _written(path, rows), time.monotonic()
     if done < len(rows) and launch().world > 1:
         raise ConfigError("the teacher's answers are written by one process; give the same command "
@@ -90,7 +91,8 @@ def _written(path: Path, rows: Sequence[dict[str, Any]]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     for line, row in zip(lines, rows, strict=False):
-        if {**(old := json.loads(line)), "messages": old["messages"][:-1]} != row:
+        old = json.loads(line) | {"where": row["where"]}  # by whatever path the file was given
+        if {**old, "messages": old["messages"][:-1]} != row:
             raise ValueError(f"{path} holds answers to other prompts, or of another teacher; "
                              "delete it, or choose another --run folder")
     with open(path, "ab") as file:
