@@ -30,7 +30,7 @@ def average_run(run: Path, folder: Path, share: float, base: Path | None, screen
     Raises ValueError, one line, if there is no such run, or one of another shape or tokenizer.
     """
     check_new(folder)
-    tuned, (source, theirs, start) = load_whole(run), load_whole(base or find_base(run))
+    tuned, (source, theirs, start) = load_whole(run), load_whole(base or find_start(run))
     if tuned.tokenizer.hash != theirs.hash:
         raise ConfigError(f"{tuned.folder} and {start} have different tokenizers "
                           f"({tuned.tokenizer.hash[:12]}, {theirs.hash[:12]}); give another --base")
@@ -46,7 +46,7 @@ def load_whole(run: Path) -> Loaded:
     return load_run(run, lambda step: merge(dequantized(load_model(step, merged=False)).float()))
 
 
-def find_base(run: Path) -> Path:
+def find_start(run: Path) -> Path:
     """What a run was trained from, by its record. Raises ValueError, one line."""
     found = read_json(find_model(run).parent / CONFIG, "give --base RUN").get("from")
     if not found or not Path(found).exists():
