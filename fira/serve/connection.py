@@ -26,7 +26,9 @@ from fira.serve.schema import APIError
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DRAIN_SECONDS = 30  # time to finish the requests in progress after a signal
-HEAD_SECONDS = 15  # from the connection, or the end of the last response, to a complete head
+HEAD_SECONDS = 15  # from the connection, or the first byte after a response, to a complete head
+KEEP_SECONDS = 75  # of silence after a response. Clients reuse a connection for 5 to 60 s: a server
+# that closes it sooner, or just then, loses the request that is on its way
 READ_SECONDS = 30  # in which a client must read READ_BYTES of what waits for it, or all of it
 READ_BYTES = 32 * 1024
 CHECK_SECONDS = 1.0
@@ -62,7 +64,8 @@ class Connection(H11Protocol):
             return READ_SECONDS, unread // READ_BYTES
         if self.conn.their_state is h11.SEND_BODY:
             return BODY_SECONDS, self.cycle
-        return (HEAD_SECONDS, self.cycle) if self.is_idle() else None
+        kept = self.timeout_keep_alive_task  # uvicorn's, until the next byte
+        return (HEAD_SECONDS, self.cycle) if self.is_idle() and not kept else None
 
     def is_idle(self) -> bool:
         """Whether every request is answered."""
@@ -97,7 +100,7 @@ class HTTPServer(uvicorn.Server):
         super().__init__(uvicorn.Config(
             app, http=Connection, log_level="error", log_config=None, access_log=False,
             lifespan="on", ws="none", server_header=False,
-            timeout_graceful_shutdown=DRAIN_SECONDS + 1))
+            timeout_keep_alive=KEEP_SECONDS, timeout_graceful_shutdown=DRAIN_SECONDS + 1))
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.limit = max(1, min(limit, files - RESERVED))
 
