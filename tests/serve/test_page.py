@@ -112,6 +112,23 @@ def test_an_answer_streams_with_all_settings_and_survives_a_reload(page, engine,
     assert titles(page) == ["Hello"]
 
 
+def test_settings_are_saved_at_once_by_enter_too_and_not_when_they_are_left(page, engine):
+    settings(page, max_tokens="5")
+    page.click("#settings-open")
+    page.fill("[name=max_tokens]", "6")
+    page.keyboard.press("Escape")  # after one that was saved
+    page.click("#settings-open")
+    assert page.input_value("[name=max_tokens]") == "5"
+    page.fill("[name=max_tokens]", "7")
+    page.click("#settings >> text=Cancel")
+    reply_to(page, "Hello")
+    page.click("#settings-open")
+    page.fill("[name=max_tokens]", "8")
+    page.keyboard.press("Enter")
+    reply_to(page, "Again")
+    assert [params.max_new_tokens for _, params in engine.asked] == [5, 8]
+
+
 def test_a_reply_goes_on_while_another_conversation_is_open_and_stop_frees_its_slot(page, engine):
     settings(page, max_tokens="30")
     begin(page, engine, "First")
