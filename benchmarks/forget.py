@@ -3,11 +3,11 @@
     python benchmarks/forget.py out/moe-1 out/dense-1 --chat FILE --held-out FILE --general FOLDER
 
 Every run is tuned whole with each share of replay, for as many steps, or with --longer until it has
-read as many conversations (for 0.5 twice the steps). The goal is general
-bits per byte that rise at most 0.01 at 90% of the gain on the target that the tuning without replay
-reaches: at an earlier step, or as a mean of the tuned run and its base (fira merge --share). Bits
-per byte between two evaluations are interpolated. Then half of the experts of the tuned run are
-dropped (fira trim), for a goal of 1% on the target.
+read as many conversations (for 0.5 twice the steps). The goal is general bits per byte that rise at
+most 0.01 at 90% of the gain on the target that the tuning without replay reaches: at an earlier
+step, or as a mean of the tuned run and its base (fira merge --share). Bits per byte between two
+evaluations are interpolated. Then half of the experts of the tuned run are dropped (fira trim), for
+a goal of 1% on the target.
 """
 from __future__ import annotations
 

@@ -35,8 +35,9 @@ def average_run(run: Path, folder: Path, share: float, base: Path | None, screen
         raise ConfigError(f"{tuned.folder} and {start} have different tokenizers "
                           f"({tuned.tokenizer.hash[:12]}, {theirs.hash[:12]}); give another --base")
     write_run(folder, average(tuned.model, source, share, tuned.tokenizer), tuned.tokenizer,
-              number_of(tuned.folder), {"stage": "export", "preset": "merge", "from": str(start),
-                                        "merged_from": str(tuned.folder), "share": share})
+              number_of(tuned.folder), {"stage": "export", "preset": "merge",
+                                        "from": str(start.resolve()), "share": share,
+                                        "merged_from": str(tuned.folder.resolve())})
     screen.print(f"wrote {folder}, {share:g} of the way from {start} to {tuned.folder}",
                  soft_wrap=True)
 
