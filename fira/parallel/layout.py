@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from fira.model.adapter import hold_frozen
 from fira.model.initialize import TensorSlice, initialize
 from fira.model.moe import MoE
 from fira.model.router import end_step, health, replay, routers, set_loss_share
@@ -55,8 +56,11 @@ class Layout:
         self.sharded = mesh.sizes["shard"] > 1
         if self.sharded:
             shard(model, *mesh.shard_meshes)
+        elif mesh.device.type == "cuda":
+            hold_frozen(model, torch.bfloat16)
         model.to_empty(device=mesh.device)
-        initialize(model, seed, self.slices(model.named_parameters()))
+        initialize(model, seed, self.slices(  # frozen ones are read from a file
+            one for one in model.named_parameters() if one[1].requires_grad))
         self._make_counters()
         self.pipeline = (Pipeline(model, schedule, mesh.device, mesh.groups["pipeline",])
                          if mesh.sizes["pipeline"] > 1 else None)

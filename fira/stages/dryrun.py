@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +14,7 @@ from fira.data.conversations import Row
 from fira.data.tokenizer import Tokenizer
 from fira.loss.head import BLOCK, BLOCK_ELSEWHERE
 from fira.model import build_meta
-from fira.model.adapter import adapters
+from fira.model.adapter import adapters, hold_frozen
 from fira.parallel.plan import FLOAT, Work, memory_of
 from fira.runtime import pick_device
 from fira.stages.config import Opened, Stage
@@ -29,7 +30,8 @@ def show(stage: Stage, config: Any, opened: Opened, device_name: str, screen: Co
     """Print the rows, the length of the tuning, what trains, the memory and an example."""
     tokenizer, model = Tokenizer.load(opened.folder), build_meta(config.model)
     stage.adapt(config, model, tokenizer)
-    device = pick_device(device_name).type
+    if (device := pick_device(device_name).type) == "cuda":
+        hold_frozen(model, torch.bfloat16)  # as a Layout does
     for line in opened.lines:
         screen.print(line, soft_wrap=True, markup=False)
     for name, value in facts(config, opened.data, model, device).items():
@@ -66,7 +68,7 @@ def facts(config: Any, data: Any, model: Any, device: str) -> dict[str, str]:
 def memory_needed(config: Any, data: Any, model: Any, device: str = "cpu") -> dict[str, float]:
     """Bytes by part at the moment of a step that needs most, on one device; see `memory_of`. While
     an adapter's output is added, the base's and the sum are there too, and places of that size stay
-    empty between what is kept."""
+    empty between what is kept. On CUDA only what is in use is counted, without such places."""
     train, spec = config.train, config.model
     full = memory_of(Work(spec, train.batch_size, train.micro_batch, train.sequence_length,
                           config.optim.rule, train.recompute,
@@ -76,7 +78,7 @@ def memory_needed(config: Any, data: Any, model: Any, device: str = "cpu") -> di
                 for module in adapters(model).values() if hasattr(module.lora, "b"))
     return {"weights": sum(tensor.nbytes for tensor in model.state_dict().values()),
             "gradients": trained, "optimizer": full["optimizer"] * trained / full["weights"],
-            "activations": full["activations"] + HOLES * FLOAT * added
+            "activations": full["activations"] + (device != "cuda") * HOLES * FLOAT * added
             * train.micro_batch * train.sequence_length,
             "working": full["working"], "libraries": LIBRARIES,
             "rows": sum(5 * len(row.ids) + ROW_BYTES for part in data

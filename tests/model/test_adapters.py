@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import fira.model.fast as fast
 from fira.convert.quantize import quantize
 from fira.model import build_meta
-from fira.model.adapter import SCALE, LowRank, adapters, attach, attach_like, merge
+from fira.model.adapter import SCALE, LowRank, adapters, attach, attach_like, hold_frozen, merge
 from fira.model.initialize import initialize
 from fira.model.transformer import count_parameters
 from fira.train.recompute import recompute_blocks
@@ -113,6 +113,21 @@ def test_recomputed_blocks_give_adapters_the_same_gradients(experts):
         F.cross_entropy(one.train()(TOKENS).flatten(0, 1), TOKENS.flatten()).backward()
     for (name, ours), theirs in zip(again.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
+@pytest.mark.parametrize("arch", NAMES)
+def test_frozen_matrices_in_bfloat16_change_nothing_where_products_are_bfloat16(arch):
+    model = adapt(build(tiny_spec(arch), seed=0))
+    held = copy.deepcopy(model)
+    hold_frozen(held, torch.bfloat16)
+    sizes = [sum(p.nbytes for p in one.blocks.parameters() if not p.requires_grad and p.dim() > 1)
+             for one in (model, held)]
+    for one in (model, held):
+        with torch.autocast("cpu", torch.bfloat16):
+            F.cross_entropy(one.train()(TOKENS).flatten(0, 1), TOKENS.flatten()).backward()
+    for (name, ours), theirs in zip(held.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0, msg=name)
+    assert held.blocks[0].moe.router.weight.dtype == torch.float32 and 2 * sizes[1] < 1.2 * sizes[0]
 
 
 @pytest.mark.parametrize("kind", ["float32", "chosen", "int8"])
