@@ -161,12 +161,11 @@ def attach(model: Any, rank: int, experts: Sequence[Sequence[int]] | None = None
 
 
 def hold_frozen(model: Any, dtype: torch.dtype) -> None:
-    """Hold the frozen matrices of the blocks in the dtype in which autocast multiplies them anyway:
-    all products stay the same, and no step casts a matrix."""
-    for block in model.blocks:
-        for module in block.modules():
-            if isinstance(module, nn.Linear | ExpertLinear) and not module.weight.requires_grad:
-                module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+    """Hold the frozen matrices of the blocks in the dtype to which a device casts them anyway: all
+    products stay the same, and no step casts a matrix."""
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear | ExpertLinear) and not module.weight.requires_grad:
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
 
 
 def _kind(module: Any) -> type:
