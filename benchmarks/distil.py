@@ -132,7 +132,7 @@ def edge(runs: Sequence[str], repeats: int) -> dict[str, Any]:
             speeds = {name: found["decode"] for name, found in decode.compare(made, wanted).items()}
         score = scores([run])[0] if (Path(run) / "metrics.jsonl").exists() else None
         rows[run] = {"bits_per_byte": score, "bytes": sizes, "tokens_per_second": speeds}
-        print(f"| {run} | {score:.4f} | ", " | ".join(
+        print(f"| {run} | {'-' if score is None else f'{score:.4f}'} | ", " | ".join(
             [f"{size / 1e6:.2f}" for size in sizes.values()]
             + [f"{speeds[name]:.0f}" for name in list(SIDES)[1:]]), "|")
     return rows

@@ -38,8 +38,9 @@ BUCKET = 4 << 20  # elements per message: enough for full bandwidth, and little 
 class Layout:
     """A model that is divided between the ranks of `mesh`; `model` is the part of this rank.
 
-    Takes a model on the meta device, divides it in place, and gives it memory and initial values.
-    Its parameters keep their names. Some may be frozen or added; in experts the first axis is E.
+    Takes a model on the meta device, divides it in place, and gives it memory and initial values;
+    frozen parameters get none, as they are read from a file. Parameters keep their names. Some may
+    be added; in experts the first axis is E.
     """
 
     def __init__(self, mesh: Mesh, model: Any, seed: int | None = None,
@@ -59,7 +60,7 @@ class Layout:
         elif mesh.device.type == "cuda":
             hold_frozen(model, torch.bfloat16)
         model.to_empty(device=mesh.device)
-        initialize(model, seed, self.slices(  # frozen ones are read from a file
+        initialize(model, seed, self.slices(
             one for one in model.named_parameters() if one[1].requires_grad))
         self._make_counters()
         self.pipeline = (Pipeline(model, schedule, mesh.device, mesh.groups["pipeline",])

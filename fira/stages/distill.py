@@ -112,9 +112,8 @@ def open_teacher(folder: Path, mesh: Mesh) -> Callable[[Any], tuple[Any, ...]]:
     batches to its features and head. It multiplies in bfloat16 where that is faster."""
     spec, notes = read_config(folder / CONFIG)
     model, kind, dtype = build_meta(spec), notes["quantization"], product_dtype(mesh.device)
-    layout = Layout(mesh, quantize(model, kind) if kind else model, seed=0)
-    read_weights(folder, layout)
-    layout.model.eval().requires_grad_(False)
+    model = (quantize(model, kind) if kind else model).eval().requires_grad_(False)
+    read_weights(folder, layout := Layout(mesh, model, seed=0))
 
     @torch.no_grad()
     def teach(batch: Any) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from fira.files import find_damage
 from fira.loss.head import next_token_loss
 from fira.model import build, build_meta
 from fira.model.files import WEIGHTS, save_weights
+from fira.model.initialize import initialize
 from fira.parallel.layout import Layout
 from fira.runlog import read_rows
 from fira.stages.pretrain import pretrain
@@ -89,6 +90,7 @@ def test_a_run_moves_to_another_layout_and_back(layout, preset, data_folder, und
 
 def make(rank, sizes):
     layout = Layout(mesh_of(rank, sizes), adapt(build_meta(SPECS["fira2"])), seed=1)
+    initialize(layout.model, 1, layout.slices(layout.model.named_parameters()))  # frozen ones too
     return layout, make_optimizer(layout.model, OptimConfig(lr=1e-2))
 
 

@@ -14,6 +14,7 @@ from fira.data.batches import Batch
 from fira.loss.head import IGNORED, next_token_loss
 from fira.model import build_meta
 from fira.model.adapter import attach
+from fira.model.initialize import initialize
 from fira.model.spec import FIRA2Spec, FIRASpec
 from fira.parallel.layout import Layout
 from fira.train.optim import OptimConfig, make_optimizer, set_rates, update
@@ -60,6 +61,7 @@ def train(rank, arch, layout, rule, steps, starve):
     layout = Layout(mesh_of(rank, LAYOUTS.get(layout, {})),
                     adapt(model) if arch == "adapted" else model, seed=5,
                     schedule="gpipe" if layout == "gpipe2" else "1f1b")
+    initialize(model, 5, layout.slices(model.named_parameters()))  # frozen ones too
     if starve:  # every row to experts 0 and 1: the second half gets none, nor a rank that has it
         for part in layout.slices(model.named_parameters()):
             if part.name.endswith("router.weight"):
@@ -254,7 +256,9 @@ def taught(rank, sizes):
     """Gradients of a student; its frozen teacher, of another seed, is divided on the same mesh."""
     student = make(rank, sizes)
     with mock.patch("torch.distributed.new_group", side_effect=AssertionError("a new group")):
-        teacher = Layout(student.mesh, build_meta(LONG).requires_grad_(False), seed=9).model
+        layout = Layout(student.mesh, build_meta(LONG).requires_grad_(False))
+    teacher = layout.model
+    initialize(teacher, 9, layout.slices(teacher.named_parameters()))
 
     def loss_fn(model, batch):
         with torch.no_grad():
