@@ -1,4 +1,4 @@
-"""Distilling language: how much of a MoE's gain a dense student keeps, what a smaller MoE loses,
+r"""Distilling language: how much of a MoE's gain a dense student keeps, what a smaller MoE loses,
 and what the models cost on a small device. Reads finished runs, one of each kind for every seed:
 
     python benchmarks/distil.py --moe moe-1 moe-2 --dense dense-1 dense-2 --student s-1 s-2
@@ -12,15 +12,17 @@ and what the models cost on a small device. Reads finished runs, one of each kin
     DENSE="model.num_experts=1 model.top_k=1 model.d_ff=128 train.seed=S"
     fira train small data.folder=DATA $DENSE --run dense-S
     fira train small data.folder=DATA $DENSE train.minutes=40 --run dense-long-S
-    fira distill moe-S --student small --data DATA $DENSE --run s-S
+    fira distill moe-S --student small --data DATA --ce 0 $DENSE --run s-S
     fira trim moe-S trim-S --keep 0.5 --text TRAINING_TEXT
-    fira distill moe-S --student trim-S --data DATA train.minutes=5 --run half-S
+    fira distill moe-S --student trim-S --data DATA --ce 0 train.minutes=5 optim.lr=0.0025 \
+        optim.router_lr=0.0025 optim.embedding_lr=0.02 schedule.decay=1.0 --run half-S
 
-Twenty minutes of the student hold the teacher's forward passes. With dense-S, student and baseline
-have equal wall-clock time; with dense-long-S, equal compute in total, as the teacher's training
-counts too. What is kept is (dense - student) / (dense - MoE) of the final bits per byte, the ratio
-of means over seeds; its 95% interval is by linearization. --step times a training step with and
-without a teacher, in turns.
+A student begun with the teacher's weights is one of `fira trim --keep 0.03125`. Twenty minutes of
+the student hold the teacher's forward passes. With dense-S, student and baseline have equal
+wall-clock time; with dense-long-S, equal compute in total, as the teacher's training counts too.
+What is kept is (dense - student) / (dense - MoE) of the final bits per byte, the ratio of means
+over seeds; its 95% interval is by linearization. --step times a training step with and without a
+teacher, in turns.
 """
 from __future__ import annotations
 

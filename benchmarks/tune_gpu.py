@@ -4,9 +4,10 @@
 
 A step reads one row of 2,048 random tokens and recomputes its blocks. The sides, each in a process
 of its own: FIRA with its base in bfloat16 and in int4, and transformers with PEFT in bfloat16; a
-side that fails says so in its row. `predicted` is the memory that `fira tune --dry-run` counts.
-Utilization is of the device's measured product, at 4 operations per active weight and token: of the
-forward pass, and of the gradients of inputs, as frozen weights have none.
+side that fails says so in its row. What `fira tune --dry-run` counts for a GPU is printed first, on
+any machine. On a CPU the base stays in float32, and the peak holds the program, too. Utilization
+is of the device's measured product, at 4 operations per active weight and token: of the forward
+pass, and of the gradients of inputs, as frozen weights have none.
 """
 from __future__ import annotations
 
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from train_step import peak_flops, training_step
 from fira.config import load_preset
 from fira.convert.quantize import quantize
 from fira.model import build_meta
-from fira.model.adapter import attach
+from fira.model.adapter import attach, hold_frozen
 from fira.model.transformer import count_parameters
 from fira.parallel.layout import Layout
 from fira.parallel.mesh import Mesh
@@ -42,13 +42,16 @@ SIDES = "fira bfloat16", "fira int4", "peft bfloat16"
 Step = Callable[[torch.Tensor], object]
 
 
-def fira_side(config: Any, kind: str, rank: int, device: torch.device) -> tuple[Step, float]:
-    """A step on ids [1, T + 1], and the bytes that it is predicted to need."""
+def shape(config: Any, kind: str, rank: int) -> Any:
+    """FIRA's model with adapters, on the meta device."""
     model = build_meta(config.model)
-    if kind != "bfloat16":
-        quantize(model, kind)
-    attach(model, rank)
-    layout = Layout(Mesh(device=device), model, seed=0)
+    attach(quantize(model, kind) if kind != "bfloat16" else model, rank)
+    return model
+
+
+def fira_side(config: Any, kind: str, rank: int, device: torch.device) -> Step:
+    """A step on ids [1, T + 1]."""
+    layout = Layout(Mesh(device=device), model := shape(config, kind, rank), seed=0)
     for name, tensor in model.state_dict().items():  # what a base would have been read into
         if name.endswith(".numbers"):
             tensor.random_()
@@ -56,11 +59,10 @@ def fira_side(config: Any, kind: str, rank: int, device: torch.device) -> tuple[
             tensor.normal_(0, 0.02 if name.endswith("weight") else 1e-3)
     recompute_blocks(model)
     step = training_step(layout, OptimConfig(lr=1e-4))
-    needed = memory_needed(config, (), model, device.type)
-    return lambda ids_BT: step([ids_BT]), sum(needed.values()) - needed["libraries"]
+    return lambda ids_BT: step([ids_BT])
 
 
-def peft_side(config: Any, rank: int, device: torch.device) -> tuple[Step, float]:
+def peft_side(config: Any, rank: int, device: torch.device) -> Step:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -70,8 +72,7 @@ def peft_side(config: Any, rank: int, device: torch.device) -> tuple[Step, float
             vocab_size=spec.vocab_size, hidden_size=spec.d_model, num_hidden_layers=spec.num_layers,
             num_attention_heads=spec.n_head, num_key_value_heads=spec.n_kv_head,
             head_dim=spec.head_dim, moe_intermediate_size=spec.d_ff, num_experts=spec.num_experts,
-            num_experts_per_tok=spec.top_k, norm_topk_prob=True, use_cache=False,
-            max_position_embeddings=spec.context), dtype=torch.bfloat16)
+            num_experts_per_tok=spec.top_k, use_cache=False), dtype=torch.bfloat16)
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     experts = max(1, rank // spec.top_k)
@@ -83,24 +84,19 @@ def peft_side(config: Any, rank: int, device: torch.device) -> tuple[Step, float
     model.train()
 
     def step(ids_BT: torch.Tensor) -> None:
-        ids_BT = ids_BT[:, :-1].to(device)
-        model(input_ids=ids_BT, labels=ids_BT).loss.backward()
+        model(input_ids=(rows := ids_BT[:, :-1].to(device)), labels=rows).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return step, float("nan")
+    return step
 
 
-def measure(side: str, a: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second, the median of the steps after the first two; peak and predicted bytes."""
+def measure(side: str, config: Any, a: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second, the median of the steps after the first two, and the peak in bytes."""
     device, (who, kind) = pick_device(a.device), side.split()
-    config = configure(PRETRAIN, load_preset(a.preset), [
-        "train.recompute=true", f"train.sequence_length={a.length}", "train.micro_batch=1",
-        f"train.first_length={a.length}",
-        f"train.batch_tokens={a.length}", "data.folder=none", "optim.rule=adamw"])
     product = peak_flops(device)
     reset_peak(device)
-    step, predicted = (fira_side(config, kind, a.rank, device) if who == "fira" else
-                       peft_side(config, a.rank, device))
+    step = (fira_side(config, kind, a.rank, device) if who == "fira" else
+            peft_side(config, a.rank, device))
     seconds = []
     for number in range(a.steps + 2):
         ids_BT = torch.randint(config.model.vocab_size, (1, a.length + 1),
@@ -113,31 +109,35 @@ def measure(side: str, a: argparse.Namespace) -> dict[str, Any]:
     speed = a.length / statistics.median(seconds[2:])
     active = count_parameters(build_meta(config.model)).active
     return {"tokens_per_second": speed, "utilization": 4 * active * speed / product,
-            "peak": peak_memory(device), "predicted": predicted, "product_flops": product}
+            "peak": peak_memory(device), "product_flops": product}
 
 
 def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("--preset", default="fira2-30b")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=8)
+    for name, default in (("preset", "fira2-30b"), ("device", "cuda"), ("rank", 16),
+                          ("length", 2048), ("steps", 8)):
+        parser.add_argument(f"--{name}", default=default, type=type(default))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     a = parser.parse_args()
+    config = configure(PRETRAIN, load_preset(a.preset), [
+        f"train.{name}={a.length}" for name in ("sequence_length", "first_length", "batch_tokens")
+        ] + ["train.recompute=true", "train.micro_batch=1", "data.folder=-", "optim.rule=adamw"])
     if a.side:
-        print(json.dumps(measure(a.side, a)))
+        print(json.dumps(measure(a.side, config, a)))
         return
-    rows: dict[str, dict[str, Any]] = {}
+    predicted, rows = dict[str, float](), dict[str, Any]()
+    for kind in ("bfloat16", "int8", "int4"):
+        hold_frozen(model := shape(config, kind, a.rank), torch.bfloat16)
+        predicted[kind] = sum(memory_needed(config, (), model, "cuda").values())
+    print("predicted, GB:", *(f"{kind} {size / 1e9:.1f}" for kind, size in predicted.items()))
     for side in SIDES:
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side],
-                              capture_output=True, text=True)
-        last = SimpleNamespace(out=done.stdout.strip().split("\n")[-1],
-                               error=(done.stderr.strip() or "no output").split("\n")[-1])
-        rows[side] = json.loads(last.out) if done.returncode == 0 else {"failed": last.error}
-        print(side, *(f"{key} {value:,.4g}" if isinstance(value, float | int) else value
+        call = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+        done = subprocess.run(call, capture_output=True, text=True)
+        rows[side] = (json.loads(done.stdout.strip().split("\n")[-1]) if done.returncode == 0 else
+                      {"failed": (done.stderr.strip() or "no output").split("\n")[-1]})
+        print(side, *(f"{key} {value:,.4g}" if key != "failed" else f"failed: {value}"
                       for key, value in rows[side].items()), sep="  ", flush=True)
-    append(a.json, {"preset": a.preset, "length": a.length, "rank": a.rank, "sides": rows})
+    append(a.json, {"predicted": predicted, "sides": rows})  # the command has the options
 
 
 if __name__ == "__main__":

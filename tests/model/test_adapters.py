@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from fira.model import build_meta
 from fira.model.adapter import SCALE, LowRank, adapters, attach, attach_like, hold_frozen, merge
 from fira.model.initialize import initialize
 from fira.model.transformer import count_parameters
+from fira.parallel.layout import Layout
+from fira.parallel.mesh import Mesh
 from fira.train.recompute import recompute_blocks
 from tests.models import NAMES, build, tiny_spec
 
@@ -117,17 +120,21 @@ def test_recomputed_blocks_give_adapters_the_same_gradients(experts):
 
 @pytest.mark.parametrize("arch", NAMES)
 def test_frozen_matrices_in_bfloat16_change_nothing_where_products_are_bfloat16(arch):
-    model = adapt(build(tiny_spec(arch), seed=0))
-    held = copy.deepcopy(model)
+    held = copy.deepcopy(model := adapt(build(tiny_spec(arch), seed=0)))
     hold_frozen(held, torch.bfloat16)
-    sizes = [sum(p.nbytes for p in one.blocks.parameters() if not p.requires_grad and p.dim() > 1)
-             for one in (model, held)]
-    for one in (model, held):
-        with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
+        for one in (model, held):
             F.cross_entropy(one.train()(TOKENS).flatten(0, 1), TOKENS.flatten()).backward()
     for (name, ours), theirs in zip(held.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0, msg=name)
-    assert held.blocks[0].moe.router.weight.dtype == torch.float32 and 2 * sizes[1] < 1.2 * sizes[0]
+    assert {p.dtype for p in held.blocks[0].moe.parameters()} == {torch.float32, torch.bfloat16}
+
+
+def test_a_base_that_is_read_from_a_file_is_not_drawn_before():
+    attach(model := build_meta(tiny_spec("fira2")), 4)
+    with mock.patch("fira.model.initialize._draw") as drawn:
+        Layout(Mesh(), model)
+    assert {".lora." in call[0][0].name for call in drawn.call_args_list} == {True}
 
 
 @pytest.mark.parametrize("kind", ["float32", "chosen", "int8"])

@@ -257,8 +257,7 @@ def taught(rank, sizes):
     student = make(rank, sizes)
     with mock.patch("torch.distributed.new_group", side_effect=AssertionError("a new group")):
         layout = Layout(student.mesh, build_meta(LONG).requires_grad_(False))
-    teacher = layout.model
-    initialize(teacher, 9, layout.slices(teacher.named_parameters()))
+    initialize(teacher := layout.model, 9, layout.slices(teacher.named_parameters()))
 
     def loss_fn(model, batch):
         with torch.no_grad():
